@@ -1,0 +1,42 @@
+# Every target makes what it needs: the interpreter is found, .venv made and filled, then the work starts.
+PY := .venv/bin/python
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-gpu lint format box-model goldens env env-test clean
+
+help:  ## show this list
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+
+demo: env  ## serve the model in the box to several prompts at once, on the CPU
+	@$(PY) -m jpd.demo
+
+test: env-test  ## run the CPU tests
+	$(PY) -m pytest -n 2 $(ARGS)
+
+test-gpu: env-test  ## run the GPU tests (needs jpd[cuda12] or jpd[cuda13] in .venv)
+	JAX_PLATFORMS=cuda,cpu $(PY) -m pytest -m "gpu or multigpu" $(ARGS)
+
+lint: env-test  ## check style, format and the import contract
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	.venv/bin/lint-imports
+
+format: env-test  ## reformat and apply safe lint fixes
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+box-model: env  ## train the model in the box again
+	$(PY) -m jpd.box.train
+
+goldens: env-test  ## make the test goldens again (needs torch in .venv)
+	$(PY) -m tests.goldens.make_goldens
+
+env:
+	@.ci/setup
+
+env-test:
+	@.ci/setup test
+
+clean:  ## remove .venv and caches
+	rm -rf .venv .pytest_cache .ruff_cache .import_linter_cache .hypothesis build dist
+	find jpd pallas_kernels native tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

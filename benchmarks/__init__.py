@@ -1,0 +1,1 @@
+"""Benchmarks: one file answers one question, run as ``python -m benchmarks.NAME``."""

@@ -1,0 +1,161 @@
+"""Configuration: one frozen dataclass, validated when built, fully decided by `resolve`.
+
+Names are vLLM's where the meaning is the same, so that a comparison changes one import. What is
+jpd's own sits in nested groups (`kernels.*`). The command line is generated from these fields.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from jpd.errors import ConfigError, UnknownArgumentError
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+LoadFormat = Literal["auto", "safetensors", "orbax", "dummy"]
+SchedulingPolicy = Literal["fcfs", "priority"]
+
+MAX_STEP_TOKENS = 65_536
+
+
+def require(ok: bool, name: str, value: object, allowed: str) -> None:
+    """Raises `ConfigError` that names the field, its value and what is allowed."""
+    if not ok:
+        raise ConfigError(f"{name}={value!r} is not allowed: {allowed}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelConfig:
+    """Which implementation of each op the model runs; see `jpd.ops.implementations()`."""
+
+    linear: str = "auto"
+    """Matrix product with a weight `[N, K]`."""
+    decode_attention: str = "auto"
+    """Attention of one new token per sequence over paged KV."""
+    prefill_attention: str = "auto"
+    """Causal attention of prompt chunks over paged KV."""
+    write_kv: str = "auto"
+    """Store of new keys and values into their pages."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Everything that decides how an engine is built."""
+
+    model: str
+    """Folder of a Hugging Face or Orbax checkpoint, or a Hugging Face name when online."""
+    tokenizer: str | None = None
+    """Folder or name of the tokenizer; the model's own when not given."""
+    skip_tokenizer_init: bool = False
+    """Serve token ids only; `text` of every output stays empty."""
+    dtype: Dtype = "auto"
+    """Type of weights, activations and KV; "auto" takes the checkpoint's."""
+    load_format: LoadFormat = "auto"
+    """"dummy" makes random weights on the device, for benchmarks at real scale."""
+    seed: int = 0
+    """Seed of dummy weights and of requests that bring no seed of their own."""
+    max_model_len: int | None = None
+    """Tokens a sequence may hold, prompt and output; the model's own limit when not given."""
+    max_num_seqs: int | None = None
+    """Sequences that run at once; 256 on a GPU and 16 on a CPU when not given."""
+    max_num_batched_tokens: int | None = None
+    """Prompt tokens plus decoded tokens in one step; longer prompts are prefilled in chunks.
+    2048 on a GPU and 512 on a CPU when not given."""
+    max_prefills_per_step: int = 8
+    """Sequences that may have a prompt chunk in one step."""
+    page_size: int = 16
+    """Tokens a KV page holds."""
+    num_pages: int | None = None
+    """KV pages; from `gpu_memory_utilization` when not given."""
+    gpu_memory_utilization: float = 0.9
+    """Share of the device memory for weights, KV pages and work space."""
+    enable_prefix_caching: bool = True
+    """Reuse the KV pages of equal prompt prefixes."""
+    scheduling_policy: SchedulingPolicy = "fcfs"
+    """"priority" serves requests of lower `priority` first; "fcfs" takes none."""
+    async_scheduling: bool = True
+    """Launch the next step before the tokens of the running one are read."""
+    batch_buckets: tuple[int, ...] | None = None
+    """Batch sizes that decode steps are compiled for; powers of two when not given."""
+    token_buckets: tuple[int, ...] | None = None
+    """Prompt token counts that mixed steps are compiled for."""
+    context_buckets: tuple[int, ...] | None = None
+    """Context lengths in tokens that steps are compiled for."""
+    compilation_cache_dir: str | None = None
+    """Folder of the persistent compilation cache; `~/.cache/jpd/xla` when not given, "" for none."""
+    show_progress: bool = True
+    """Progress bars for loading and compiling, on stderr."""
+    kernels: KernelConfig = field(default_factory=KernelConfig)
+    """Implementation of each op."""
+
+    def __post_init__(self) -> None:
+        at_least = {
+            "max_model_len": 1,
+            "max_num_seqs": 1,
+            "max_num_batched_tokens": 1,
+            "max_prefills_per_step": 1,
+            "page_size": 1,
+            "num_pages": 2,  # page 0 is never given out: padded rows write there
+        }
+        for name, least in at_least.items():
+            value = getattr(self, name)
+            if value is not None:
+                require(
+                    isinstance(value, int) and value >= least, name, value, f"an int >= {least}"
+                )
+        tokens, seqs = self.max_num_batched_tokens, self.max_num_seqs
+        if tokens is not None:
+            require(
+                tokens <= MAX_STEP_TOKENS,
+                "max_num_batched_tokens",
+                tokens,
+                f"at most {MAX_STEP_TOKENS}",
+            )
+        if tokens is not None and seqs is not None:
+            require(
+                tokens >= seqs, "max_num_batched_tokens", tokens, f"at least max_num_seqs={seqs}"
+            )
+        require(
+            self.page_size & (self.page_size - 1) == 0,
+            "page_size",
+            self.page_size,
+            "a power of two",
+        )
+        require(
+            0 < self.gpu_memory_utilization <= 1,
+            "gpu_memory_utilization",
+            self.gpu_memory_utilization,
+            "in (0, 1]",
+        )
+        for name, allowed in (
+            ("dtype", Dtype),
+            ("load_format", LoadFormat),
+            ("scheduling_policy", SchedulingPolicy),
+        ):
+            value = getattr(self, name)
+            require(value in allowed.__args__, name, value, f"one of {list(allowed.__args__)}")
+        for name in ("batch_buckets", "token_buckets", "context_buckets"):
+            value = getattr(self, name)
+            if value is not None:
+                ok = len(value) > 0 and all(isinstance(v, int) and v > 0 for v in value)
+                require(ok, name, value, "a non-empty tuple of positive ints")
+                object.__setattr__(self, name, tuple(sorted(set(value))))
+
+    @classmethod
+    def from_kwargs(cls, model: str, **kwargs: Any) -> EngineConfig:
+        """Builds a config; an unknown keyword raises and names the nearest known one."""
+        known = [f.name for f in dataclasses.fields(cls)]
+        for name in kwargs:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+                hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
+                raise UnknownArgumentError(f"unknown engine argument {name!r}{hint}")
+        if isinstance(kwargs.get("kernels"), dict):
+            kwargs["kernels"] = KernelConfig(**kwargs["kernels"])
+        return cls(model=str(model), **kwargs)
+
+    def replace(self, **changes: Any) -> EngineConfig:
+        """A copy with some fields changed, validated again."""
+        return dataclasses.replace(self, **changes)

@@ -1,0 +1,1 @@
+"""The engine: plan -> launch -> commit, one step in flight. Scheduling imports no jax."""

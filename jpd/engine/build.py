@@ -1,0 +1,107 @@
+"""From a configuration to a running engine: resolve, load, allocate, compile."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from jpd import checkpoint, ops
+from jpd.config import EngineConfig, require
+from jpd.engine import memory
+from jpd.engine.compile import use_cache_dir
+from jpd.engine.coordinator import Coordinator
+from jpd.engine.executor import Executor, shape_table
+from jpd.errors import ConfigError
+from jpd.models import ModelConfig
+from jpd.text import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """A coordinator with everything it was built from."""
+
+    config: EngineConfig
+    model_config: ModelConfig
+    tokenizer: Tokenizer | None
+    executor: Executor
+    coordinator: Coordinator
+
+
+def resolve(config: EngineConfig, model: ModelConfig, device: jax.Device) -> EngineConfig:
+    """The config with every "auto" and None decided, but for `num_pages`.
+
+    Raises:
+      ConfigError: `max_model_len` exceeds the model's own limit.
+    """
+    on_cpu = device.platform == "cpu"
+    longest = config.max_model_len or model.max_position
+    require(
+        longest <= model.max_position,
+        "max_model_len",
+        longest,
+        f"at most the model's max_position_embeddings={model.max_position}",
+    )
+    seqs, tokens = config.max_num_seqs, config.max_num_batched_tokens
+    default_seqs, default_tokens = (16, 512) if on_cpu else (256, 2048)
+    return config.replace(
+        dtype=model.dtype if config.dtype == "auto" else config.dtype,
+        max_model_len=longest,
+        max_num_seqs=seqs or min(default_seqs, tokens or default_seqs),
+        max_num_batched_tokens=tokens or max(default_tokens, seqs or 0),
+    )
+
+
+def build(config: EngineConfig, device: jax.Device | None = None) -> Engine:
+    """Loads the model and compiles its steps.
+
+    Raises:
+      ConfigError: the configuration, the checkpoint or the machine does not allow it.
+    """
+    ops.check(config.kernels)
+    device = device or jax.devices()[0]
+    folder = checkpoint.resolve_folder(config.model)
+    model = checkpoint.read_config(folder)
+    config = resolve(config.replace(model=str(folder)), model, device)
+    limit = memory.device_memory(device)
+    model_bytes = checkpoint.param_bytes(model, config.dtype)
+    memory.check_model_fits(model_bytes, limit, config.gpu_memory_utilization, device)
+    if config.num_pages is None:
+        pages = memory.num_pages(
+            config,
+            model,
+            shape_table(config),
+            limit=limit,
+            model_bytes=model_bytes,
+            itemsize=jnp.dtype(config.dtype).itemsize,
+        )
+        config = config.replace(num_pages=pages)
+    tokenizer = None
+    if not config.skip_tokenizer_init:
+        tokenizer = Tokenizer.load(config.tokenizer or folder)
+        if tokenizer.vocab_size > model.vocab_size:
+            raise ConfigError(
+                f"the tokenizer has {tokenizer.vocab_size} tokens, the model only "
+                f"{model.vocab_size}"
+            )
+    eos = set(model.eos_token_ids) | set(tokenizer.eos_token_ids if tokenizer else ())
+    eos_token_ids = tuple(sorted(eos))
+    logger.info("%s", config)
+
+    use_cache_dir(config.compilation_cache_dir)
+    _, params = checkpoint.load(
+        folder,
+        dtype=config.dtype,
+        load_format=config.load_format,
+        seed=config.seed,
+        show_progress=config.show_progress,
+        device=device,
+    )
+    executor = Executor(config, model, params, device, eos_token_ids)
+    executor.compile_ahead()
+    coordinator = Coordinator(config, model, executor, tokenizer, eos_token_ids)
+    return Engine(config, model, tokenizer, executor, coordinator)

@@ -1,0 +1,75 @@
+"""Compiled steps: every shape ahead of time, kept in a persistent cache, late ones counted."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+from tqdm.auto import tqdm
+
+from jpd.engine.shapes import StepShape
+
+logger = logging.getLogger(__name__)
+
+
+def use_cache_dir(folder: str | None) -> None:
+    """Points jax's persistent compilation cache at `folder`; "" leaves jax as it is.
+
+    None means `~/.cache/jpd/xla`, unless the process has a cache folder already.
+    """
+    if folder == "" or (folder is None and jax.config.jax_compilation_cache_dir):
+        return
+    path = Path(folder) if folder else Path.home() / ".cache" / "jpd" / "xla"
+    path.mkdir(parents=True, exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+class CompiledSteps:
+    """One executable for each step shape.
+
+    Args:
+      lower: traces and lowers the step for a shape (`jax.stages.Lowered`).
+    """
+
+    def __init__(self, lower: Callable[[StepShape], Any]) -> None:
+        self._lower = lower
+        self._steps: dict[StepShape, Any] = {}
+        self.recompiles = 0
+        """Shapes that were compiled while requests waited."""
+
+    def compile_ahead(self, shapes: list[StepShape], *, show_progress: bool) -> None:
+        """Compiles all shapes; XLA works on several while Python traces the next."""
+        bar = tqdm(total=len(shapes), desc="compile", unit="step", disable=not show_progress)
+        with bar, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+
+            def compile_one(shape: StepShape, lowered: Any) -> None:
+                self._steps[shape] = lowered.compile()
+                bar.update()
+
+            futures = [pool.submit(compile_one, shape, self._lower(shape)) for shape in shapes]
+            for future in futures:
+                future.result()
+
+    def __getitem__(self, shape: StepShape) -> Any:
+        compiled = self._steps.get(shape)
+        if compiled is None:
+            start = time.perf_counter()
+            compiled = self._steps[shape] = self._lower(shape).compile()
+            self.recompiles += 1
+            logger.warning(
+                "compiled %s while serving: %.1f s", shape, time.perf_counter() - start
+            )
+        return compiled
+
+    def temp_bytes(self) -> int:
+        """Largest work space of any step, in bytes."""
+        sizes = [s.memory_analysis() for s in self._steps.values()]
+        return max((m.temp_size_in_bytes for m in sizes if m is not None), default=0)

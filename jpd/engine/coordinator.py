@@ -1,0 +1,241 @@
+"""The engine's loop: plan -> launch -> commit, with one step in flight.
+
+The coordinator owns requests, pages and the executor. `step` plans and launches the next step
+before it reads the tokens of the one that runs, so the device does not wait for the host.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+
+from jpd.config import EngineConfig
+from jpd.engine import output as outputs
+from jpd.engine.executor import Executor, InFlight, StepResult
+from jpd.engine.metrics import EngineStats
+from jpd.engine.output import Request
+from jpd.engine.plan import Committed
+from jpd.engine.sampler_inputs import sequence_key
+from jpd.engine.scheduler import Scheduler
+from jpd.engine.sequence import Sequence
+from jpd.errors import PromptTooLongError, RequestError
+from jpd.models import ModelConfig
+from jpd.text import Tokenizer
+from jpd.types import MAX_STOP_TOKEN_IDS, Delta, FinishReason, RequestOutput, SamplingParams
+
+
+class Coordinator:
+    """Serves requests on one executor.
+
+    Args:
+      config: resolved engine configuration.
+      model: the model.
+      executor: runs the steps.
+      tokenizer: None serves token ids only.
+      eos_token_ids: tokens that end a sequence.
+      clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        model: ModelConfig,
+        executor: Executor,
+        tokenizer: Tokenizer | None,
+        eos_token_ids: tuple[int, ...],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.scheduler = Scheduler(
+            max_num_seqs=config.max_num_seqs,
+            max_model_len=config.max_model_len,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_prefills_per_step=config.max_prefills_per_step,
+            num_pages=config.num_pages,
+            page_size=config.page_size,
+            max_stop_ids=MAX_STOP_TOKEN_IDS + len(eos_token_ids),
+            enable_prefix_caching=config.enable_prefix_caching,
+        )
+        self._stats = EngineStats()
+        self.clock = clock
+        self._config = config
+        self._vocab_size = model.vocab_size
+        self._executor = executor
+        self._tokenizer = tokenizer
+        self._eos_token_ids = eos_token_ids
+        self._requests: dict[str, Request] = {}
+        self._in_flight: InFlight | None = None
+        self._arrivals = 0
+        self._seeds = np.random.default_rng(config.seed)
+
+    # ---- requests
+
+    @property
+    def has_work(self) -> bool:
+        """A request is unfinished or a step is running."""
+        return self._in_flight is not None or self.scheduler.has_work
+
+    def stats(self) -> EngineStats:
+        """A snapshot of the counters."""
+        scheduler = self.scheduler
+        return replace(
+            self._stats,
+            preemptions=scheduler.stats.preemptions,
+            prompt_tokens=scheduler.stats.prompt_tokens,
+            cached_tokens=scheduler.stats.cached_tokens,
+            recompiles=self._executor.compiled.recompiles,
+            running=scheduler.num_running,
+            waiting=scheduler.num_waiting,
+            free_pages=scheduler.pool.num_free,
+        )
+
+    def forget_prefixes(self) -> None:
+        """Drops the prefix cache, because the parameters that made its pages changed."""
+        self.scheduler.forget_prefixes()
+
+    def check(
+        self, prompt_token_ids: list[int], params: SamplingParams, priority: int = 0
+    ) -> None:
+        """Raises `RequestError` for a request that this engine can never serve."""
+        if self._config.scheduling_policy == "fcfs" and priority != 0:
+            raise RequestError(f"priority={priority} needs scheduling_policy='priority'")
+        count, limit = len(prompt_token_ids), self._config.max_model_len
+        if count == 0:
+            raise RequestError("the prompt is empty: at least one token is needed")
+        if count >= limit:
+            raise PromptTooLongError(
+                f"the prompt has {count} tokens; max_model_len={limit} leaves room for a prompt "
+                f"of at most {limit - 1}"
+            )
+        if params.max_tokens is not None and count + params.max_tokens > limit:
+            raise PromptTooLongError(
+                f"prompt of {count} tokens + max_tokens={params.max_tokens} exceeds "
+                f"max_model_len={limit}"
+            )
+        ids = {
+            "prompt token id": prompt_token_ids,
+            "stop_token_ids": params.stop_token_ids,
+            "logit_bias token id": tuple(params.logit_bias or ()),
+        }
+        for name, values in ids.items():
+            if len(values) and not 0 <= min(values) <= max(values) < self._vocab_size:
+                bad = next(v for v in values if not 0 <= v < self._vocab_size)
+                raise RequestError(f"{name} {bad} is not in [0, {self._vocab_size})")
+        if params.stop and self._tokenizer is None:
+            raise RequestError(f"stop={params.stop!r} needs a tokenizer; use stop_token_ids")
+        pages = self.scheduler.pages_for(self._length_limit(count, params))
+        if pages > self.scheduler.pool.num_usable:
+            raise PromptTooLongError(
+                f"prompt of {count} tokens + max_tokens={params.max_tokens} needs {pages} pages of "
+                f"{self._config.page_size} tokens; the engine has "
+                f"{self.scheduler.pool.num_usable}"
+            )
+
+    def _length_limit(self, prompt_tokens: int, params: SamplingParams) -> int:
+        if params.max_tokens is None:
+            return self._config.max_model_len
+        return prompt_tokens + params.max_tokens
+
+    def add(
+        self,
+        request_id: str,
+        prompt: str | None,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        priority: int = 0,
+    ) -> RequestOutput:
+        """Accepts a request; its output object is filled as tokens come.
+
+        Raises:
+          RequestError: it can never be served, or the id is in use.
+        """
+        self.check(prompt_token_ids, params, priority)
+        if request_id in self._requests:
+            raise RequestError(f"request_id {request_id!r} is in use")
+        request = outputs.make_request(
+            request_id, prompt, prompt_token_ids, params, self._tokenizer, self.clock()
+        )
+        seed = params.seed if params.seed is not None else int(self._seeds.integers(2**63))
+        eos = () if params.ignore_eos else self._eos_token_ids
+        for index in range(params.n):
+            sequence = Sequence(
+                request_id=request_id,
+                index=index,
+                tokens=np.array(prompt_token_ids, np.int32),
+                params=params,
+                order=(priority, self._arrivals),
+                max_length=self._length_limit(len(prompt_token_ids), params),
+                stop_ids=tuple({*eos, *params.stop_token_ids}),
+                key=sequence_key(seed, index),
+            )
+            self._arrivals += 1
+            request.sequences.append(sequence)
+            self.scheduler.add(sequence)
+        self._requests[request_id] = request
+        return request.output
+
+    def abort(self, request_id: str) -> list[Delta]:
+        """Ends a request in whatever state it is; an unknown or finished one is left alone."""
+        request = self._requests.pop(request_id, None)
+        if request is None:
+            return []
+        deltas = []
+        for sequence, completion in zip(request.sequences, request.output.outputs, strict=True):
+            if completion.finish_reason is None:
+                self.scheduler.finish(sequence, FinishReason.ABORT)
+                detokenizer = request.detokenizers[sequence.index]
+                text = detokenizer.flush() if detokenizer is not None else ""
+                completion.text += text
+                deltas.append(
+                    outputs.end(
+                        request, sequence.index, FinishReason.ABORT, text, [], self.clock()
+                    )
+                )
+        self._stats.requests_aborted += 1
+        return deltas
+
+    # ---- the loop
+
+    def step(self) -> list[Delta]:
+        """Launches the next step, then reads and delivers the tokens of the one before it."""
+        plan = self.scheduler.plan()
+        launched = None
+        if plan is not None:
+            for _, sequence in plan.admitted:
+                self._admitted(sequence)
+            launched = self._executor.launch(plan)
+            self._stats.steps += 1
+            self._stats.step_tokens += plan.num_tokens
+        finished = self._in_flight if self._config.async_scheduling else launched
+        self._in_flight = launched if self._config.async_scheduling else None
+        if finished is None:
+            return []
+        result = finished.result()
+        committed = self.scheduler.commit(finished.plan, result.tokens)
+        return self._deliver(committed, result)
+
+    def _admitted(self, sequence: Sequence) -> None:
+        metrics = self._requests[sequence.request_id].output.metrics
+        if metrics.first_scheduled_s is None:
+            metrics.first_scheduled_s = self.clock()
+            metrics.num_cached_tokens = sequence.num_cached_tokens
+
+    def _deliver(self, committed: Committed, result: StepResult) -> list[Delta]:
+        now, deltas = self.clock(), []
+        rows = zip(
+            committed.sequences, committed.tokens, committed.result_rows, strict=True
+        )
+        for sequence, token, row in rows:
+            request = self._requests[sequence.request_id]
+            delta = outputs.append_token(request, sequence, token, row, result, now)
+            deltas.append(delta)
+            if delta.finish_reason is not None:
+                self.scheduler.finish(sequence, delta.finish_reason)
+                request.output.metrics.num_preemptions += sequence.num_preemptions
+                if request.output.finished:
+                    del self._requests[sequence.request_id]
+                    self._stats.requests_finished += 1
+        self._stats.generated_tokens += len(deltas)
+        return deltas

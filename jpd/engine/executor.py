@@ -1,0 +1,197 @@
+"""Runs steps on the device: plan -> padded arrays -> compiled step -> tokens.
+
+An executor owns parameters, KV pages and the token history. `launch` returns at once; the
+result is read later, when the next step is already under way.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jpd import ops
+from jpd.config import EngineConfig
+from jpd.engine import batch as batches
+from jpd.engine.compile import CompiledSteps
+from jpd.engine.plan import StepPlan
+from jpd.engine.sampler import Sampled
+from jpd.engine.sampler_inputs import SamplingInputs, SamplingTable
+from jpd.engine.shapes import ShapeTable, StepShape
+from jpd.engine.step import step
+from jpd.models import ModelConfig, Params
+from jpd.types import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step sampled, on the host; one row for each decoding row, then for each chunk."""
+
+    tokens: np.ndarray
+    """`[R]` int32."""
+    sampled: Sampled | None
+    """Log-probabilities as NumPy arrays; None after a greedy step."""
+
+
+class InFlight:
+    """A launched step; `result` waits for it."""
+
+    def __init__(self, plan: StepPlan, shape: StepShape, out: Any) -> None:
+        self.plan = plan
+        self._shape = shape
+        self._out = out
+        for leaf in jax.tree.leaves(out):
+            leaf.copy_to_host_async()
+
+    def result(self) -> StepResult:
+        """Blocks until the device is done."""
+        count, first_chunk = len(self.plan.rows), self._shape.batch
+
+        def used(values: jax.Array) -> np.ndarray:
+            host = np.asarray(values)
+            chunks = host[first_chunk : first_chunk + len(self.plan.chunks)]
+            return np.concatenate([host[:count], chunks]) if len(chunks) else host[:count]
+
+        if isinstance(self._out, Sampled):
+            sampled = jax.tree.map(used, self._out)
+            return StepResult(sampled.tokens, sampled)
+        return StepResult(used(self._out), None)
+
+
+def shape_table(config: EngineConfig) -> ShapeTable:
+    """The step shapes of a resolved configuration."""
+    return ShapeTable(
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_model_len=config.max_model_len,
+        page_size=config.page_size,
+        batch_buckets=config.batch_buckets,
+        token_buckets=config.token_buckets,
+        context_buckets=config.context_buckets,
+    )
+
+
+class Executor:
+    """One device that runs steps.
+
+    Args:
+      config: resolved engine configuration.
+      model_config: the model.
+      params: its parameters, on the device.
+      device: where everything lives.
+      eos_token_ids: banned until a sequence has its `min_tokens`.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        model_config: ModelConfig,
+        params: Params,
+        device: jax.Device,
+        eos_token_ids: tuple[int, ...],
+    ) -> None:
+        self.params = params
+        self.shapes = shape_table(config)
+        self.compiled = CompiledSteps(self._lower)
+        self._config = config
+        self._model = model_config
+        self._device = device
+        # Its last row, for padding, has the number of the history's unowned row.
+        self._sampling = SamplingTable(
+            config.max_num_seqs, MAX_LOGIT_BIAS + MAX_STOP_TOKEN_IDS + len(eos_token_ids)
+        )
+        self._unbiased: dict[int, tuple[jax.Array, jax.Array]] = {}
+        self._eos_token_ids = eos_token_ids
+        self._prompt_lengths = np.zeros(config.max_num_seqs + 1, np.int32)
+        page = (config.page_size, model_config.num_kv_heads, model_config.head_dim)
+        shape = (config.num_pages, *page)
+        with jax.default_device(device):
+            zeros = jax.jit(lambda: jnp.zeros(shape, config.dtype))
+            self.kv = [(zeros(), zeros()) for _ in range(model_config.num_layers)]
+            self.history = jnp.zeros(
+                (config.max_num_seqs + 1, config.max_model_len + 1), jnp.int32
+            )
+        self._set_history = jax.jit(
+            lambda history, row, tokens: history.at[row].set(tokens), donate_argnums=0
+        )
+
+    def _lower(self, shape: StepShape) -> Any:
+        config = self._config
+        fn = partial(step, self._model, shape, config.max_prefills_per_step, config.page_size)
+        inputs = (self.params, self.kv, self.history, *self._host_inputs(shape, None))
+        on_device = jax.sharding.SingleDeviceSharding(self._device)
+        abstract = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=on_device), inputs
+        )
+        with ops.using(config.kernels):
+            return jax.jit(fn, donate_argnums=(1, 2)).lower(*abstract)
+
+    def compile_ahead(self) -> None:
+        """Compiles every step shape and the history update."""
+        self.compiled.compile_ahead(
+            self.shapes.all(), show_progress=self._config.show_progress
+        )
+        self.load_history(self._config.max_num_seqs, np.zeros(0, np.int32))
+
+    def load_history(self, row: int, tokens: np.ndarray) -> None:
+        """Puts the tokens of a row on the device; penalties are computed from them there."""
+        padded = np.zeros(self.history.shape[1], np.int32)
+        padded[: len(tokens)] = tokens
+        self.history = self._set_history(self.history, np.int32(row), padded)
+
+    def _host_inputs(
+        self, shape: StepShape, plan: StepPlan | None
+    ) -> tuple[np.ndarray, SamplingInputs | None, np.ndarray | None]:
+        """The padded inputs of a step; those of an empty one without a plan."""
+        config, chunks = self._config, self._config.max_prefills_per_step
+        if plan is None:
+            packed = np.zeros(batches.packed_size(shape, chunks, config.page_size), np.int32)
+        else:
+            packed = batches.pack(
+                plan,
+                shape,
+                chunks=chunks,
+                page_size=config.page_size,
+                unowned_row=config.max_num_seqs,
+            )
+        if shape.greedy:
+            return packed, None, None
+        batch = batches.unpack(packed, shape, chunks, config.page_size)
+        rows = np.concatenate([batch.rows, batch.chunk_rows])
+        lengths = np.concatenate([batch.positions + 1, batch.chunk_contexts])
+        prompts = self._prompt_lengths[rows]
+        return packed, self._keep_unbiased(self._sampling.rows(rows, lengths - prompts)), prompts
+
+    def _keep_unbiased(self, inputs: SamplingInputs) -> SamplingInputs:
+        """Sends the bias arrays of a step without biases only once for each size."""
+        if inputs.bias_ids.flags.writeable:
+            return inputs
+        size = len(inputs.bias_ids)
+        if size not in self._unbiased:
+            self._unbiased[size] = jax.device_put(
+                (inputs.bias_ids, inputs.bias_values), self._device
+            )
+        ids, values = self._unbiased[size]
+        return replace(inputs, bias_ids=ids, bias_values=values)
+
+    def launch(self, plan: StepPlan) -> InFlight:
+        """Starts a step on the device and returns without waiting for it."""
+        for row, sequence in plan.admitted:
+            self._sampling.set(row, sequence.params, sequence.key, self._eos_token_ids)
+            self._prompt_lengths[row] = sequence.prompt_length
+            if sequence.params.uses_penalties:
+                self.load_history(row, sequence.tokens)
+        shape = self.shapes.pick(
+            len(plan.rows),
+            sum(len(c.tokens) for c in plan.chunks),
+            plan.context_tokens,
+            plan.plain_greedy,
+        )
+        inputs = self._host_inputs(shape, plan)
+        compiled = self.compiled[shape]
+        self.kv, self.history, out = compiled(self.params, self.kv, self.history, *inputs)
+        return InFlight(plan, shape, out)

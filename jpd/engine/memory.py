@@ -1,0 +1,84 @@
+"""How much memory the device has, and how many KV pages fit beside the model."""
+
+from __future__ import annotations
+
+import os
+
+import jax
+
+from jpd.config import EngineConfig
+from jpd.engine.shapes import ShapeTable
+from jpd.errors import ConfigError
+from jpd.models import ModelConfig
+
+_GIB = 1 << 30
+
+
+def device_memory(device: jax.Device) -> int:
+    """Bytes that this process may use on the device; on a CPU, the memory that is available."""
+    stats = device.memory_stats()
+    if stats is not None and "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    try:
+        with open("/proc/meminfo") as file:
+            fields = dict(line.split(":") for line in file)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def page_bytes(config: EngineConfig, model: ModelConfig, itemsize: int) -> int:
+    """Bytes of one page over all layers."""
+    heads = model.num_kv_heads * model.head_dim
+    return 2 * model.num_layers * config.page_size * heads * itemsize
+
+
+def work_bytes(config: EngineConfig, model: ModelConfig, shapes: ShapeTable) -> int:
+    """Estimated work space of the largest step: activations, gathered pages, logits."""
+    tokens = shapes.tokens[-1] + shapes.batches[-1]
+    wide = max(2 * model.ffn_size, (model.num_heads + 2 * model.num_kv_heads) * model.head_dim)
+    activations = 4 * tokens * (wide + 4 * model.hidden_size)
+    rows = shapes.batches[-1] + config.max_prefills_per_step
+    logits = 6 * 4 * rows * model.vocab_size
+    gathered = 3 << 29
+    return activations + logits + gathered
+
+
+def check_model_fits(model_bytes: int, limit: int, utilization: float, device: object) -> None:
+    """Raises `ConfigError` before a model is loaded that cannot fit."""
+    usable = int(limit * utilization)
+    if model_bytes > usable:
+        raise ConfigError(
+            f"the model's weights need {model_bytes / _GIB:.2f} GiB; {device} has "
+            f"{limit / _GIB:.2f} GiB, of which gpu_memory_utilization={utilization} allows "
+            f"{usable / _GIB:.2f} GiB"
+        )
+
+
+def num_pages(
+    config: EngineConfig,
+    model: ModelConfig,
+    shapes: ShapeTable,
+    *,
+    limit: int,
+    model_bytes: int,
+    itemsize: int,
+) -> int:
+    """Pages that fit in what weights and work space leave, and no more than can be used.
+
+    Raises:
+      ConfigError: fewer than two pages fit.
+    """
+    work = work_bytes(config, model, shapes)
+    left = int(limit * config.gpu_memory_utilization) - model_bytes - work
+    fit = left // page_bytes(config, model, itemsize)
+    longest = -(-config.max_model_len // config.page_size)
+    pages = min(fit, longest * config.max_num_seqs + 1)
+    if pages < 2:
+        raise ConfigError(
+            f"no memory is left for KV pages: {limit / _GIB:.2f} GiB x gpu_memory_utilization="
+            f"{config.gpu_memory_utilization} - weights {model_bytes / _GIB:.2f} GiB - work space "
+            f"{work / _GIB:.2f} GiB (lower max_num_batched_tokens={config.max_num_batched_tokens} "
+            f"or max_num_seqs={config.max_num_seqs})"
+        )
+    return pages

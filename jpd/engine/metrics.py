@@ -1,0 +1,28 @@
+"""Counters of a running engine."""
+
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """Counts since the start, and what is held now."""
+
+    steps: int = 0
+    step_tokens: int = 0
+    """Tokens computed, prompt and decode."""
+    generated_tokens: int = 0
+    """Tokens delivered."""
+    requests_finished: int = 0
+    requests_aborted: int = 0
+    preemptions: int = 0
+    prompt_tokens: int = 0
+    """Prompt tokens of admitted sequences, computed or found in the prefix cache."""
+    cached_tokens: int = 0
+    """Those found in the prefix cache."""
+    recompiles: int = 0
+    """Step shapes that were compiled while requests waited."""
+    running: int = 0
+    """Sequences with a row."""
+    waiting: int = 0
+    """Sequences in the queue."""
+    free_pages: int = 0

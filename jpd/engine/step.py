@@ -1,0 +1,128 @@
+"""The compiled step: store KV, attend over pages, sample. A pure function of arrays.
+
+One step serves `B` decoding rows and `T` prompt tokens of up to `N` chunks together: all products
+with weights run over `B + T` tokens, attention runs for each part with the op made for it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jpd import ops
+from jpd.engine import sampler
+from jpd.engine.batch import Batch, unpack
+from jpd.engine.shapes import StepShape
+from jpd.models import ModelConfig, Params, bind
+
+KVPages = list[tuple[jax.Array, jax.Array]]
+"""For each layer, keys and values `[P, S, Hkv, D]`."""
+
+
+class PagedAttend:
+    """The `attend` of a step: writes new keys and values into pages, then attends over them."""
+
+    def __init__(self, config: ModelConfig, kv: KVPages, batch: Batch, page_size: int) -> None:
+        self.kv = list(kv)
+        self._config = config
+        self._batch = batch
+        decode_slots = self._slots(batch.positions, batch.page_table, page_size)
+        rows = batch.chunk_page_table[batch.chunk_of_token] if len(batch.chunk_tokens) else None
+        self._slots_of_tokens = (
+            decode_slots
+            if rows is None
+            else jnp.concatenate(
+                [decode_slots, self._slots(batch.chunk_positions, rows, page_size)]
+            )
+        )
+
+    @staticmethod
+    def _slots(positions: jax.Array, tables: jax.Array, page_size: int) -> jax.Array:
+        """Flat positions in the pages; padding goes to page 0, which nobody reads."""
+        at = jnp.maximum(positions, 0)
+        page = jnp.take_along_axis(tables, (at // page_size)[:, None], axis=1)[:, 0]
+        return jnp.where(positions < 0, 0, page * page_size + at % page_size)
+
+    def __call__(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        b, batch = self._batch, len(self._batch.tokens)
+        pages = ops.write_kv(*self.kv[layer], k, v, self._slots_of_tokens)
+        self.kv[layer] = pages
+        options = {"scale": q.shape[-1] ** -0.5, "window": self._config.windows[layer]}
+        parts = []
+        if batch:
+            parts.append(
+                ops.decode_attention(q[:batch], *pages, b.page_table, b.positions + 1, **options)
+            )
+        if len(b.chunk_tokens):
+            parts.append(
+                ops.prefill_attention(
+                    q[batch:],
+                    *pages,
+                    b.chunk_page_table,
+                    b.chunk_starts,
+                    b.chunk_counts,
+                    b.chunk_contexts,
+                    **options,
+                )
+            )
+        return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+
+
+def step(
+    config: ModelConfig,
+    shape: StepShape,
+    chunks: int,
+    page_size: int,
+    params: Params,
+    kv: KVPages,
+    history: jax.Array,
+    packed: jax.Array,
+    sampling: sampler.SamplingInputs | None,
+    prompt_lengths: jax.Array | None,
+) -> tuple[KVPages, jax.Array, Any]:
+    """Runs one step.
+
+    Args:
+      config, shape, chunks, page_size: static.
+      params: the model's parameters.
+      kv: pages, donated.
+      history: `[rows + 1, max_model_len + 1]` int32 tokens of every row, donated. The newest token
+        of a row is read from here when the host does not know it yet.
+      packed: see `jpd.engine.batch`.
+      sampling: None for a greedy shape, else `R = B + N` rows of sampling inputs.
+      prompt_lengths: `[R]`, with `sampling`.
+
+    Returns:
+      The pages, the history with the sampled tokens, and tokens `[R]` or `Sampled`.
+    """
+    batch = unpack(packed, shape, chunks, page_size)
+    positions = jnp.concatenate([batch.positions, batch.chunk_positions])
+    newest = history[batch.rows, jnp.maximum(batch.positions, 0)]
+    tokens = jnp.concatenate(
+        [jnp.where(batch.tokens < 0, newest, batch.tokens), batch.chunk_tokens]
+    )
+    attend = PagedAttend(config, kv, batch, page_size)
+    model = bind(config, params)
+    hidden = model.hidden(tokens, jnp.maximum(positions, 0), attend)
+
+    rows, lengths = batch.rows, batch.positions + 1
+    if shape.tokens:
+        last = jnp.maximum(batch.chunk_starts + batch.chunk_counts - 1, 0)
+        hidden = jnp.concatenate([hidden[: shape.batch], hidden[shape.batch + last]])
+        rows = jnp.concatenate([rows, batch.chunk_rows])
+        lengths = jnp.concatenate([lengths, batch.chunk_contexts])
+    logits = model.logits(hidden)
+    if sampling is None:
+        out = sampled = sampler.greedy(logits)
+    else:
+        out = sampler.sample(
+            logits,
+            sampling,
+            history=history[rows],
+            prompt_lengths=prompt_lengths,
+            lengths=lengths,
+        )
+        sampled = out.tokens
+    return attend.kv, history.at[rows, lengths].set(sampled), out

@@ -1,0 +1,1 @@
+"""Building blocks of the models, defined with flax.nnx: shapes in, shapes out, calling `jpd.ops`."""

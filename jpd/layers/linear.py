@@ -1,0 +1,38 @@
+"""Linear layer and embedding. Weights keep the `[out, in]` layout of Hugging Face checkpoints."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jpd import ops
+
+
+def normal(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: jnp.dtype) -> nnx.Param:
+    """A weight drawn with standard deviation 0.02, as Llama was."""
+    return nnx.Param(0.02 * jax.random.normal(rngs.params(), shape, dtype))
+
+
+class Linear(nnx.Module):
+    """`[M, K] -> [M, N]`."""
+
+    def __init__(self, inputs: int, outputs: int, *, bias: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.weight = normal(rngs, (outputs, inputs), dtype)
+        self.bias = nnx.Param(jnp.zeros((outputs,), dtype)) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = ops.linear(x, self.weight[...])
+        return y if self.bias is None else y + self.bias[...]
+
+
+class Embedding(nnx.Module):
+    """Token ids `[T]` to vectors `[T, E]`, and vectors back to logits when tied."""
+
+    def __init__(self, vocab_size: int, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.weight = normal(rngs, (vocab_size, width), dtype)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        return self.weight[...][tokens]
+
+    def attend(self, x: jax.Array) -> jax.Array:
+        """`[M, E] -> [M, V]` with the embedding as the output projection."""
+        return ops.linear(x, self.weight[...])

@@ -1,0 +1,18 @@
+"""Root-mean-square normalisation."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+class RMSNorm(nnx.Module):
+    """Normalises the last axis in float32, then scales in the input's dtype."""
+
+    def __init__(self, width: int, eps: float, *, dtype: jnp.dtype):
+        self.weight = nnx.Param(jnp.ones((width,), dtype))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        return y.astype(x.dtype) * self.weight[...]

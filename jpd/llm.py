@@ -1,0 +1,194 @@
+"""The blocking face of the engine."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+from tqdm.auto import tqdm
+
+from jpd import prompts as prompt_forms
+from jpd.config import EngineConfig
+from jpd.engine.build import build
+from jpd.engine.metrics import EngineStats
+from jpd.errors import ConfigError, RequestError
+from jpd.models import Params
+from jpd.types import Delta, RequestOutput, SamplingParams
+
+
+class LLM:
+    """A model that answers prompts.
+
+    Args:
+      model: folder of a checkpoint, or a Hugging Face name.
+      **engine_args: fields of `jpd.EngineConfig`.
+
+    Raises:
+      ConfigError: the model cannot be served as asked; `UnknownArgumentError` for an unknown
+        keyword.
+
+    One thread at a time may use it; `AsyncLLM` serves concurrent callers.
+    """
+
+    def __init__(self, model: str, **engine_args: Any) -> None:
+        self._engine = build(EngineConfig.from_kwargs(model, **engine_args))
+        self._streams: dict[str, deque[Delta]] = {}
+        self._num_requests = 0
+
+    # ---- what researchers look at
+
+    @property
+    def config(self) -> EngineConfig:
+        """The configuration with everything decided."""
+        return self._engine.config
+
+    @property
+    def model_config(self) -> Any:
+        """Shape and options of the model."""
+        return self._engine.model_config
+
+    @property
+    def tokenizer(self) -> Any:
+        """`jpd.text.Tokenizer`, or None."""
+        return self._engine.tokenizer
+
+    @property
+    def params(self) -> Params:
+        """The parameters, a plain pytree; assign a tree of the same shapes to swap them."""
+        return self._engine.executor.params
+
+    @params.setter
+    def params(self, params: Params) -> None:
+        def signature(tree: Params) -> Any:
+            return jax.tree.map(lambda a: (a.shape, str(a.dtype)), tree)
+
+        if signature(params) != signature(self.params):
+            raise ConfigError("params must have the structure, shapes and dtypes of llm.params")
+        self._engine.executor.params = params
+        self._engine.coordinator.forget_prefixes()
+
+    @property
+    def stats(self) -> EngineStats:
+        """What the engine did since it started, and holds now."""
+        return self._engine.coordinator.stats()
+
+    # ---- requests
+
+    def generate(
+        self,
+        prompts: Any,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priority: Sequence[int] | None = None,
+        use_tqdm: bool = False,
+    ) -> list[RequestOutput]:
+        """Answers all prompts and returns their outputs in the same order.
+
+        Args:
+          prompts: text, token ids, `{"prompt": ...}` or `{"prompt_token_ids": ...}`, or a list.
+          sampling_params: for all prompts, or one for each.
+          priority: one for each prompt, with `scheduling_policy="priority"`.
+          use_tqdm: show a bar of finished requests.
+
+        Raises:
+          RequestError: a prompt or parameter is not allowed; then none of them was started.
+        """
+        outputs = self._add(prompts, sampling_params, priority)
+        bar = tqdm(total=len(outputs), desc="generate", unit="req", disable=not use_tqdm)
+        with bar, self._aborting(outputs):
+            while not all(o.finished for o in outputs):
+                self._step()
+                bar.update(sum(o.finished for o in outputs) - bar.n)
+        return outputs
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, str]] | Sequence[Sequence[Mapping[str, str]]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = False,
+    ) -> list[RequestOutput]:
+        """Answers one conversation or several, each a list of `{"role", "content"}`."""
+        single = len(messages) > 0 and isinstance(messages[0], Mapping)
+        conversations = [messages] if single else messages
+        prompts = [{"prompt_token_ids": self.chat_tokens(c)} for c in conversations]
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def chat_tokens(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids of a conversation, ready for the model's turn."""
+        if self.tokenizer is None:
+            raise RequestError("chat needs a tokenizer: skip_tokenizer_init=True was given")
+        return self.tokenizer.apply_chat_template(messages)
+
+    def stream(
+        self,
+        prompts: Any,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priority: Sequence[int] | None = None,
+    ) -> Iterator[Delta]:
+        """Yields what each step adds to each of the prompts' sequences, as it comes.
+
+        `request_id` of the deltas counts up in the order of the prompts. Closing the iterator
+        aborts what is unfinished. Arguments as in `generate`; they are checked at the call.
+        """
+        outputs = self._add(prompts, sampling_params, priority)
+        deltas: deque[Delta] = deque()
+        self._streams.update((o.request_id, deltas) for o in outputs)
+        return self._stream(outputs, deltas)
+
+    def _stream(self, outputs: list[RequestOutput], deltas: deque[Delta]) -> Iterator[Delta]:
+        try:
+            with self._aborting(outputs):
+                while deltas or not all(o.finished for o in outputs):
+                    if deltas:
+                        yield deltas.popleft()
+                    else:
+                        self._step()
+        finally:
+            for output in outputs:
+                self._streams.pop(output.request_id, None)
+
+    def _add(
+        self,
+        prompts: Any,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        priority: Sequence[int] | None,
+    ) -> list[RequestOutput]:
+        """Checks all requests, then queues them all."""
+        batch = prompts if prompt_forms.is_batch(prompts) else [prompts]
+        params = sampling_params if sampling_params is not None else SamplingParams()
+        params = [params] * len(batch) if isinstance(params, SamplingParams) else list(params)
+        priority = [0] * len(batch) if priority is None else list(priority)
+        for name, values in (("sampling_params", params), ("priority", priority)):
+            if len(values) != len(batch):
+                raise RequestError(f"{len(values)} {name} for {len(batch)} prompts")
+        coordinator = self._engine.coordinator
+        tokenized = [prompt_forms.tokenize(p, self.tokenizer) for p in batch]
+        for (_, ids), param, order in zip(tokenized, params, priority, strict=True):
+            coordinator.check(ids, param, order)
+        outputs = []
+        for (text, ids), param, order in zip(tokenized, params, priority, strict=True):
+            request_id = str(self._num_requests)
+            self._num_requests += 1
+            outputs.append(coordinator.add(request_id, text, ids, param, order))
+        return outputs
+
+    def _step(self) -> None:
+        for delta in self._engine.coordinator.step():
+            stream = self._streams.get(delta.request_id)
+            if stream is not None:
+                stream.append(delta)
+
+    @contextlib.contextmanager
+    def _aborting(self, outputs: list[RequestOutput]) -> Iterator[None]:
+        """Gives up what is unfinished when the block is left, however it is left."""
+        try:
+            yield
+        finally:
+            for output in outputs:
+                if not output.finished:
+                    self._engine.coordinator.abort(output.request_id)

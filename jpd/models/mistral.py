@@ -1,0 +1,20 @@
+"""Mistral: Llama with a sliding window."""
+
+from typing import Any
+
+from jpd.models.config import ModelConfig, decoder_from_hf, sliding_layers
+from jpd.models.family import Family
+from jpd.models.llama import NAMES
+
+
+def from_hf(config: dict[str, Any]) -> ModelConfig:
+    """Reads a Mistral `config.json`."""
+    return decoder_from_hf(
+        config,
+        "mistral",
+        tie_embeddings=config.get("tie_word_embeddings", False),
+        windows=sliding_layers(config, from_layer=0),
+    )
+
+
+FAMILY = Family("mistral", ("MistralForCausalLM",), from_hf, NAMES)

@@ -1,0 +1,53 @@
+"""The forms in which callers give prompts, brought to one. Imports no jax."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from operator import index
+from typing import Any
+
+from jpd.errors import RequestError
+from jpd.text import Tokenizer
+
+
+def is_batch(prompts: Any) -> bool:
+    """True for several prompts, False for one (text, token ids, or a dict of either)."""
+    if isinstance(prompts, str | Mapping):
+        return False
+    return len(prompts) == 0 or isinstance(prompts[0], str | Mapping | Sequence) or (
+        getattr(prompts[0], "ndim", 0) == 1
+    )
+
+
+def tokenize(prompt: Any, tokenizer: Tokenizer | None) -> tuple[str | None, list[int]]:
+    """Text (if it came as text) and token ids of one prompt.
+
+    Raises:
+      RequestError: not a prompt, or text without a tokenizer.
+    """
+    if isinstance(prompt, Mapping):
+        keys = set(prompt)
+        if keys not in ({"prompt"}, {"prompt_token_ids"}, {"prompt", "prompt_token_ids"}):
+            raise RequestError(
+                f"a prompt dict has 'prompt' or 'prompt_token_ids', not {sorted(keys)}"
+            )
+        if "prompt_token_ids" in prompt:
+            return prompt.get("prompt"), _ids(prompt["prompt_token_ids"])
+        prompt = prompt["prompt"]
+    if not isinstance(prompt, str):
+        return None, _ids(prompt)
+    if prompt == "":
+        raise RequestError("the prompt is empty: at least one token is needed")
+    if tokenizer is None:
+        raise RequestError("a text prompt needs a tokenizer: skip_tokenizer_init=True was given")
+    return prompt, tokenizer.encode(prompt)
+
+
+def _ids(values: Any) -> list[int]:
+    try:
+        return [index(v) for v in values]
+    except TypeError:
+        raise RequestError(
+            f"a prompt is text or a list of token ids, not {type(values).__name__} "
+            f"{str(values)[:80]!r}"
+        ) from None
