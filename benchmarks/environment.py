@@ -86,8 +86,11 @@ def git_commit(root: Path | None = None) -> str | None:
     """Commit hash of the checkout, "-dirty" appended for changes outside the results folder.
 
     None where there is no repository or no commit. Stored results don't count as changes: a run of
-    several benchmarks would otherwise call itself dirty from the second one on.
+    several benchmarks would otherwise call itself dirty from the second one on. A copy of the tree
+    without `.git` can be told its commit by the environment variable GIT_COMMIT.
     """
+    if told := os.environ.get("GIT_COMMIT"):
+        return told
     root = root or Path(__file__).parent.parent
     commit = _output("git", "rev-parse", "HEAD", cwd=root)
     if commit is None:

@@ -14,7 +14,7 @@ import queue
 import threading
 import weakref
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -179,6 +179,8 @@ class _Stream:
     async def __anext__(self) -> Any:
         if self._left:
             raise StopAsyncIteration
+        if self._mailbox.is_awaited:
+            raise RuntimeError(f"request {self._mailbox.request_id!r} is awaited by another task")
         try:
             return await self._mailbox.take()
         except BaseException:  # its end, a dead engine, or the cancellation of the caller
@@ -210,25 +212,33 @@ class _Mailbox:
         self.output: RequestOutput | None = None
         """The engine's own, which grows with each step."""
         self._items: deque[Any] = deque()
-        self._end: BaseException | None = None
+        self._ended = False
+        self._error: EngineDeadError | None = None
         self._waiter: asyncio.Future[None] | None = None
+
+    @property
+    def is_awaited(self) -> bool:
+        """A task waits for the next item."""
+        return self._waiter is not None and not self._waiter.done()
 
     def contents(self, deltas: list[Delta]) -> list[Any]:
         """What a step leaves here."""
         raise NotImplementedError
 
-    def put(self, items: list[Any], end: BaseException | None) -> None:
-        """Leaves items and, with the last ones, what ends the iteration."""
+    def put(self, items: list[Any], ended: bool, error: EngineDeadError | None = None) -> None:
+        """Leaves items; nothing comes after `ended`, because of `error` if there is one."""
         self._items.extend(items)
-        self._end = end
-        if self._waiter is not None and not self._waiter.done():
+        self._ended, self._error = ended, error
+        if self.is_awaited:
             self._waiter.set_result(None)
 
     async def take(self) -> Any:
-        """The next item, when there is one; raises what ends the iteration."""
+        """The next item, when there is one; raises at the end."""
         while not self._items:
-            if self._end is not None:
-                raise self._end
+            if self._error is not None:
+                raise self._error
+            if self._ended:
+                raise StopAsyncIteration
             self._waiter = self.loop.create_future()
             await self._waiter
         return self._items.popleft()
@@ -256,10 +266,10 @@ class _Snapshots(_Mailbox):
         metrics = replace(self.output.metrics)
         return [replace(self.output, outputs=completions, metrics=metrics)]
 
-    def put(self, items: list[Any], end: BaseException | None) -> None:
+    def put(self, items: list[Any], ended: bool, error: EngineDeadError | None = None) -> None:
         if items:
             self._items.clear()
-        super().put(items, end)
+        super().put(items, ended, error)
 
 
 class _EngineThread:
@@ -343,26 +353,29 @@ class _EngineThread:
 
     def _run(self) -> None:
         try:
-            while True:
-                for command in self._commands():
-                    if command is None:
-                        self._end_all()
-                        return
-                    command()
+            while self._obey():
                 self._publish(self._coordinator.step())
+            self._end_all()
         except BaseException as error:  # nobody may be left waiting, whatever it is
             logger.exception("the engine has stopped")
             self._die(error)
 
-    def _commands(self) -> Iterator[Callable[[], None] | None]:
-        """What callers asked for since the last step; waits for it if there is nothing to do."""
-        if not self._coordinator.has_work:
-            yield self._inbox.get()
+    def _obey(self) -> bool:
+        """Does what callers asked for; waits for it if there is nothing to compute.
+
+        Returns:
+          False if it was to stop.
+        """
+        wait = not self._coordinator.has_work
         while True:
             try:
-                yield self._inbox.get_nowait()
+                command = self._inbox.get(wait)
             except queue.Empty:
-                return
+                return True
+            if command is None:
+                return False
+            command()
+            wait = False
 
     def _add(self, mailbox: _Mailbox, *request: Any) -> None:
         mailbox.output = self._coordinator.add(mailbox.request_id, *request)
@@ -381,12 +394,11 @@ class _EngineThread:
         posts: dict[asyncio.AbstractEventLoop, list[Any]] = {}
         for request_id, new in by_request.items():
             mailbox = self._live[request_id]
-            end = None
-            if mailbox.output.finished:
-                end = StopAsyncIteration()
+            ended = mailbox.output.finished
+            if ended:
                 del self._live[request_id]
                 self._forget(mailbox)
-            posts.setdefault(mailbox.loop, []).append((mailbox, mailbox.contents(new), end))
+            posts.setdefault(mailbox.loop, []).append((mailbox, mailbox.contents(new), ended))
         self._post(posts)
 
     def _post(self, posts: dict[asyncio.AbstractEventLoop, list[Any]]) -> None:
@@ -394,7 +406,7 @@ class _EngineThread:
             try:
                 loop.call_soon_threadsafe(_put_all, mail)
             except RuntimeError:  # the loop was closed: its callers are gone
-                for mailbox, _, _ in mail:
+                for mailbox, *_ in mail:
                     self.abandon(mailbox)
 
     def _end_all(self) -> None:
@@ -406,14 +418,14 @@ class _EngineThread:
     def _die(self, error: BaseException) -> None:
         with self._lock:
             self._cause = error
-            mailboxes = list(self._open.values())
+            mailboxes = {*self._open.values(), *self._live.values()}
             self._open.clear()
         posts: dict[asyncio.AbstractEventLoop, list[Any]] = {}
         for mailbox in mailboxes:
-            posts.setdefault(mailbox.loop, []).append((mailbox, [], self._dead_error()))
+            posts.setdefault(mailbox.loop, []).append((mailbox, [], True, self._dead_error()))
         self._post(posts)
 
 
-def _put_all(mail: list[tuple[_Mailbox, list[Any], BaseException | None]]) -> None:
-    for mailbox, items, end in mail:
-        mailbox.put(items, end)
+def _put_all(mail: list[tuple[_Mailbox, *tuple[Any, ...]]]) -> None:
+    for mailbox, *arguments in mail:
+        mailbox.put(*arguments)

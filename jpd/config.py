@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -24,6 +25,20 @@ def require(ok: bool, name: str, value: object, allowed: str) -> None:
     """Raises `ConfigError` that names the field, its value and what is allowed."""
     if not ok:
         raise ConfigError(f"{name}={value!r} is not allowed: {allowed}")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def check_names(cls: type, names: Iterable[str]) -> None:
+    """Raises `UnknownArgumentError` for a name that is not a field of the dataclass."""
+    known = [f.name for f in dataclasses.fields(cls)]
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
+            raise UnknownArgumentError(f"{cls.__name__} has no field {name!r}{hint}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,9 +117,14 @@ class EngineConfig:
         for name, least in at_least.items():
             value = getattr(self, name)
             if value is not None:
-                require(
-                    isinstance(value, int) and value >= least, name, value, f"an int >= {least}"
-                )
+                ok = _is_int(value) and value >= least
+                require(ok, name, value, f"an int >= {least}")
+        for f in dataclasses.fields(self):
+            if f.type == "bool":
+                value = getattr(self, f.name)
+                require(isinstance(value, bool), f.name, value, "True or False")
+        require(_is_int(self.seed), "seed", self.seed, "an int")
+        require(isinstance(self.kernels, KernelConfig), "kernels", self.kernels, "a KernelConfig")
         tokens, seqs = self.max_num_batched_tokens, self.max_num_seqs
         if tokens is not None:
             require(
@@ -123,10 +143,11 @@ class EngineConfig:
             self.page_size,
             "a power of two",
         )
+        share = self.gpu_memory_utilization
         require(
-            0 < self.gpu_memory_utilization <= 1,
+            isinstance(share, int | float) and not isinstance(share, bool) and 0 < share <= 1,
             "gpu_memory_utilization",
-            self.gpu_memory_utilization,
+            share,
             "in (0, 1]",
         )
         for name, allowed in (
@@ -139,21 +160,19 @@ class EngineConfig:
         for name in ("batch_buckets", "token_buckets", "context_buckets"):
             value = getattr(self, name)
             if value is not None:
-                ok = len(value) > 0 and all(isinstance(v, int) and v > 0 for v in value)
+                ok = isinstance(value, list | tuple) and len(value) > 0
+                ok = ok and all(_is_int(v) and v > 0 for v in value)
                 require(ok, name, value, "a non-empty tuple of positive ints")
                 object.__setattr__(self, name, tuple(sorted(set(value))))
 
     @classmethod
     def from_kwargs(cls, model: str, **kwargs: Any) -> EngineConfig:
         """Builds a config; an unknown keyword raises and names the nearest known one."""
-        known = [f.name for f in dataclasses.fields(cls)]
-        for name in kwargs:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-                hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
-                raise UnknownArgumentError(f"unknown engine argument {name!r}{hint}")
-        if isinstance(kwargs.get("kernels"), dict):
-            kwargs["kernels"] = KernelConfig(**kwargs["kernels"])
+        check_names(cls, kwargs)
+        kernels = kwargs.get("kernels")
+        if isinstance(kernels, dict):
+            check_names(KernelConfig, kernels)
+            kwargs["kernels"] = KernelConfig(**kernels)
         return cls(model=str(model), **kwargs)
 
     def replace(self, **changes: Any) -> EngineConfig:

@@ -161,9 +161,16 @@ class LLM:
         """Checks all requests, then queues them all."""
         batch = prompts if prompt_forms.is_batch(prompts) else [prompts]
         params = sampling_params if sampling_params is not None else SamplingParams()
-        params = [params] * len(batch) if isinstance(params, SamplingParams) else list(params)
-        priority = [0] * len(batch) if priority is None else list(priority)
-        for name, values in (("sampling_params", params), ("priority", priority)):
+        params = [params] * len(batch) if isinstance(params, SamplingParams) else params
+        priority = [0] * len(batch) if priority is None else priority
+        for name, values, kind in (
+            ("sampling_params", params, SamplingParams),
+            ("priority", priority, int),
+        ):
+            if not isinstance(values, Sequence) or not all(isinstance(v, kind) for v in values):
+                raise RequestError(
+                    f"{name}={values!r} is not allowed: a list of {kind.__name__}, one a prompt"
+                )
             if len(values) != len(batch):
                 raise RequestError(f"{len(values)} {name} for {len(batch)} prompts")
         coordinator = self._engine.coordinator

@@ -12,7 +12,7 @@ from jpd.text import Tokenizer
 
 def is_batch(prompts: Any) -> bool:
     """True for several prompts, False for one (text, token ids, or a dict of either)."""
-    if isinstance(prompts, str | Mapping):
+    if isinstance(prompts, str | bytes | Mapping) or not hasattr(prompts, "__len__"):
         return False
     return len(prompts) == 0 or isinstance(prompts[0], str | Mapping | Sequence) or (
         getattr(prompts[0], "ndim", 0) == 1
@@ -45,7 +45,7 @@ def tokenize(prompt: Any, tokenizer: Tokenizer | None) -> tuple[str | None, list
 
 def _ids(values: Any) -> list[int]:
     try:
-        return [index(v) for v in values]
+        return [index(v) for v in (None if isinstance(values, bytes) else values)]
     except TypeError:
         raise RequestError(
             f"a prompt is text or a list of token ids, not {type(values).__name__} "

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TypedDict
 
+from jpd.config import check_names
 from jpd.errors import RequestError
 
 MAX_LOGPROBS = 20
@@ -55,12 +56,18 @@ def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _as_tuple(name: str, values: object) -> tuple:
+    _check(values is None or isinstance(values, Iterable), name, values, "None or a sequence")
+    return tuple(values or ())
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How the tokens of one request are chosen. Names and defaults are vLLM's.
 
     Raises:
       RequestError: a value is out of range, or two values contradict each other.
+      UnknownArgumentError: there is no such parameter.
     """
 
     n: int = 1
@@ -100,11 +107,15 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     """Keep the matched stop string in `text`."""
 
+    def __new__(cls, **options: object) -> SamplingParams:
+        check_names(cls, options)  # before the dataclass, which would not name the nearest
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         set_ = object.__setattr__
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        stop = (self.stop,) if isinstance(self.stop, str) else _as_tuple("stop", self.stop)
         set_(self, "stop", stop)
-        set_(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        set_(self, "stop_token_ids", _as_tuple("stop_token_ids", self.stop_token_ids))
         if self.top_k == -1:
             set_(self, "top_k", 0)
         _check(_is_int(self.n) and self.n >= 1, "n", self.n, "an int >= 1")
@@ -149,6 +160,9 @@ class SamplingParams:
                 self.min_tokens,
                 f"at most max_tokens={self.max_tokens}",
             )
+        for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
+            value = getattr(self, name)
+            _check(isinstance(value, bool), name, value, "True or False")
         for text in stop:
             _check(isinstance(text, str) and text != "", "stop", text, "non-empty strings")
         _check(
@@ -160,11 +174,15 @@ class SamplingParams:
         )
         self._check_contradictions()
         if self.logit_bias is not None:
-            bias = {int(k): v for k, v in self.logit_bias.items()}
-            _check(len(bias) <= MAX_LOGIT_BIAS, "logit_bias", len(bias), "at most 300 entries")
+            ok = isinstance(self.logit_bias, Mapping)
+            _check(ok, "logit_bias", self.logit_bias, "a mapping of token ids to numbers")
+            bias = dict(self.logit_bias)
+            count = f"{len(bias)} entries"
+            _check(len(bias) <= MAX_LOGIT_BIAS, "logit_bias", count, f"at most {MAX_LOGIT_BIAS}")
             for token, value in bias.items():
-                ok = token >= 0 and _is_number(value) and -100 <= value <= 100
-                _check(ok, f"logit_bias[{token}]", value, "token >= 0 and bias in [-100, 100]")
+                ok = _is_int(token) and token >= 0 and _is_number(value) and -100 <= value <= 100
+                allowed = "an int token id >= 0 and a bias in [-100, 100]"
+                _check(ok, f"logit_bias[{token!r}]", value, allowed)
             set_(self, "logit_bias", bias)
 
     def _check_contradictions(self) -> None:

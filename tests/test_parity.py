@@ -108,6 +108,10 @@ def test_greedy_tokens_equal_those_of_transformers(
         max_model_len=256,
         max_num_seqs=4,
         max_num_batched_tokens=max_num_batched_tokens,
+        # One size of each kind keeps the compiler's part of the test small.
+        batch_buckets=(4,),
+        token_buckets=(max_num_batched_tokens,),
+        context_buckets=(128,),
         page_size=16,
         num_pages=64,
         show_progress=False,

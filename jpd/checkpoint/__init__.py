@@ -92,7 +92,7 @@ def load(
 
 def _check_finite(folder: Path, params: Params) -> None:
     """float16 ends at 65504; the other types hold whatever the checkpoint's type held."""
-    faults = Faults(folder)
+    faults = Faults(f"{folder} cannot be loaded as float16")
     for path, leaf in flatten(params):
         if not jnp.isfinite(leaf).all():
             faults.add("parameters with values that float16 cannot hold", dotted(path))

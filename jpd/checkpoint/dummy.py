@@ -27,7 +27,7 @@ def make_params(config: ModelConfig, dtype: str, *, seed: int, device: jax.Devic
     """
     arrays = {}
     with jax.default_device(device):
-        # "rbg" needs one number of work space per weight; threefry on a GPU needs four.
+        # "rbg" is XLA's own generator: one operation, quick to compile at any size.
         root = jax.random.key(seed, impl="rbg")
         for number, (path, leaf) in enumerate(flatten(abstract_params(config, dtype))):
             if len(leaf.shape) > 1:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from jpd.errors import CheckpointError
 
 _SHOWN = 20
 
 
 class Faults:
-    """Faults by kind, in the order in which the kinds were first met."""
+    """Faults by kind, in the order in which the kinds were first met.
 
-    def __init__(self, source: Path):
-        self._source = source
+    Args:
+      outcome: What the faults mean, e.g. "/models/llama cannot be loaded".
+    """
+
+    def __init__(self, outcome: str):
+        self._outcome = outcome
         self._kinds: dict[str, list[str]] = {}
 
     def add(self, kind: str, entry: str) -> None:
@@ -25,7 +27,7 @@ class Faults:
         if not self._kinds:
             return
         total = sum(len(entries) for entries in self._kinds.values())
-        lines = [f"{self._source} cannot be loaded, {total} fault{'s' * (total > 1)} found:"]
+        lines = [f"{self._outcome}, {total} fault{'s' * (total > 1)} found:"]
         for kind, entries in self._kinds.items():
             lines.append(f"  {kind} ({len(entries)}):")
             lines += [f"    {entry}" for entry in entries[:_SHOWN]]

@@ -102,7 +102,7 @@ def _parts(config: ModelConfig, path: ParamPath, shape: tuple[int, ...]) -> list
 
 def _checked(folder: Path, config: ModelConfig, parts: list[_Part]) -> dict[str, StoredTensor]:
     """The folder's tensors by name, all of `parts` among them and all as they must be."""
-    faults = Faults(folder)
+    faults = Faults(f"{folder} cannot be loaded")
     found = _scan(folder, faults)
     required = {part.name: part for part in parts}
     # Without an index nobody knows what an unreadable file held: then more may be there than seen.

@@ -49,7 +49,7 @@ def save_orbax(config: ModelConfig, params: Params, folder: str | Path, source: 
     dtype = str(params["embed"]["weight"].dtype)
     leaves = {dotted(path): leaf for path, leaf in flatten(params)}
     shapes = {name: list(leaf.shape) for name, leaf in leaves.items()}
-    faults = Faults(folder)
+    faults = Faults(f"these parameters cannot be saved to {folder}")
     _check_shapes(shapes, abstract_params(config, dtype), faults)
     for name, leaf in leaves.items():
         if str(leaf.dtype) != dtype:
@@ -112,7 +112,7 @@ def _check(folder: Path, tree: Params) -> None:
         raise CheckpointError(
             f"{folder} was not written, or not to its end, by `jpd convert`: no whole {_MANIFEST}"
         )
-    faults = Faults(folder)
+    faults = Faults(f"{folder} cannot be loaded")
     found = _sizes(folder / SUBFOLDER)
     for name, size in sizes.items():
         if name not in found:

@@ -10,6 +10,7 @@ from jpd.config import EngineConfig
 from jpd.engine.shapes import ShapeTable
 from jpd.errors import ConfigError
 from jpd.models import ModelConfig
+from jpd.ops.attention import BLOCK_BYTES
 
 _GIB = 1 << 30
 
@@ -40,7 +41,7 @@ def work_bytes(config: EngineConfig, model: ModelConfig, shapes: ShapeTable) -> 
     activations = 4 * tokens * (wide + 4 * model.hidden_size)
     rows = shapes.batches[-1] + config.max_prefills_per_step
     logits = 6 * 4 * rows * model.vocab_size
-    gathered = 3 << 29
+    gathered = 3 * BLOCK_BYTES
     return activations + logits + gathered
 
 

@@ -107,9 +107,15 @@ class Scheduler:
         sequence.finish_reason = reason
 
     def forget_prefixes(self) -> None:
-        """Makes nothing that is in the pages now findable by sequences to come."""
+        """Makes nothing that is in the pages now findable by sequences to come.
+
+        Nor what running sequences will store: their KV depends on what they have stored before.
+        """
         if self.cache is not None:
             self.cache.clear()
+            for sequence in self.table.sequences:
+                if sequence is not None:
+                    sequence.findable = False
 
     # ---- plan
 
@@ -302,6 +308,8 @@ class Scheduler:
             # The token's own KV comes with the next step; what is before it is in the pages.
             for i in np.flatnonzero(known % self.page_size == 0).tolist():
                 sequence, count = sequences[i], int(known[i])
+                if not sequence.findable:
+                    continue
                 extend_hashes(
                     sequence.page_names, table.tokens[rows[i], :count], self.page_size
                 )
@@ -329,9 +337,9 @@ class Scheduler:
 
     def _store_names(self, chunk: Chunk) -> None:
         """Makes the pages that a prompt chunk filled findable."""
-        if self.cache is None:
-            return
         sequence = chunk.sequence
+        if self.cache is None or not sequence.findable:
+            return
         for page in range(chunk.start // self.page_size, chunk.end // self.page_size):
             self.cache.insert(sequence.page_names[page], sequence.pages[page])
 

@@ -48,6 +48,8 @@ class Sequence:
     pages: list[int] = field(default_factory=list)
     page_names: list[bytes] = field(default_factory=list)
     """Names of its full pages, for the prefix cache."""
+    findable: bool = True
+    """Its pages may enter the prefix cache: the parameters were not swapped since its admission."""
     token_in_flight: bool = False
     """Preempted while a step that samples its next token was running."""
     num_cached_tokens: int = 0
@@ -106,6 +108,7 @@ class SequenceTable:
         self.page_table[row, : len(sequence.pages)] = sequence.pages
         self.capacity[row] = len(sequence.pages) * self.page_size
         sequence.row = row
+        sequence.findable = True
         sequence.state = State.RUNNING
 
     def add_page(self, row: int, page: int) -> None:

@@ -42,23 +42,28 @@ class ModelConfig:
                 f"num_key_value_heads={self.num_kv_heads}"
             )
 
-    @property
-    def kv_bytes_per_token(self) -> int:
-        """Bytes of keys and values of one token over all layers, at two bytes a number."""
-        return 2 * 2 * self.num_layers * self.num_kv_heads * self.head_dim
-
     def replace(self, **changes: Any) -> ModelConfig:
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)
 
 
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+)
+
+
 def rope_from_hf(config: dict[str, Any]) -> RopeConfig:
-    """Reads `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before).
+    """Reads `rope_parameters` (transformers 5) and `rope_theta`, `rope_scaling` (before; they win).
 
     Raises:
       ConfigError: a scaling that jpd does not know.
     """
-    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    scaling = (config.get("rope_parameters") or {}) | (config.get("rope_scaling") or {})
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     theta = scaling.get("rope_theta") or config.get("rope_theta") or 10_000.0
     if kind not in ("default", "linear", "llama3"):
@@ -69,27 +74,24 @@ def rope_from_hf(config: dict[str, Any]) -> RopeConfig:
         "factor": scaling.get("factor"),
         "low_freq_factor": scaling.get("low_freq_factor"),
         "high_freq_factor": scaling.get("high_freq_factor"),
-        "original_max_position": scaling.get("original_max_position_embeddings"),
+        "original_max_position": config.get("original_max_position_embeddings")
+        or scaling.get("original_max_position_embeddings")
+        or config.get("max_position_embeddings"),
     }
     given = {k: v for k, v in fields.items() if v is not None}
+    needed = {"default": (), "linear": ("factor",), "llama3": tuple(fields)}[kind]
+    missing = [k for k in needed if k not in given]
+    if missing:
+        raise ConfigError(f"rope_type={kind!r} needs {', '.join(missing)}")
     return RopeConfig(theta=float(theta), kind=kind, **given)
 
 
 def decoder_from_hf(config: dict[str, Any], family: str, **options: Any) -> ModelConfig:
     """Reads the fields that all families share; `options` are the family's own."""
-    missing = [
-        k
-        for k in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-        )
-        if k not in config
-    ]
-    if missing:
-        raise ConfigError(f"config.json lacks {', '.join(missing)}")
+    for name in _SIZES:
+        size = config.get(name)
+        if not isinstance(size, int) or size < 1:
+            raise ConfigError(f"config.json: {name}={size!r} is not allowed: an int >= 1")
     activation = config.get("hidden_act", "silu")
     if activation != "silu":
         raise ConfigError(f"hidden_act={activation!r} is not supported: silu")
@@ -107,7 +109,7 @@ def decoder_from_hf(config: dict[str, Any], family: str, **options: Any) -> Mode
         head_dim=config.get("head_dim") or config["hidden_size"] // heads,
         rms_eps=config.get("rms_norm_eps", 1e-6),
         rope=rope_from_hf(config),
-        max_position=config.get("max_position_embeddings", 2048),
+        max_position=config["max_position_embeddings"],
         dtype=config.get("dtype") or config.get("torch_dtype") or "float32",
         eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
         **options,
@@ -120,4 +122,6 @@ def sliding_layers(config: dict[str, Any], *, from_layer: int) -> tuple[int | No
     types = config.get("layer_types")
     if types is None:
         types = ["full_attention"] * from_layer + ["sliding_attention"] * (layers - from_layer)
-    return tuple(window if t == "sliding_attention" else None for t in types[:layers])
+    if len(types) != layers:
+        raise ConfigError(f"layer_types has {len(types)} entries for {layers} layers")
+    return tuple(window if t == "sliding_attention" else None for t in types)

@@ -8,7 +8,8 @@ from jpd.models.llama import NAMES
 
 
 def from_hf(config: dict[str, Any]) -> ModelConfig:
-    """Reads a Mistral `config.json`."""
+    """Reads a Mistral `config.json`; what it leaves out is as in transformers."""
+    config = {"num_key_value_heads": 8, "sliding_window": 4096} | config
     return decoder_from_hf(
         config,
         "mistral",

@@ -12,11 +12,13 @@ def qwen_windows(config: dict[str, Any]) -> tuple[int | None, ...]:
     layers = config["num_hidden_layers"]
     if not config.get("use_sliding_window", False):
         return (None,) * layers
-    return sliding_layers(config, from_layer=min(config.get("max_window_layers", 28), layers))
+    first = config.get("max_window_layers")
+    return sliding_layers(config, from_layer=layers if first is None else min(first, layers))
 
 
 def from_hf(config: dict[str, Any]) -> ModelConfig:
-    """Reads a Qwen2 `config.json`."""
+    """Reads a Qwen2 `config.json`; what it leaves out is as in transformers."""
+    config = {"num_key_value_heads": 32, "sliding_window": 4096} | config
     return decoder_from_hf(
         config,
         "qwen2",

@@ -14,7 +14,8 @@ NAMES = LLAMA_NAMES | {
 
 
 def from_hf(config: dict[str, Any]) -> ModelConfig:
-    """Reads a Qwen3 `config.json`."""
+    """Reads a Qwen3 `config.json`; what it leaves out is as in transformers."""
+    config = {"num_key_value_heads": 32, "sliding_window": 4096} | config
     bias = config.get("attention_bias", False)
     return decoder_from_hf(
         config | {"head_dim": config.get("head_dim") or 128},

@@ -38,7 +38,8 @@ pages are donated.
 """
 
 _NEG_INF = -1e30
-_BLOCK_BYTES = 1 << 29
+BLOCK_BYTES = 1 << 30
+"""Most that the gathered pages or the scores of one block may take."""
 _TILE = 64
 
 
@@ -79,10 +80,11 @@ def _paged_attention(q, k_pages, v_pages, page_table, positions, *, scale, windo
         return out, weights.sum(-1), peak
 
     pages_in_table = page_table.shape[1]
-    per_page = page_size * max(
-        2 * rows * kv_heads * size * k_pages.dtype.itemsize, rows * queries * heads * 4
-    )
-    blocks = math.ceil(pages_in_table * per_page / _BLOCK_BYTES)
+    # With one query for each key XLA's products are sums that read the pages where they are.
+    gathers = group * queries > 1
+    gathered_bytes = gathers * 2 * rows * kv_heads * size * k_pages.dtype.itemsize
+    per_page = page_size * max(gathered_bytes, 4 * rows * queries * heads)
+    blocks = math.ceil(pages_in_table / max(1, BLOCK_BYTES // per_page))
     width = math.ceil(pages_in_table / blocks)
     if blocks == 1:
         out, total, _ = block(page_table, 0)

@@ -1,0 +1,1 @@
+"""Offline benchmarks of the whole engine, as `jpd bench` runs them."""

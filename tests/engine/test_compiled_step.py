@@ -1,0 +1,128 @@
+"""What XLA made of a step: the KV pages are updated where they are, and never copied."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jpd import ops
+from jpd.engine.build import Engine
+from jpd.engine.shapes import StepShape
+from tests import tiny_models
+from tests.engine.tiny_engine import MODEL, drain, fresh, greedy, tiny_engine
+
+_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?\S+ = \w+\[([\d,]*)\]\S* ([\w-]+)\(", re.MULTILINE)
+_ALIAS = re.compile(r"\{(\d+)\}: \((\d+), \{\}, (?:may|must)-alias\)")
+
+IN_PLACE = {"parameter", "bitcast", "scatter", "fusion"}
+"""Pool-sized instructions of a step that copies nothing: views, and the scatters (each in a fusion
+of its own), whose output XLA puts where their operand is."""
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    """Far more pages than the steps need work space, so that one copy of them would show."""
+    folder = tiny_models.make_checkpoint(MODEL, tmp_path_factory.mktemp("model"))
+    return tiny_engine(folder, num_pages=4_099)
+
+
+SHAPES = pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param(StepShape(8, 0, 128, True), id="decode"),
+        pytest.param(StepShape(8, 0, 128, False), id="decode-sampling"),
+        pytest.param(StepShape(8, 32, 128, False), id="mixed"),
+    ],
+)
+
+
+def opcodes_of_size(hlo: str, size: int) -> Counter[str]:
+    """How often each operation gives an array of `size` elements, in whatever shape."""
+    found = _INSTRUCTION.findall(hlo)
+    assert len(found) > 5, "this is no HLO that the test can read"
+    return Counter(op for dims, op in found if math.prod(map(int, filter(None, dims.split(",")))) == size)
+
+
+def test_the_shapes_under_test_are_all_there_are(engine: Engine) -> None:
+    (mark,) = [SHAPES.mark]
+    shapes = {param.values[0] for param in mark.args[1]}
+    assert shapes == set(engine.executor.shapes.all()) == set(engine.executor.compiled._steps)
+
+
+@SHAPES
+def test_no_step_copies_the_pages(engine: Engine, shape: StepShape) -> None:
+    leaves = jax.tree.leaves(engine.executor.kv)
+    found = opcodes_of_size(engine.executor.compiled[shape].as_text(), leaves[0].size)
+    assert set(found) <= IN_PLACE, f"{shape}: {found}"
+    assert found["scatter"] == found["fusion"] == len(leaves)
+
+
+@SHAPES
+def test_every_page_array_leaves_the_step_where_it_came_in(
+    engine: Engine, shape: StepShape
+) -> None:
+    executor, compiled = engine.executor, engine.executor.compiled[shape]
+    head = compiled.as_text().split("entry_computation_layout", 1)[0]
+    alias = {int(out): int(into) for out, into in _ALIAS.findall(head)}
+    donated = len(jax.tree.leaves(executor.kv)) + 1  # and the token history
+    first = len(jax.tree.leaves(executor.params))
+    assert alias == {i: first + i for i in range(donated)}
+    memory = compiled.memory_analysis()
+    kv_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(executor.kv))
+    assert memory.alias_size_in_bytes == kv_bytes + executor.history.nbytes
+    assert memory.temp_size_in_bytes < jax.tree.leaves(executor.kv)[0].nbytes
+
+
+def test_serving_never_moves_the_pages(engine: Engine) -> None:
+    def addresses() -> list[int]:
+        arrays = [*jax.tree.leaves(engine.executor.kv), engine.executor.history]
+        return [a.unsafe_buffer_pointer() for a in arrays]
+
+    before, coordinator = addresses(), fresh(engine)
+    for i, prompt in enumerate(([7] * 50, [9, 8, 7], list(range(40)))):
+        coordinator.add(str(i), None, prompt, greedy(max_tokens=10))
+    drain(coordinator)
+    assert coordinator.stats().steps > 10
+    assert addresses() == before
+
+
+def test_the_reader_sees_a_copy_where_there_is_one() -> None:
+    """Without donation XLA must copy the pages before it writes; so must a transposed use."""
+    pages, rows = jnp.zeros((64, 8, 2, 32)), jnp.ones((3, 2, 32))
+    slots = jnp.array([8, 9, 200])
+
+    def write(k, v, rows, slots):
+        return ops.write_kv(k, v, rows, rows, slots)
+
+    kept = jax.jit(write).lower(pages, pages, rows, slots).compile()
+    found = opcodes_of_size(kept.as_text(), pages.size)
+    assert found["copy"] == 2
+    assert not _ALIAS.findall(kept.as_text())
+    donated = jax.jit(write, donate_argnums=(0, 1)).lower(pages, pages, rows, slots).compile()
+    assert set(opcodes_of_size(donated.as_text(), pages.size)) <= IN_PLACE
+    assert len(_ALIAS.findall(donated.as_text())) == 2
+
+
+def test_padding_writes_to_page_zero_only(engine: Engine) -> None:
+    coordinator = fresh(engine)
+    coordinator.add("a", None, [5, 6, 7], greedy(max_tokens=3, ignore_eos=True))
+    (sequence,) = coordinator._requests["a"].sequences
+    marked = [jnp.full_like(leaf, 123.0) for leaf in jax.tree.leaves(engine.executor.kv)]
+    engine.executor.kv = jax.tree.unflatten(jax.tree.structure(engine.executor.kv), marked)
+    pages = []
+    while coordinator.has_work:
+        coordinator.step()
+        pages = sequence.pages or pages
+    assert len(pages) == 1
+    for leaf in jax.tree.leaves(engine.executor.kv):
+        touched = np.flatnonzero((np.asarray(leaf) != 123.0).any((1, 2, 3)))
+        assert set(touched.tolist()) == {0, *pages}
+        # Three prompt tokens and the two generated ones that were fed back.
+        used = (np.asarray(leaf)[pages[0]] != 123.0).any((1, 2))
+        assert used.tolist() == [True] * 5 + [False] * 3

@@ -1,0 +1,312 @@
+"""The engine's loop on a device without a model: aborts, stops, priorities, text and times."""
+
+from __future__ import annotations
+
+import itertools
+from functools import cache
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers
+
+from jpd.config import EngineConfig
+from jpd.engine.coordinator import Coordinator
+from jpd.engine.executor import shape_table
+from jpd.engine.sequence import State
+from jpd.errors import PromptTooLongError, RequestError
+from jpd.text import Tokenizer
+from jpd.types import Delta, FinishReason, SamplingParams
+from tests.engine.fake_device import VOCAB, FakeDevice, output_alone
+from tests.engine.tiny_engine import drain
+
+LETTERS = "abcdefgh"
+MAX_LEN = 32
+
+
+@cache
+def letters() -> Tokenizer:
+    """Token i is the i-th letter."""
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Backend(models.BPE({c: i for i, c in enumerate(LETTERS)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend), "letters")
+
+
+def make(eos: tuple[int, ...] = (), tokenizer: Tokenizer | None = None, **options: Any):
+    """A coordinator whose clock counts its readings."""
+    sizes = {
+        "max_model_len": MAX_LEN,
+        "max_num_seqs": 4,
+        "max_num_batched_tokens": 16,
+        "page_size": 4,
+        "num_pages": 40,
+    }
+    config = EngineConfig(model="none", **(sizes | options))
+    device = FakeDevice(
+        config.num_pages,
+        config.page_size,
+        config.max_num_seqs,
+        config.max_model_len,
+        config.max_prefills_per_step,
+        shape_table(config),
+    )
+    clock = itertools.count(1).__next__
+    model = SimpleNamespace(vocab_size=VOCAB)
+    return Coordinator(config, model, device, tokenizer, eos, clock=lambda: float(clock()))
+
+
+def sequences_of(coordinator: Coordinator, request_id: str):
+    return coordinator._requests[request_id].sequences
+
+
+def alone(prompt: list[int], max_tokens: int, stop_ids: tuple[int, ...] = ()) -> list[int]:
+    return output_alone(tuple(prompt), len(prompt) + max_tokens, stop_ids)
+
+
+# ---- aborts
+
+
+def stage(coordinator: Coordinator, request_id: str) -> str:
+    sequence = sequences_of(coordinator, request_id)[0]
+    if sequence.state is State.WAITING:
+        return "preempted" if sequence.num_preemptions else "waiting"
+    return "decoding" if coordinator.scheduler.table.decoding[sequence.row] else "prefilling"
+
+
+@pytest.mark.parametrize("asynchronous", [True, False], ids=["in_flight", "synchronous"])
+@pytest.mark.parametrize("wanted", ["waiting", "prefilling", "decoding", "preempted"])
+def test_an_abort_in_any_state_ends_one_request_and_no_other(
+    wanted: str, asynchronous: bool
+) -> None:
+    # The pages hold two of the three at their full length: the last is preempted on the way.
+    coordinator = make(num_pages=17, max_num_batched_tokens=8, async_scheduling=asynchronous)
+    prompts = [[i, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2] for i in range(3)]
+    outputs = [
+        coordinator.add(str(i), None, p, SamplingParams(temperature=0, max_tokens=20))
+        for i, p in enumerate(prompts)
+    ]
+    while stage(coordinator, "2") != wanted:
+        assert coordinator.has_work
+        coordinator.step()
+    assert (coordinator._in_flight is not None) == (asynchronous and wanted != "waiting")
+    before = list(outputs[2].outputs[0].token_ids)
+    (delta,) = coordinator.abort("2")
+    assert delta == Delta("2", 0, "", [], FinishReason.ABORT)
+    assert outputs[2].finished
+    assert outputs[2].outputs[0].finish_reason is FinishReason.ABORT
+    coordinator.scheduler.check_integrity()
+    assert coordinator.abort("2") == []
+    drain(coordinator)
+    assert outputs[2].outputs[0].token_ids == before == alone(prompts[2], 20)[: len(before)]
+    for output, prompt in zip(outputs[:2], prompts, strict=False):
+        assert output.outputs[0].token_ids == alone(prompt, 20)
+        assert output.outputs[0].finish_reason is FinishReason.LENGTH
+    stats = coordinator.stats()
+    assert (stats.requests_finished, stats.requests_aborted) == (2, 1)
+
+
+def test_an_abort_ends_what_is_left_of_n_sequences() -> None:
+    coordinator = make(max_num_seqs=2)
+    params = SamplingParams(n=3, max_tokens=4)  # the fake device gives all of them the same
+    output = coordinator.add("a", None, [1, 2, 3], params)
+    while sum(c.finish_reason is not None for c in output.outputs) < 2:
+        coordinator.step()
+    assert not output.finished
+    assert [d.index for d in coordinator.abort("a")] == [2]
+    drain(coordinator)
+    reasons = [c.finish_reason for c in output.outputs]
+    assert reasons == [FinishReason.LENGTH, FinishReason.LENGTH, FinishReason.ABORT]
+    assert output.finished
+
+
+def test_an_unknown_or_finished_request_is_not_aborted() -> None:
+    coordinator = make()
+    output = coordinator.add("a", None, [1], SamplingParams(temperature=0, max_tokens=2))
+    drain(coordinator)
+    assert coordinator.abort("a") == coordinator.abort("nobody") == []
+    assert output.outputs[0].finish_reason is FinishReason.LENGTH
+    assert coordinator.stats().requests_aborted == 0
+
+
+# ---- ends
+
+
+def test_n_sequences_are_counted_and_finish_together() -> None:
+    coordinator = make()
+    output = coordinator.add("a", None, [1, 2, 3], SamplingParams(n=3, max_tokens=4))
+    drain(coordinator)
+    assert [c.index for c in output.outputs] == [0, 1, 2]
+    assert all(c.token_ids == alone([1, 2, 3], 4) for c in output.outputs)
+    assert output.metrics.num_generated_tokens == 12
+    assert coordinator.stats().requests_finished == 1
+
+
+def test_max_tokens_none_fills_max_model_len() -> None:
+    coordinator = make()
+    output = coordinator.add("a", None, [3, 1], SamplingParams(temperature=0, max_tokens=None))
+    drain(coordinator)
+    assert output.outputs[0].token_ids == alone([3, 1], MAX_LEN - 2)
+    assert output.outputs[0].finish_reason is FinishReason.LENGTH
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_stop_ids_end_of_sequence_and_ignore_eos(asynchronous: bool) -> None:
+    prompt = [1, 2, 3]
+    free = alone(prompt, 20)
+    eos, own = free[4], next(t for t in free if t != free[4] and free.index(t) > 0)
+    coordinator = make(eos=(eos,), async_scheduling=asynchronous)
+    cases = {
+        "eos": (SamplingParams(temperature=0, max_tokens=20), (eos,)),
+        "own": (SamplingParams(temperature=0, max_tokens=20, stop_token_ids=[own]), (eos, own)),
+        "ignore": (SamplingParams(temperature=0, max_tokens=20, ignore_eos=True), ()),
+        "both": (
+            SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, stop_token_ids=[own]),
+            (own,),
+        ),
+    }
+    outputs = {
+        name: coordinator.add(name, None, prompt, params) for name, (params, _) in cases.items()
+    }
+    drain(coordinator)
+    for name, (params, stop_ids) in cases.items():
+        completion, want = outputs[name].outputs[0], alone(prompt, 20, stop_ids)
+        assert completion.token_ids == want, name
+        stopped = want[-1] in stop_ids
+        assert completion.finish_reason == ("stop" if stopped else "length")
+        own_stop = stopped and want[-1] in params.stop_token_ids
+        assert completion.stop_reason == (want[-1] if own_stop else None)
+
+
+def text_of(ids: list[int]) -> str:
+    return "".join(LETTERS[i] for i in ids)
+
+
+@pytest.mark.parametrize("include", [False, True])
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_stop_string_over_several_tokens_ends_the_text_before_it(
+    include: bool, asynchronous: bool
+) -> None:
+    coordinator = make(tokenizer=letters(), async_scheduling=asynchronous)
+    prompt = [1, 2, 3]
+    ids = alone(prompt, 20)
+    stop = text_of(ids[6:9])
+    at = text_of(ids).index(stop)
+    params = SamplingParams(
+        temperature=0, max_tokens=20, stop=["zzz", stop], include_stop_str_in_output=include
+    )
+    output = coordinator.add("a", "bcd", prompt, params)
+    other = coordinator.add("b", None, prompt, SamplingParams(temperature=0, max_tokens=20))
+    deltas = []
+    while coordinator.has_work:
+        deltas += [d for d in coordinator.step() if d.request_id == "a"]
+    completion = output.outputs[0]
+    assert completion.text == text_of(ids[: at + 3 if include else at])
+    assert completion.token_ids == ids[: at + 3]
+    assert completion.finish_reason is FinishReason.STOP
+    assert completion.stop_reason == stop
+    # What was streamed is what the output holds: no letter of the stop string came early.
+    assert "".join(d.text for d in deltas) == completion.text
+    assert list(itertools.chain(*(d.token_ids for d in deltas))) == completion.token_ids
+    assert [d.finish_reason for d in deltas][-1] is FinishReason.STOP
+    assert other.outputs[0].text == text_of(ids)
+
+
+def test_an_unfinished_stop_string_is_shown_at_the_end() -> None:
+    coordinator = make(tokenizer=letters())
+    ids = alone([1, 2, 3], 6)
+    stop = text_of(ids[-2:]) + "zz"
+    params = SamplingParams(temperature=0, max_tokens=6, stop=stop)
+    output = coordinator.add("a", None, [1, 2, 3], params)
+    drain(coordinator)
+    assert output.outputs[0].text == text_of(ids)
+    assert output.outputs[0].finish_reason is FinishReason.LENGTH
+
+
+def test_an_abort_delivers_text_that_was_held_back() -> None:
+    coordinator = make(tokenizer=letters())
+    ids = alone([1, 2, 3], 6)
+    params = SamplingParams(temperature=0, max_tokens=6, stop=text_of(ids[2:4]) + "zz")
+    output = coordinator.add("a", None, [1, 2, 3], params)
+    while len(output.outputs[0].token_ids) < 4:
+        coordinator.step()
+    assert output.outputs[0].text == text_of(ids[:2])
+    (delta,) = coordinator.abort("a")
+    assert delta.text == text_of(ids[2:4])
+    assert output.outputs[0].text == text_of(ids[:4])
+    drain(coordinator)
+
+
+def test_the_text_of_a_stop_token_is_not_shown() -> None:
+    coordinator = make(tokenizer=letters())
+    ids = alone([1, 2, 3], 10)
+    stop = ids[3]
+    want = alone([1, 2, 3], 10, (stop,))
+    params = SamplingParams(temperature=0, max_tokens=10, stop_token_ids=[stop])
+    output = coordinator.add("a", None, [1, 2, 3], params)
+    drain(coordinator)
+    assert output.outputs[0].token_ids == want
+    assert output.outputs[0].text == text_of(want[:-1])
+
+
+# ---- order, limits and counters
+
+
+def test_priority_decides_who_is_served_first() -> None:
+    coordinator = make(scheduling_policy="priority", max_num_seqs=1)
+    priorities = [2, 0, 1, 0]
+    outputs = [
+        coordinator.add(str(i), None, [i], SamplingParams(temperature=0, max_tokens=3), p)
+        for i, p in enumerate(priorities)
+    ]
+    drain(coordinator)
+    order = sorted(range(4), key=lambda i: outputs[i].metrics.first_token_s)
+    assert order == [1, 3, 2, 0]
+
+
+def test_a_priority_needs_the_policy() -> None:
+    coordinator = make()
+    with pytest.raises(RequestError, match=r"priority=3 needs scheduling_policy='priority'"):
+        coordinator.add("a", None, [1], SamplingParams(), 3)
+
+
+def test_a_request_that_the_pages_can_never_hold_is_refused_and_the_others_go_on() -> None:
+    coordinator = make(num_pages=5)
+    params = SamplingParams(temperature=0, max_tokens=8)
+    output = coordinator.add("a", None, [1, 2, 3], params)
+    coordinator.step()
+    with pytest.raises(PromptTooLongError, match=r"12 tokens \+ max_tokens=8 needs 5 pages of 4"):
+        coordinator.add("b", None, [1] * 12, params)
+    coordinator.add("largest", None, [1] * 9, params)
+    with pytest.raises(RequestError, match="'a' is in use"):
+        coordinator.add("a", None, [1], params)
+    drain(coordinator)
+    assert output.outputs[0].token_ids == alone([1, 2, 3], 8)
+
+
+def test_times_and_counts_of_a_request() -> None:
+    coordinator = make(max_num_seqs=2, num_pages=9)
+    outputs = [
+        coordinator.add(str(i), None, [i] * 9, SamplingParams(temperature=0, max_tokens=16))
+        for i in range(2)
+    ]
+    assert coordinator.stats().waiting == 2
+    drain(coordinator)
+    for output in outputs:
+        m = output.metrics
+        assert m.arrival_s < m.first_scheduled_s < m.first_token_s < m.finished_s
+        assert m.ttft_s == m.first_token_s - m.arrival_s
+        assert m.tpot_s == (m.finished_s - m.first_token_s) / 15
+    stats = coordinator.stats()
+    assert [o.metrics.num_preemptions for o in outputs] == [0, stats.preemptions]
+    assert stats.preemptions > 0
+    assert stats.generated_tokens == 32
+    assert stats.prompt_tokens == 18
+    assert stats.step_tokens >= 18 + 30
+    again = coordinator.add("2", None, [0] * 9, SamplingParams(temperature=0, max_tokens=1))
+    drain(coordinator)
+    assert again.metrics.num_cached_tokens == 8
+    assert again.metrics.tpot_s is None
