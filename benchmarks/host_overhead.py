@@ -74,9 +74,7 @@ class Bench:
     def _pack(self, plan):
         tokens = sum(len(c.tokens) for c in plan.chunks)
         shape = self._shapes.pick(len(plan.rows), tokens, plan.context_tokens, True)
-        return batches.pack(
-            plan, shape, chunks=CHUNKS, page_size=PAGE_SIZE, unowned_row=SEQUENCES
-        )
+        return batches.pack(plan, shape, chunks=CHUNKS, page_size=PAGE_SIZE, unowned_row=SEQUENCES)
 
     def _deliver(self, committed, result):
         rows = zip(committed.sequences, committed.tokens, committed.result_rows, strict=True)

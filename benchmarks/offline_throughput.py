@@ -87,8 +87,9 @@ def main() -> None:
         max_model_len=max_len,
         max_num_seqs=rows,
         max_num_batched_tokens=min(2048, max_len),
+        batch_buckets=tuple(b for b in (8, 32, 64, 128, 256) if b <= rows),
         token_buckets=(min(512, max_len), min(2048, max_len)),
-        context_buckets=tuple(c for c in (512, 1024, 2048, 4096) if c <= max_len),
+        context_buckets=tuple(c for c in (1024, 2048, 4096) if c <= max_len),
         enable_prefix_caching=False,
     )
     coordinator, case = engine.coordinator, f"{model} azure_conv n={count}"

@@ -99,7 +99,7 @@ class EngineConfig:
     context_buckets: tuple[int, ...] | None = None
     """Context lengths in tokens that steps are compiled for."""
     compilation_cache_dir: str | None = None
-    """Folder of the persistent compilation cache; `~/.cache/jpd/xla` when not given, "" for none."""
+    """Folder of the persistent compilation cache; "" for none, `~/.cache/jpd/xla` by default."""
     show_progress: bool = True
     """Progress bars for loading and compiling, on stderr."""
     kernels: KernelConfig = field(default_factory=KernelConfig)
@@ -115,8 +115,8 @@ class EngineConfig:
             "num_pages": 2,  # page 0 is never given out: padded rows write there
         }
         for name, least in at_least.items():
-            value = getattr(self, name)
-            if value is not None:
+            value, optional = getattr(self, name), getattr(EngineConfig, name) is None
+            if value is not None or not optional:
                 ok = _is_int(value) and value >= least
                 require(ok, name, value, f"an int >= {least}")
         for f in dataclasses.fields(self):

@@ -126,7 +126,7 @@ class _Panel:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         table = Table.grid(padding=(0, 1))
-        room = options.max_width - 24
+        room = max(options.max_width - 24, 8)
         for i, (prompt, _) in enumerate(PROMPTS):
             output = self._outputs.get(i)
             if output is None:
@@ -145,7 +145,9 @@ class _Panel:
             console.print(text, end="\n\n")
 
 
-async def _answer_all(llm: AsyncLLM, update: Callable[[int, RequestOutput], None]):
+async def _answer_all(
+    llm: AsyncLLM, update: Callable[[int, RequestOutput], None]
+) -> list[RequestOutput]:
     """Sends all prompts at once; returns their last outputs."""
 
     async def answer(i: int) -> RequestOutput:
@@ -187,7 +189,7 @@ def run(model: str) -> None:
     from jpd import AsyncLLM
 
     console = Console()
-    print(f"Loading {model} and compiling its steps (kept for the next time).")
+    print(f"Loading {model} and compiling its steps (kept for the next time).", flush=True)
     llm = AsyncLLM(model, **ENGINE)
     try:
         start = time.perf_counter()

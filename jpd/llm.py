@@ -96,7 +96,7 @@ class LLM:
         Raises:
           RequestError: a prompt or parameter is not allowed; then none of them was started.
         """
-        outputs = self._add(prompts, sampling_params, priority)
+        outputs = self._queue(self._checked(prompts, sampling_params, priority))
         bar = tqdm(total=len(outputs), desc="generate", unit="req", disable=not use_tqdm)
         with bar, self._aborting(outputs):
             while not all(o.finished for o in outputs):
@@ -132,15 +132,17 @@ class LLM:
     ) -> Iterator[Delta]:
         """Yields what each step adds to each of the prompts' sequences, as it comes.
 
-        `request_id` of the deltas counts up in the order of the prompts. Closing the iterator
-        aborts what is unfinished. Arguments as in `generate`; they are checked at the call.
+        `request_id` of the deltas counts up in the order of the prompts. Arguments as in
+        `generate`. They are checked at the call; the requests begin when the first delta is asked
+        for. Closing the iterator aborts what is unfinished.
         """
-        outputs = self._add(prompts, sampling_params, priority)
+        return self._stream(self._checked(prompts, sampling_params, priority))
+
+    def _stream(self, requests: list[tuple[Any, ...]]) -> Iterator[Delta]:
+        # Queued here and not in `stream`: an iterator that was never started is never closed.
+        outputs = self._queue(requests)
         deltas: deque[Delta] = deque()
         self._streams.update((o.request_id, deltas) for o in outputs)
-        return self._stream(outputs, deltas)
-
-    def _stream(self, outputs: list[RequestOutput], deltas: deque[Delta]) -> Iterator[Delta]:
         try:
             with self._aborting(outputs):
                 while deltas or not all(o.finished for o in outputs):
@@ -152,13 +154,13 @@ class LLM:
             for output in outputs:
                 self._streams.pop(output.request_id, None)
 
-    def _add(
+    def _checked(
         self,
         prompts: Any,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         priority: Sequence[int] | None,
-    ) -> list[RequestOutput]:
-        """Checks all requests, then queues them all."""
+    ) -> list[tuple[str | None, list[int], SamplingParams, int]]:
+        """Text, token ids, parameters and priority of each request, when all are allowed."""
         batch = prompts if prompt_forms.is_batch(prompts) else [prompts]
         params = sampling_params if sampling_params is not None else SamplingParams()
         params = [params] * len(batch) if isinstance(params, SamplingParams) else params
@@ -175,13 +177,18 @@ class LLM:
                 raise RequestError(f"{len(values)} {name} for {len(batch)} prompts")
         coordinator = self._engine.coordinator
         tokenized = [prompt_forms.tokenize(p, self.tokenizer) for p in batch]
-        for (_, ids), param, order in zip(tokenized, params, priority, strict=True):
-            coordinator.check(ids, param, order)
-        outputs = []
+        requests = []
         for (text, ids), param, order in zip(tokenized, params, priority, strict=True):
-            request_id = str(self._num_requests)
+            coordinator.check(ids, param, order)
+            requests.append((text, ids, param, order))
+        return requests
+
+    def _queue(self, requests: list[tuple[Any, ...]]) -> list[RequestOutput]:
+        """Queues checked requests under the next numbers."""
+        outputs = []
+        for request in requests:
+            outputs.append(self._engine.coordinator.add(str(self._num_requests), *request))
             self._num_requests += 1
-            outputs.append(coordinator.add(request_id, text, ids, param, order))
         return outputs
 
     def _step(self) -> None:

@@ -14,8 +14,10 @@ def is_batch(prompts: Any) -> bool:
     """True for several prompts, False for one (text, token ids, or a dict of either)."""
     if isinstance(prompts, str | bytes | Mapping) or not hasattr(prompts, "__len__"):
         return False
-    return len(prompts) == 0 or isinstance(prompts[0], str | Mapping | Sequence) or (
-        getattr(prompts[0], "ndim", 0) == 1
+    return (
+        len(prompts) == 0
+        or isinstance(prompts[0], str | Mapping | Sequence)
+        or (getattr(prompts[0], "ndim", 0) == 1)
     )
 
 

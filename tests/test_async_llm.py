@@ -240,6 +240,18 @@ def test_abort_of_a_waiting_request(llm):
     assert (output.outputs[0].token_ids, output.outputs[0].finish_reason) == ([], "abort")
 
 
+def test_late_abort_spares_the_next_owner_of_the_id(llm):
+    async def main():
+        first = llm.generate([5], GREEDY, request_id="x")
+        mailbox = llm._thread.find("x")
+        await last(first)
+        second = llm.generate([6], LONG, request_id="x")
+        llm._thread.abort(mailbox)
+        return await last(second)
+
+    assert run(main()).outputs[0].finish_reason is FinishReason.LENGTH
+
+
 def leave_by_break(llm):
     async def leave():
         async for _ in llm.generate([5], LONG, request_id="x"):

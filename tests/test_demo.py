@@ -6,7 +6,7 @@ import re
 import pytest
 from rich.console import Console
 
-from jpd import box, demo
+from jpd import CompletionOutput, RequestMetrics, RequestOutput, box, demo
 from tests.faces import make_model
 
 
@@ -56,11 +56,29 @@ def test_terminal(folder, monkeypatch, capsys):
     assert demo.main([str(folder)]) == 0
     text = screen.getvalue()
     assert "[5] waits" in text
-    assert "[0] writes" in text
     for i, (prompt, _) in enumerate(demo.PROMPTS):
         assert f"[{i}] {prompt[:30]}" in text
     assert "generated tokens" in text
     assert re.search(r"\d+ tokens in", capsys.readouterr().out)
+
+
+def test_panel_shows_the_end_of_each_text():
+    def output(text, finished):
+        completion = CompletionOutput(0, text, token_ids=[1] * 7)
+        return RequestOutput("0", None, [1], [completion], RequestMetrics(0.0), finished)
+
+    panel = demo._Panel()
+    panel.update(0, output(" was\n" + "x" * 100 + " the end", False))
+    panel.update(1, output("", True))
+    screen = io.StringIO()
+    Console(file=screen, width=60).print(panel)
+    lines = [line.rstrip() for line in screen.getvalue().splitlines()]
+    assert len(lines) == len(demo.PROMPTS)
+    assert lines[0].startswith("[0] writes 7 tok xxx")
+    assert lines[0].endswith("x the end")
+    assert lines[1].startswith("[1] done   7 tok ")
+    assert lines[5].startswith("[5] waits        The white whale")
+    assert all(len(line) <= 60 for line in lines)
 
 
 def test_errors(monkeypatch, tmp_path, capsys):

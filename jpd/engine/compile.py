@@ -64,9 +64,7 @@ class CompiledSteps:
             start = time.perf_counter()
             compiled = self._steps[shape] = self._lower(shape).compile()
             self.recompiles += 1
-            logger.warning(
-                "compiled %s while serving: %.1f s", shape, time.perf_counter() - start
-            )
+            logger.warning("compiled %s while serving: %.1f s", shape, time.perf_counter() - start)
         return compiled
 
     def temp_bytes(self) -> int:

@@ -95,9 +95,7 @@ class Coordinator:
         """Drops the prefix cache, because the parameters that made its pages changed."""
         self.scheduler.forget_prefixes()
 
-    def check(
-        self, prompt_token_ids: list[int], params: SamplingParams, priority: int = 0
-    ) -> None:
+    def check(self, prompt_token_ids: list[int], params: SamplingParams, priority: int = 0) -> None:
         """Raises `RequestError` for a request that this engine can never serve."""
         if self._config.scheduling_policy == "fcfs" and priority != 0:
             raise RequestError(f"priority={priority} needs scheduling_policy='priority'")
@@ -189,9 +187,7 @@ class Coordinator:
                 text = detokenizer.flush() if detokenizer is not None else ""
                 completion.text += text
                 deltas.append(
-                    outputs.end(
-                        request, sequence.index, FinishReason.ABORT, text, [], self.clock()
-                    )
+                    outputs.end(request, sequence.index, FinishReason.ABORT, text, [], self.clock())
                 )
         self._stats.requests_aborted += 1
         return deltas
@@ -224,9 +220,7 @@ class Coordinator:
 
     def _deliver(self, committed: Committed, result: StepResult) -> list[Delta]:
         now, deltas = self.clock(), []
-        rows = zip(
-            committed.sequences, committed.tokens, committed.result_rows, strict=True
-        )
+        rows = zip(committed.sequences, committed.tokens, committed.result_rows, strict=True)
         for sequence, token, row in rows:
             request = self._requests[sequence.request_id]
             delta = outputs.append_token(request, sequence, token, row, result, now)

@@ -6,6 +6,7 @@ result is read later, when the next step is already under way.
 
 from __future__ import annotations
 
+import atexit
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -75,6 +76,12 @@ def shape_table(config: EngineConfig) -> ShapeTable:
     )
 
 
+def _finish(newest: list[InFlight]) -> None:
+    """Waits for a step: jax 0.11 aborts a process that ends while results are copied."""
+    for step_in_flight in newest:
+        step_in_flight.result()
+
+
 class Executor:
     """One device that runs steps.
 
@@ -97,6 +104,9 @@ class Executor:
         self.params = params
         self.shapes = shape_table(config)
         self.compiled = CompiledSteps(self._lower)
+        # The step launched last; at exit it may run still, though this executor be gone.
+        self._newest: list[InFlight] = []
+        atexit.register(_finish, self._newest)
         self._config = config
         self._model = model_config
         self._device = device
@@ -112,9 +122,7 @@ class Executor:
         with jax.default_device(device):
             zeros = jax.jit(lambda: jnp.zeros(shape, config.dtype))
             self.kv = [(zeros(), zeros()) for _ in range(model_config.num_layers)]
-            self.history = jnp.zeros(
-                (config.max_num_seqs + 1, config.max_model_len + 1), jnp.int32
-            )
+            self.history = jnp.zeros((config.max_num_seqs + 1, config.max_model_len + 1), jnp.int32)
         self._set_history = jax.jit(
             lambda history, row, tokens: history.at[row].set(tokens), donate_argnums=0
         )
@@ -132,9 +140,7 @@ class Executor:
 
     def compile_ahead(self) -> None:
         """Compiles every step shape and the history update."""
-        self.compiled.compile_ahead(
-            self.shapes.all(), show_progress=self._config.show_progress
-        )
+        self.compiled.compile_ahead(self.shapes.all(), show_progress=self._config.show_progress)
         self.load_history(self._config.max_num_seqs, np.zeros(0, np.int32))
 
     def load_history(self, row: int, tokens: np.ndarray) -> None:
@@ -194,4 +200,5 @@ class Executor:
         inputs = self._host_inputs(shape, plan)
         compiled = self.compiled[shape]
         self.kv, self.history, out = compiled(self.params, self.kv, self.history, *inputs)
-        return InFlight(plan, shape, out)
+        self._newest[:] = [InFlight(plan, shape, out)]
+        return self._newest[0]

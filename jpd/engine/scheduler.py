@@ -145,9 +145,7 @@ class Scheduler:
 
         positions = table.computed[rows]
         tokens = np.where(table.known[rows] > positions, table.tokens[rows, positions], -1)
-        context = max(
-            int(positions.max(initial=-1)) + 1, max((c.end for c in chunks), default=0)
-        )
+        context = max(int(positions.max(initial=-1)) + 1, max((c.end for c in chunks), default=0))
         width = -(-context // self.page_size)
         chunk_rows = [c.row for c in chunks]
         plan = StepPlan(
@@ -310,9 +308,7 @@ class Scheduler:
                 sequence, count = sequences[i], int(known[i])
                 if not sequence.findable:
                     continue
-                extend_hashes(
-                    sequence.page_names, table.tokens[rows[i], :count], self.page_size
-                )
+                extend_hashes(sequence.page_names, table.tokens[rows[i], :count], self.page_size)
                 page = count // self.page_size - 1
                 self.cache.insert(sequence.page_names[page], sequence.pages[page])
         stopped = (table.stop_ids[rows] == tokens[:, None]).any(1)

@@ -122,7 +122,9 @@ class SequenceTable:
         """Takes the row back; `sequence.tokens` then holds everything known."""
         row = sequence.row
         sequence.tokens = self.tokens[row, : self.known[row]].copy()
-        sequence.token_in_flight = bool(self.decoding[row] and self.known[row] <= self.computed[row])
+        sequence.token_in_flight = bool(
+            self.decoding[row] and self.known[row] <= self.computed[row]
+        )
         sequence.row = -1
         self.sequences[row] = None
         self.serial[row] = 0

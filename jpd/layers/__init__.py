@@ -1,1 +1,1 @@
-"""Building blocks of the models, defined with flax.nnx: shapes in, shapes out, calling `jpd.ops`."""
+"""Building blocks of models, defined with flax.nnx: shapes in, shapes out, calling `jpd.ops`."""

@@ -37,9 +37,7 @@ def inverse_frequencies(config: RopeConfig, head_dim: int) -> np.ndarray:
     return freq.astype(np.float32)
 
 
-def angles(
-    config: RopeConfig, head_dim: int, positions: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def angles(config: RopeConfig, head_dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Cosine and sine `[T, 1, D / 2]` float32 for positions `[T]`."""
     phase = positions.astype(jnp.float32)[:, None] * inverse_frequencies(config, head_dim)
     return jnp.cos(phase)[:, None], jnp.sin(phase)[:, None]

@@ -10,6 +10,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from jpd.ops.registry import Op, register
 
@@ -41,6 +42,7 @@ _NEG_INF = -1e30
 BLOCK_BYTES = 1 << 30
 """Most that the gathered pages or the scores of one block may take."""
 _TILE = 64
+_SINGLE_ROW_SPLITS = 4
 
 
 def _paged_attention(q, k_pages, v_pages, page_table, positions, *, scale, window):
@@ -54,54 +56,42 @@ def _paged_attention(q, k_pages, v_pages, page_table, positions, *, scale, windo
     group = heads // kv_heads
     precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
     q = q.reshape(rows, queries, kv_heads, group, size)
+    products = {"precision": precision, "preferred_element_type": jnp.float32}
 
-    def block(table, first_page):
-        """Unnormalised output, row sum and row maximum over the pages of `table`."""
+    def scores_and_values(table, first_page):
+        """Masked scores `[R, Hkv, G, Q, tokens]` float32 and values `[R, tokens, Hkv, D]`."""
         keys = k_pages[table].reshape(rows, -1, kv_heads, size)
         values = v_pages[table].reshape(rows, -1, kv_heads, size)
         at = first_page * page_size + jnp.arange(keys.shape[1])
         seen = at <= positions[:, :, None]
         if window is not None:
             seen &= at > positions[:, :, None] - window
-        seen = seen[:, None, None]  # [R, 1, 1, Q, tokens]
-        scores = jnp.einsum(
-            "rqhgd,rthd->rhgqt", q, keys, precision=precision, preferred_element_type=jnp.float32
-        )
-        scores = jnp.where(seen, scores * scale, _NEG_INF)
-        peak = scores.max(-1)
-        weights = jnp.where(seen, jnp.exp(scores - peak[..., None]), 0.0)
-        out = jnp.einsum(
-            "rhgqt,rthd->rhgqd",
-            weights.astype(values.dtype),
-            values,
-            precision=precision,
-            preferred_element_type=jnp.float32,
-        )
-        return out, weights.sum(-1), peak
+        scores = jnp.einsum("rqhgd,rthd->rhgqt", q, keys, **products) * scale
+        return jnp.where(seen[:, None, None], scores, _NEG_INF), values
+
+    def weigh(weights, values):
+        return jnp.einsum("rhgqt,rthd->rhgqd", weights.astype(values.dtype), values, **products)
 
     pages_in_table = page_table.shape[1]
-    # With one query for each key XLA's products are sums that read the pages where they are.
-    gathers = group * queries > 1
-    gathered_bytes = gathers * 2 * rows * kv_heads * size * k_pages.dtype.itemsize
+    gathered_bytes = 2 * rows * kv_heads * size * k_pages.dtype.itemsize
     per_page = page_size * max(gathered_bytes, 4 * rows * queries * heads)
     blocks = math.ceil(pages_in_table / max(1, BLOCK_BYTES // per_page))
     width = math.ceil(pages_in_table / blocks)
     if blocks == 1:
-        out, total, _ = block(page_table, 0)
+        scores, values = scores_and_values(page_table, 0)
+        out = weigh(jax.nn.softmax(scores, axis=-1), values)
     else:
         table = jnp.pad(page_table, ((0, 0), (0, blocks * width - pages_in_table)))
         table = table.reshape(rows, blocks, width).swapaxes(0, 1)
 
         def step(carry, xs):
             out, total, peak = carry
-            new_out, new_total, new_peak = block(*xs)
-            top = jnp.maximum(peak, new_peak)
-            old, new = jnp.exp(peak - top), jnp.exp(new_peak - top)
-            return (
-                out * old[..., None] + new_out * new[..., None],
-                total * old + new_total * new,
-                top,
-            ), None
+            scores, values = scores_and_values(*xs)
+            new_peak = jnp.maximum(peak, scores.max(-1))
+            weights = jnp.exp(scores - new_peak[..., None])
+            keep = jnp.exp(peak - new_peak)
+            out = out * keep[..., None] + weigh(weights, values)
+            return (out, total * keep + weights.sum(-1), new_peak), None
 
         shape = (rows, kv_heads, group, queries)
         zero = (
@@ -110,12 +100,47 @@ def _paged_attention(q, k_pages, v_pages, page_table, positions, *, scale, windo
             jnp.full(shape, _NEG_INF, jnp.float32),
         )
         (out, total, _), _ = jax.lax.scan(step, zero, (table, jnp.arange(blocks) * width))
-    out = out / jnp.maximum(total, 1e-30)[..., None]
+        out = out / total[..., None]
+    # A query without a position saw nothing but the mask; its mean over everything is no result.
+    out = jnp.where(positions[:, None, None, :, None] < 0, 0.0, out)
     return jnp.moveaxis(out, 3, 1).reshape(rows, queries, heads, size).astype(q.dtype)
 
 
+def _multi_head_decode(q, k_pages, v_pages, page_table, lengths, *, scale, window):
+    """Decode attention where every query head has keys of its own.
+
+    Nothing is used twice, so products and sums are as good as dots, and XLA reads the pages where
+    they are: no gathered copy. The barrier and the layouts make it so; without them XLA rotates q
+    again for every key and writes a transposed copy of the values.
+    """
+    rows, heads, size = q.shape
+    q, k_pages, v_pages = jax.lax.optimization_barrier((q, k_pages, v_pages))
+    keys = k_pages[page_table].reshape(rows, -1, heads, size)
+    values = v_pages[page_table].reshape(rows, -1, heads, size)
+    at = jnp.arange(keys.shape[1])
+    seen = at < lengths[:, None]
+    if window is not None:
+        seen &= at >= lengths[:, None] - window
+    scores = (q[:, None].astype(jnp.float32) * keys.astype(jnp.float32)).sum(-1)
+    scores = with_layout_constraint(scores.swapaxes(1, 2), Layout((0, 1, 2)))
+    scores = jax.lax.optimization_barrier(scores) * scale
+    scores = jnp.where(seen[:, None], scores, _NEG_INF)
+    weights = with_layout_constraint(jax.nn.softmax(scores, axis=-1), Layout((0, 1, 2)))
+    weights = weights.swapaxes(1, 2)[..., None]
+    # A single row is summed in parts, which keep more of the chip busy.
+    splits = math.gcd(_SINGLE_ROW_SPLITS, keys.shape[1]) if rows == 1 else 1
+    parts = (weights * values.astype(jnp.float32)).reshape(rows, splits, -1, heads, size)
+    parts = with_layout_constraint(parts, Layout((0, 1, 2, 3, 4)))
+    out = jax.lax.optimization_barrier(parts.sum(2)).sum(1)
+    return jnp.where(lengths[:, None, None] > 0, out, 0.0).astype(q.dtype)
+
+
 def decode_attention_xla(q, k_pages, v_pages, page_table, lengths, *, scale, window=None):
-    """Gathers each row's pages and attends with XLA's dots."""
+    """Sums over the pages with a key for each query head, else gathers and dots."""
+    if q.shape[1] == k_pages.shape[2]:
+        return _multi_head_decode(
+            q, k_pages, v_pages, page_table, lengths, scale=scale, window=window
+        )
     out = _paged_attention(
         q[:, None],
         k_pages,

@@ -257,9 +257,7 @@ def test_logprobs_are_those_of_the_dense_model(engine: Engine) -> None:
         want = np.asarray(jax.nn.log_softmax(logits.astype(np.float64), axis=-1))
         total = 0.0
         assert len(completion.logprobs) == len(completion.token_ids)
-        for row, token, entry in zip(
-            want, completion.token_ids, completion.logprobs, strict=True
-        ):
+        for row, token, entry in zip(want, completion.token_ids, completion.logprobs, strict=True):
             top = np.argsort(-row)[: param.logprobs].tolist()
             assert list(entry) == [token, *(t for t in top if t != token)]
             for other, logprob in entry.items():

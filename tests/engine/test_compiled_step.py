@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 import re
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +16,12 @@ import numpy as np
 import pytest
 
 from jpd import ops
+from jpd.config import KernelConfig
 from jpd.engine.build import Engine
+from jpd.engine.executor import Executor
+from jpd.engine.plan import StepPlan
 from jpd.engine.shapes import StepShape
+from jpd.ops import registry
 from tests import tiny_models
 from tests.engine.tiny_engine import MODEL, drain, fresh, greedy, tiny_engine
 
@@ -46,7 +54,9 @@ def opcodes_of_size(hlo: str, size: int) -> Counter[str]:
     """How often each operation gives an array of `size` elements, in whatever shape."""
     found = _INSTRUCTION.findall(hlo)
     assert len(found) > 5, "this is no HLO that the test can read"
-    return Counter(op for dims, op in found if math.prod(map(int, filter(None, dims.split(",")))) == size)
+    return Counter(
+        op for dims, op in found if math.prod(map(int, filter(None, dims.split(",")))) == size
+    )
 
 
 def test_the_shapes_under_test_are_all_there_are(engine: Engine) -> None:
@@ -109,6 +119,31 @@ def test_the_reader_sees_a_copy_where_there_is_one() -> None:
     assert len(_ALIAS.findall(donated.as_text())) == 2
 
 
+@pytest.mark.parametrize("last", ["", "del engine, coordinator"])
+def test_a_process_may_end_while_a_step_runs(tmp_path: Path, last: str) -> None:
+    folder = tiny_models.make_checkpoint(MODEL, tmp_path)
+    script = (
+        "import pathlib, sys\n"
+        "from tests.engine.tiny_engine import *\n"
+        "engine = tiny_engine(pathlib.Path(sys.argv[1]))\n"
+        "coordinator = fresh(engine)\n"
+        "params = SamplingParams(n=8, max_tokens=50)\n"
+        "coordinator.add('a', None, [5] * 70, params)\n"
+        f"coordinator.step()\n{last}"
+    )
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(folder)],
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_padding_writes_to_page_zero_only(engine: Engine) -> None:
     coordinator = fresh(engine)
     coordinator.add("a", None, [5, 6, 7], greedy(max_tokens=3, ignore_eos=True))
@@ -126,3 +161,43 @@ def test_padding_writes_to_page_zero_only(engine: Engine) -> None:
         # Three prompt tokens and the two generated ones that were fed back.
         used = (np.asarray(leaf)[pages[0]] != 123.0).any((1, 2))
         assert used.tolist() == [True] * 5 + [False] * 3
+
+
+def test_a_step_runs_the_kernels_that_its_config_names(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = registry._OPS["linear"]
+    monkeypatch.setattr(table, "implementations", dict(table.implementations))
+    plain = table.implementations["xla"]
+    ops.register("linear", "mine", lambda x, weight: jnp.negative(plain(x, -weight)))
+    config = engine.config.replace(kernels=KernelConfig(linear="mine"))
+    (device,) = engine.executor.history.devices()
+    params = engine.executor.params
+    executor = Executor(config, engine.model_config, params, device, ())
+    before = ops.choices()
+    executor.launch(one_row_plan())
+    after = ops.choices()
+    assert executor.compiled.recompiles == 1
+    # Four products a layer, and the logits.
+    traced = after["linear", "mine"] - before.get(("linear", "mine"), 0)
+    assert traced == 4 * engine.model_config.num_layers + 1
+    assert after["linear", "xla"] == before["linear", "xla"]
+    assert after["decode_attention", "xla"] > before["decode_attention", "xla"]
+
+
+def one_row_plan() -> StepPlan:
+    """One row at position 0, on page 1."""
+    one, zero = np.ones((1, 1), np.int32), np.zeros(1, np.int32)
+    return StepPlan(
+        rows=zero,
+        serials=zero,
+        sequences=[],
+        tokens=zero,
+        positions=zero,
+        page_table=one,
+        chunks=[],
+        chunk_page_table=np.zeros((0, 1), np.int32),
+        admitted=[],
+        context_tokens=1,
+        plain_greedy=True,
+    )

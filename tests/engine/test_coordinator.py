@@ -13,7 +13,8 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from jpd.config import EngineConfig
 from jpd.engine.coordinator import Coordinator
-from jpd.engine.executor import shape_table
+from jpd.engine.executor import StepResult, shape_table
+from jpd.engine.plan import StepPlan
 from jpd.engine.sequence import State
 from jpd.errors import PromptTooLongError, RequestError
 from jpd.text import Tokenizer
@@ -250,6 +251,40 @@ def test_the_text_of_a_stop_token_is_not_shown() -> None:
     drain(coordinator)
     assert output.outputs[0].token_ids == want
     assert output.outputs[0].text == text_of(want[:-1])
+
+
+# ---- the order of events
+
+
+@pytest.mark.parametrize(
+    ("asynchronous", "want"),
+    [
+        (True, ["launch 0", "launch 1", "result 0", "launch 2", "result 1", "result 2"]),
+        (False, ["launch 0", "result 0", "launch 1", "result 1", "launch 2", "result 2"]),
+    ],
+)
+def test_the_next_step_is_launched_before_the_tokens_of_the_last_are_read(
+    asynchronous: bool, want: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    coordinator = make(async_scheduling=asynchronous)
+    events: list[str] = []
+    launch = FakeDevice.launch
+
+    def recording(device: FakeDevice, plan: StepPlan) -> SimpleNamespace:
+        number = sum(e.startswith("launch") for e in events)
+        events.append(f"launch {number}")
+        step = launch(device, plan)
+
+        def result() -> StepResult:
+            events.append(f"result {number}")
+            return step.result()
+
+        return SimpleNamespace(plan=plan, result=result)
+
+    monkeypatch.setattr(FakeDevice, "launch", recording)
+    coordinator.add("a", None, [1, 2, 3], SamplingParams(temperature=0, max_tokens=3))
+    drain(coordinator)
+    assert events == want
 
 
 # ---- order, limits and counters

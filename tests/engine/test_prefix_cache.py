@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from jpd.engine.pages import PagePool
 from jpd.engine.prefix_cache import PrefixCache, extend_hashes
 from jpd.engine.sequence import State
-from tests.engine.test_scheduler import World
+from tests.engine.world import World
 
 PAGE = 4
 

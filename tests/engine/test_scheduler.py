@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
 
-import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -18,153 +16,13 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from jpd.engine.plan import Committed, StepPlan
-from jpd.engine.scheduler import Scheduler
 from jpd.engine.sequence import Sequence, State
-from jpd.engine.shapes import ShapeTable
-from jpd.types import FinishReason, SamplingParams
-from tests.engine.fake_device import FakeDevice, FakeStep, output_alone, run_alone
+from jpd.types import FinishReason
+from tests.engine.fake_device import run_alone
+from tests.engine.world import MAX_LEN, World
 
-MAX_LEN = 32
 COMMON = run_alone((1, 2, 3), MAX_LEN)[0]
 """Prompts begin with some of these, so that they share pages."""
-
-
-@dataclass
-class World:
-    """A scheduler with a fake device and one step in flight; the loop is the coordinator's."""
-
-    page_size: int = 4
-    num_pages: int = 40
-    rows: int = 4
-    max_tokens: int = 16
-    max_chunks: int = 3
-    caching: bool = True
-    one_in_flight: bool = True
-    got: dict[Sequence, list[int]] = field(default_factory=dict)
-    in_flight: FakeStep | None = None
-    arrivals: int = 0
-
-    def __post_init__(self) -> None:
-        self.scheduler = Scheduler(
-            max_num_seqs=self.rows,
-            max_model_len=MAX_LEN,
-            max_num_batched_tokens=self.max_tokens,
-            max_prefills_per_step=self.max_chunks,
-            num_pages=self.num_pages,
-            page_size=self.page_size,
-            max_stop_ids=3,
-            enable_prefix_caching=self.caching,
-        )
-        shapes = ShapeTable(
-            max_num_seqs=self.rows,
-            max_num_batched_tokens=self.max_tokens,
-            max_model_len=MAX_LEN,
-            page_size=self.page_size,
-        )
-        self.device = FakeDevice(
-            self.num_pages, self.page_size, self.rows, MAX_LEN, self.max_chunks, shapes
-        )
-
-    def add(
-        self,
-        prompt: list[int] | tuple[int, ...],
-        new_tokens: int,
-        *,
-        stop_ids: tuple[int, ...] = (),
-        priority: int = 0,
-    ) -> Sequence:
-        """Queues a sequence, shorter than asked where the pages could never hold it."""
-        longest = min(MAX_LEN, self.scheduler.pool.num_usable * self.page_size + 1)
-        prompt = prompt[: longest - 1]
-        sequence = Sequence(
-            request_id=str(self.arrivals),
-            index=0,
-            tokens=np.array(prompt, np.int32),
-            params=SamplingParams(temperature=0),
-            order=(priority, self.arrivals),
-            max_length=min(longest, len(prompt) + new_tokens),
-            stop_ids=stop_ids,
-        )
-        self.arrivals += 1
-        self.got[sequence] = []
-        self.scheduler.add(sequence)
-        return sequence
-
-    def in_state(self, *states: State) -> list[Sequence]:
-        return [s for s in self.got if s.state in states]
-
-    def plan(self) -> StepPlan | None:
-        """Plans a step and checks what holds for every plan."""
-        before = self.in_state(State.RUNNING)
-        plan = self.scheduler.plan()
-        victims = [s.order for s in before if s.state is State.WAITING]
-        kept = [s.order for s in before if s.state is State.RUNNING]
-        if victims:
-            assert plan is None or not plan.admitted, "one preempted, another admitted"
-            assert not kept or max(kept) < min(victims), "not the last in order was preempted"
-        if plan is None:
-            return None
-        assert 0 < plan.num_tokens <= self.max_tokens
-        assert len(plan.chunks) <= self.max_chunks
-        rows = [*plan.rows.tolist(), *(c.row for c in plan.chunks)]
-        assert len(rows) == len(set(rows)) <= self.rows
-        waiting = [s.order for s in self.in_state(State.WAITING)]
-        if plan.admitted and waiting:
-            assert max(s.order for _, s in plan.admitted) < min(waiting), "served out of order"
-        return plan
-
-    def step(self) -> Committed | None:
-        """plan(n + 1), launch(n + 1), commit(n); or all of one step at once."""
-        plan = self.plan()
-        launched = None if plan is None else self.device.launch(plan)
-        finished = self.in_flight if self.one_in_flight else launched
-        self.in_flight = launched if self.one_in_flight else None
-        if finished is None:
-            return None
-        plan = finished.plan
-        due = [*plan.sequences, *(c.sequence for c in plan.chunks if c.last)]
-        due = [s for s in due if s.state is not State.FINISHED]
-        done = self.scheduler.commit(plan, finished.result().tokens)
-        assert set(done.sequences) == set(due), "a token was lost"
-        assert len(done.sequences) == len(due)
-        for sequence, token in zip(done.sequences, done.tokens, strict=True):
-            self.got[sequence].append(token)
-            self.check_output(sequence)
-        return done
-
-    def check_output(self, sequence: Sequence) -> None:
-        got, alone = self.got[sequence], alone_output(sequence)
-        assert got == alone[: len(got)]
-        if sequence.finish_reason is FinishReason.ABORT:
-            return
-        assert (sequence.finish_reason is not None) == (len(got) == len(alone))
-        if sequence.finish_reason is not None:
-            stopped = got[-1] in sequence.stop_ids
-            assert sequence.finish_reason == (FinishReason.STOP if stopped else "length")
-
-    def abort(self, sequence: Sequence) -> None:
-        self.scheduler.finish(sequence, FinishReason.ABORT)
-
-    def drain(self) -> None:
-        """Runs until nothing is left; every page is free then, and every output complete."""
-        for _ in range(100 + 40 * len(self.got)):
-            if not self.scheduler.has_work and self.in_flight is None:
-                break
-            self.step()
-            self.scheduler.check_integrity()
-        assert not self.scheduler.has_work, "the scheduler hangs"
-        for sequence in self.got:
-            assert sequence.state is State.FINISHED
-            self.check_output(sequence)
-        pool = self.scheduler.pool
-        assert pool.num_free == pool.num_usable, "a page leaked"
-        assert self.scheduler.table.num_free_rows == self.rows
-
-
-def alone_output(sequence: Sequence) -> list[int]:
-    prompt = tuple(sequence.tokens[: sequence.prompt_length].tolist())
-    return output_alone(prompt, sequence.max_length, sequence.stop_ids)
 
 
 def stage(world: World, sequence: Sequence) -> str:
@@ -234,16 +92,31 @@ class SchedulerMachine(RuleBasedStateMachine):
     def run_on(self, count: int) -> None:
         self.step(count)
 
-    @precondition(lambda self: self.world.in_state(State.WAITING, State.RUNNING))
+    def unfinished(self, *stages: str) -> list[Sequence]:
+        found = self.world.in_state(State.WAITING, State.RUNNING)
+        return [s for s in found if stage(self.world, s) in stages]
+
+    def abort_one_of(self, sequences: list[Sequence], data: st.DataObject) -> None:
+        sequence = data.draw(st.sampled_from(sequences))
+        seen["abort " + stage(self.world, sequence)] += 1
+        seen["abort in flight"] += self.world.in_flight is not None
+        self.world.abort(sequence)
+
+    @precondition(lambda self: self.unfinished("waiting", "decoding"))
     @rule(data=st.data())
     def abort(self, data: st.DataObject) -> None:
-        unfinished = self.world.in_state(State.WAITING, State.RUNNING)
-        stages = [stage(self.world, s) for s in unfinished]
-        chosen = data.draw(st.sampled_from([s for s in STAGES if s in stages]))
-        candidates = [s for s, at in zip(unfinished, stages, strict=True) if at == chosen]
-        seen["abort " + chosen] += 1
-        seen["abort in flight"] += self.world.in_flight is not None
-        self.world.abort(data.draw(st.sampled_from(candidates)))
+        self.abort_one_of(self.unfinished("waiting", "decoding"), data)
+
+    # States that pass quickly have a rule of their own, so that they are hit often enough.
+    @precondition(lambda self: self.unfinished("preempted"))
+    @rule(data=st.data())
+    def abort_preempted(self, data: st.DataObject) -> None:
+        self.abort_one_of(self.unfinished("preempted"), data)
+
+    @precondition(lambda self: self.unfinished("prefilling"))
+    @rule(data=st.data())
+    def abort_prefilling(self, data: st.DataObject) -> None:
+        self.abort_one_of(self.unfinished("prefilling"), data)
 
     @precondition(lambda self: self.world.in_state(State.RUNNING))
     @rule()
@@ -326,9 +199,7 @@ def test_the_last_in_order_is_preempted_and_computed_again(priorities: tuple[int
     victims: list[int] = []
     for _ in range(60):
         world.step()
-        victims += [
-            i for i, s in enumerate(sequences) if s.num_preemptions and i not in victims
-        ]
+        victims += [i for i, s in enumerate(sequences) if s.num_preemptions and i not in victims]
     last_first = sorted(range(3), key=lambda i: sequences[i].order, reverse=True)
     assert victims, "nothing was preempted"
     assert victims == last_first[: len(victims)]

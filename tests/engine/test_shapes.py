@@ -173,7 +173,7 @@ def test_a_packed_plan_unpacks_to_itself_and_padding(rows: list[int], lengths: l
     assert (out.chunk_positions[used:] == -1).all()
     np.testing.assert_array_equal(out.chunk_of_token[:used], np.repeat(np.arange(n), lengths))
     starts = np.cumsum([0, *lengths])
-    np.testing.assert_array_equal(out.chunk_starts[: n + 1], starts[: CHUNKS])
+    np.testing.assert_array_equal(out.chunk_starts[: n + 1], starts[:CHUNKS])
     assert (np.diff(out.chunk_starts) >= 0).all()
     np.testing.assert_array_equal(out.chunk_counts, [*lengths, *[0] * (CHUNKS - n)])
     np.testing.assert_array_equal(out.chunk_contexts[:n], [c.end for c in plan.chunks])

@@ -42,9 +42,7 @@ def test_llama3_keeps_short_waves_slows_long_ones_and_blends_between() -> None:
     np.testing.assert_allclose(got[short], base[short], rtol=1e-6)
     np.testing.assert_allclose(got[long], base[long] / 8, rtol=1e-6)
     share = (turns[between] - 1) / 3
-    np.testing.assert_allclose(
-        got[between], base[between] * (share + (1 - share) / 8), rtol=1e-5
-    )
+    np.testing.assert_allclose(got[between], base[between] * (share + (1 - share) / 8), rtol=1e-5)
 
 
 @pytest.mark.parametrize("config", [RopeConfig(), LLAMA3], ids=["default", "llama3"])
@@ -70,7 +68,9 @@ def test_products_depend_on_the_distance_only() -> None:
     for first in (0, 3, 50):
         cos, sin = angles(RopeConfig(), SIZE, jnp.array([first, first + 9]))
         products.append(
-            np.vdot(rotate(jnp.asarray(q), cos[:1], sin[:1]), rotate(jnp.asarray(k), cos[1:], sin[1:]))
+            np.vdot(
+                rotate(jnp.asarray(q), cos[:1], sin[:1]), rotate(jnp.asarray(k), cos[1:], sin[1:])
+            )
         )
     np.testing.assert_allclose(products, products[0], rtol=1e-4, atol=1e-5)
 

@@ -83,7 +83,9 @@ def assert_close(got: jax.Array, want: np.ndarray, tolerance: float = TOLERANCE)
     assert got.shape == want.shape
     assert np.isfinite(got).all()
     error = np.linalg.norm(got - want, axis=-1) / np.maximum(np.linalg.norm(want, axis=-1), 1e-30)
-    assert error.max() <= tolerance, f"{error.max()} at {np.unravel_index(error.argmax(), error.shape)}"
+    assert error.max() <= tolerance, (
+        f"{error.max()} at {np.unravel_index(error.argmax(), error.shape)}"
+    )
 
 
 def check_decode(case: Case, window: int | None = None, tolerance: float = TOLERANCE) -> None:
@@ -230,7 +232,7 @@ def test_scores_far_apart_do_not_overflow() -> None:
 
 def test_bfloat16_accumulates_in_float32() -> None:
     case = Case(8, 2, 64, 16, [300, 17], dtype="bfloat16")
-    # Weights and output are rounded to 8 bits; a bfloat16 sum of 300 terms would be off by far more.
+    # Weights and output are rounded to 8 bits; a bfloat16 sum of 300 terms would be far worse.
     check_decode(case, tolerance=6e-3)
     check_prefill(case, [20, 17], tolerance=6e-3)
 
