@@ -6,8 +6,8 @@ greedy tokens delivered. Its `ms` is the wall time of a whole run of steps divid
 `benchmarks/baselines/hf_decode.py`, which runs first, in a process of its own; their `ms` is the
 median of CUDA event times, which leaves out more than jpd's wall time does.
 
-Before timing, the log-probabilities of the engine's first token after the prompt are compared with a
-float32 pass over the same tokens without a cache (`rel_err`, over the 20 most likely tokens).
+Before timing, the log-probabilities of the engine's first token after the prompt are compared with
+a float32 pass over the same tokens without a cache (`rel_err`, over the 20 most likely tokens).
 The bound is the bytes of weights and KV over the rate of a large device copy, measured here.
 """
 

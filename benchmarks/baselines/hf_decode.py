@@ -156,6 +156,11 @@ def make_step(model: Any, cache: Any, mode: str | None) -> Callable[[Any], tuple
     return step
 
 
+def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    """`||got - want|| / ||want||`."""
+    return ((got - want).norm() / want.norm()).item()
+
+
 def measure(
     model: Any, case: Case, *, tokens: int, repeats: int, max_cache_len: int
 ) -> dict[str, Any]:
@@ -204,16 +209,15 @@ def measure(
 
     reference = whole(copy.deepcopy(model).float())
 
-    def error_of(logits: torch.Tensor) -> float:
-        return ((logits.float() - reference).norm() / reference.norm()).item()
-
-    limit = MAX_FLOAT32_ERROR if dtype == "float32" else MAX_ERROR_RATIO * error_of(whole(model))
+    limit = MAX_FLOAT32_ERROR
+    if dtype != "float32":
+        limit = MAX_ERROR_RATIO * relative_error(whole(model), reference)
     prefill()
     clock.wait()
     start = time.perf_counter()
     for i in range(WARMUP):
         _, logits = step(prompt[:, prompt_len + i : prompt_len + i + 1])
-    error = error_of(logits)
+    error = relative_error(logits.float(), reference)
     first_steps_s = time.perf_counter() - start
     if not error <= limit:  # written so that NaN fails
         raise RuntimeError(f"logits differ: relative error {error:.2e} > {limit:.2e}")
