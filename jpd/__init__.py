@@ -1,5 +1,6 @@
 """jpd: an LLM serving system in JAX/Flax with Pallas kernels for NVIDIA GPUs."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from jpd.config import EngineConfig, KernelConfig
@@ -50,8 +51,13 @@ __all__ = [
 ]
 
 
+_SUBMODULES = ("box", "checkpoint", "models", "ops")
+
+
 def __getattr__(name: str) -> Any:
     # The engine imports jax, which takes seconds; configuration and types do not need it.
+    if name in _SUBMODULES:
+        return importlib.import_module(f"jpd.{name}")
     if name == "LLM":
         from jpd.llm import LLM
 

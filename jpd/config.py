@@ -85,7 +85,7 @@ class EngineConfig:
     num_pages: int | None = None
     """KV pages; from `gpu_memory_utilization` when not given."""
     gpu_memory_utilization: float = 0.9
-    """Share of the device memory for weights, KV pages and work space."""
+    """Share of the memory that jax has on the device for weights, KV pages and work space."""
     enable_prefix_caching: bool = True
     """Reuse the KV pages of equal prompt prefixes."""
     scheduling_policy: SchedulingPolicy = "fcfs"

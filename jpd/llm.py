@@ -119,9 +119,7 @@ class LLM:
 
     def chat_tokens(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids of a conversation, ready for the model's turn."""
-        if self.tokenizer is None:
-            raise RequestError("chat needs a tokenizer: skip_tokenizer_init=True was given")
-        return self.tokenizer.apply_chat_template(messages)
+        return prompt_forms.chat(messages, self.tokenizer)
 
     def stream(
         self,

@@ -45,11 +45,28 @@ def tokenize(prompt: Any, tokenizer: Tokenizer | None) -> tuple[str | None, list
     return prompt, tokenizer.encode(prompt)
 
 
+def chat(messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer | None) -> list[int]:
+    """Token ids of a conversation of `{"role", "content"}`, ready for the model's turn.
+
+    Raises:
+      RequestError: no tokenizer, or not a conversation that its chat template takes.
+    """
+    if tokenizer is None:
+        raise RequestError("chat needs a tokenizer: skip_tokenizer_init=True was given")
+    return tokenizer.apply_chat_template(messages)
+
+
 def _ids(values: Any) -> list[int]:
     try:
-        return [index(v) for v in (None if isinstance(values, bytes) else values)]
+        given = list(None if isinstance(values, bytes) else values)
+        ids = [index(v) for v in given]
     except TypeError:
         raise RequestError(
             f"a prompt is text or a list of token ids, not {type(values).__name__} "
             f"{str(values)[:80]!r}"
         ) from None
+    kinds = list(map(type, given))
+    if bool in kinds:  # an int to Python, but surely a mask or a flag in the wrong place
+        at = kinds.index(bool)
+        raise RequestError(f"token id {given[at]} at position {at} is a bool: an int is needed")
+    return ids

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass
 
 import jax
@@ -19,6 +20,8 @@ from jpd.models import ModelConfig
 from jpd.text import Tokenizer
 
 logger = logging.getLogger(__name__)
+
+_JAX_MEMORY_SHARE = "0.95"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,39 @@ def resolve(config: EngineConfig, model: ModelConfig, device: jax.Device) -> Eng
     )
 
 
+def default_device() -> jax.Device:
+    """The first device that jax finds.
+
+    On a GPU jax takes 75 % of the memory when it starts, too little for an engine that is to use
+    90; if jax has not started yet and nobody else chose, it takes 95.
+
+    Raises:
+      ConfigError: the platform that JAX_PLATFORMS names cannot be used.
+    """
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", _JAX_MEMORY_SHARE)
+    try:
+        return jax.devices()[0]
+    except (RuntimeError, AssertionError) as error:
+        platforms = os.environ.get("JAX_PLATFORMS", "")
+        raise ConfigError(
+            f"jax finds no device with JAX_PLATFORMS={platforms!r} (a GPU needs jpd[cuda12] or "
+            f"jpd[cuda13]): {type(error).__name__} {error}"
+        ) from error
+
+
+def check_memory(executor: Executor, model_bytes: int, limit: int) -> None:
+    """Raises `ConfigError` if weights, pages and the work space of the largest step do not fit."""
+    kv = sum(leaf.nbytes for leaf in jax.tree.leaves(executor.kv))
+    work = executor.compiled.temp_bytes()
+    if model_bytes + kv + work > limit:
+        gib = 1 << 30
+        raise ConfigError(
+            f"weights {model_bytes / gib:.2f} GiB + KV pages {kv / gib:.2f} GiB + work space of "
+            f"the largest step {work / gib:.2f} GiB exceed the {limit / gib:.2f} GiB of the device: "
+            "lower num_pages, gpu_memory_utilization or max_num_batched_tokens"
+        )
+
+
 def build(config: EngineConfig, device: jax.Device | None = None) -> Engine:
     """Loads the model and compiles its steps.
 
@@ -63,7 +99,7 @@ def build(config: EngineConfig, device: jax.Device | None = None) -> Engine:
       ConfigError: the configuration, the checkpoint or the machine does not allow it.
     """
     ops.check(config.kernels)
-    device = device or jax.devices()[0]
+    device = device or default_device()
     folder = checkpoint.resolve_folder(config.model)
     model = checkpoint.read_config(folder)
     config = resolve(config.replace(model=str(folder)), model, device)
@@ -103,5 +139,6 @@ def build(config: EngineConfig, device: jax.Device | None = None) -> Engine:
     )
     executor = Executor(config, model, params, device, eos_token_ids)
     executor.compile_ahead()
+    check_memory(executor, model_bytes, limit)
     coordinator = Coordinator(config, model, executor, tokenizer, eos_token_ids)
     return Engine(config, model, tokenizer, executor, coordinator)

@@ -183,6 +183,7 @@ class Coordinator:
         for sequence, completion in zip(request.sequences, request.output.outputs, strict=True):
             if completion.finish_reason is None:
                 self.scheduler.finish(sequence, FinishReason.ABORT)
+                request.output.metrics.num_preemptions += sequence.num_preemptions
                 detokenizer = request.detokenizers[sequence.index]
                 text = detokenizer.flush() if detokenizer is not None else ""
                 completion.text += text
