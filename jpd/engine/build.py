@@ -87,7 +87,7 @@ def check_memory(executor: Executor, model_bytes: int, limit: int) -> None:
         gib = 1 << 30
         raise ConfigError(
             f"weights {model_bytes / gib:.2f} GiB + KV pages {kv / gib:.2f} GiB + work space of "
-            f"the largest step {work / gib:.2f} GiB exceed the {limit / gib:.2f} GiB of the device: "
+            f"the largest step {work / gib:.2f} GiB exceed the device's {limit / gib:.2f} GiB: "
             "lower num_pages, gpu_memory_utilization or max_num_batched_tokens"
         )
 
