@@ -20,6 +20,7 @@ CONFIG = {
     "intermediate_size": 2048,
     "num_hidden_layers": 12,
     "num_attention_heads": 8,
+    "max_position_embeddings": 512,
     "tie_word_embeddings": False,
     "torch_dtype": "float32",
 }
