@@ -65,8 +65,7 @@ def _ids(values: Any) -> list[int]:
             f"a prompt is text or a list of token ids, not {type(values).__name__} "
             f"{str(values)[:80]!r}"
         ) from None
-    kinds = list(map(type, given))
-    if bool in kinds:  # an int to Python, but surely a mask or a flag in the wrong place
-        at = kinds.index(bool)
+    if bool in map(type, given):  # an int to Python, but surely a mask or a flag gone astray
+        at = [type(v) for v in given].index(bool)
         raise RequestError(f"token id {given[at]} at position {at} is a bool: an int is needed")
     return ids

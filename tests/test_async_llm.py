@@ -207,13 +207,15 @@ def test_unknown_engine_argument():
 # ---- aborts
 
 
-def test_abort_leaves_others_alone(llm):
+def test_abort_leaves_others_alone(llm, monkeypatch):
+    slowly(llm, monkeypatch)
+
     async def main():
         expected = await last(llm.generate(PROMPTS[0], LONG))
         other = asyncio.create_task(last(llm.generate(PROMPTS[0], LONG)))
         stream = llm.generate(PROMPTS[1], replace(LONG, max_tokens=40), request_id="x")
         async for output in stream:
-            if len(output.outputs[0].token_ids) == 3:
+            if len(output.outputs[0].token_ids) >= 3:  # a slow caller may miss the third
                 await llm.abort("x")
         await llm.abort("x")  # finished
         await llm.abort("never heard of")
@@ -421,7 +423,9 @@ def test_every_caller_learns_of_a_dead_engine(llm, engine, monkeypatch, caplog):
 # ---- the end
 
 
-def test_close_ends_unfinished_requests(llm):
+def test_close_ends_unfinished_requests(llm, monkeypatch):
+    slowly(llm, monkeypatch)
+
     async def main():
         async with llm:
             assert llm.is_running

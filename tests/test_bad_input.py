@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 
 import jpd
@@ -42,6 +43,14 @@ PROMPTS = [
     pytest.param([3, 256], RequestError, r"token id 256 is not in \[0, 256\)", id="vocabulary"),
     pytest.param([10**12], RequestError, r"token id 10{12} is not in \[0, 256\)", id="huge"),
     pytest.param([1.5], RequestError, r"not list '\[1.5\]'", id="float"),
+    pytest.param([5, True], RequestError, "token id True at position 1 is a bool", id="bool"),
+    pytest.param(
+        {"prompt_token_ids": (False,)},
+        RequestError,
+        "token id False at position 0 is a bool",
+        id="bool-in-dict",
+    ),
+    pytest.param(np.array([True]), RequestError, r"not ndarray '\[ True\]'", id="bool-array"),
     pytest.param(None, RequestError, "not NoneType 'None'", id="none"),
     pytest.param(7, RequestError, "not int '7'", id="number"),
     pytest.param(b"abc", RequestError, "not bytes", id="bytes"),

@@ -31,6 +31,9 @@ TINY = {
     "head_dim": 32,
     "ffn_size": 128,
 }
+_EMPTY = (
+    '{"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {}, "merges": []}}'
+)
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +104,7 @@ def test_the_tokenizer_is_the_one_that_the_text_gives(
 @pytest.mark.parametrize(
     "text",
     [
-        "Elizabeth was not surprised, and she couldn't say\u2014\u201cNo.\u201d\n\nHe smiled.\n\n\n",
+        "She wasn't surprised, and could not say\u2014\u201cNo.\u201d\n\nHe smiled.\n\n\n",
         "na\u00efve \u6f22\u5b57 \U0001f642 \t tab\r\n x 1811",
         " leading and trailing  ",
     ],
@@ -141,7 +144,9 @@ def test_it_predicts_chapters_that_it_has_not_seen(
 
 def test_the_readme_quotes_the_record(record: dict[str, Any]) -> None:
     rows = (Path(box.__file__).parent / "README.md").read_text().splitlines()
-    table = dict(row.strip("| ").split(" | ", 1) for row in rows if row.startswith("| "))
+    table = dict(
+        row.strip("| ").split(" | ", 1) for row in rows if row.startswith("| ") and row != "| | |"
+    )
     assert table["parameters"].startswith(f"{record['parameters']:,}, ")
     assert table["validation loss"] == (
         f"{record['val_loss']} nats a token, {record['val_bits_per_byte']} bits a byte, "
@@ -168,11 +173,6 @@ def test_weights_come_back_as_they_were_saved(tmp_path: Path) -> None:
     got_config, got = checkpoint.load(tmp_path, show_progress=False)
     assert got_config == config
     jax.tree.map(np.testing.assert_array_equal, got, params)
-
-
-_EMPTY = (
-    '{"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {}, "merges": []}}'
-)
 
 
 def test_help_names_the_defaults_of_the_shipped_model(record: dict[str, Any]) -> None:
@@ -202,7 +202,7 @@ def test_a_short_training_ends_with_a_model_of_the_recorded_loss(
     first, second = (point["val_loss"] for point in record["curve"])
     assert second < first < math.log(TINY["vocab_size"])  # better than knowing nothing
     assert (record["steps"], record["best_step"], record["val_loss"]) == (4, 4, second)
-    assert [s.startswith(p) for s, p in zip(record["samples"], train.PROMPTS, strict=True)]
+    assert all(s.startswith(p) for s, p in zip(record["samples"], train.PROMPTS, strict=True))
 
     tokenizer = Tokenizer.load(out)
     assert tokenizer.decode(tokenizer.encode(held_out[0][:500])) == held_out[0][:500]
