@@ -16,10 +16,12 @@ test: env-test  ## run the CPU tests
 test-gpu: env-test  ## run the GPU tests (needs jpd[cuda12] or jpd[cuda13] in .venv)
 	JAX_PLATFORMS=cuda,cpu $(PY) -m pytest -m "gpu or multigpu" $(ARGS)
 
-lint: env-test  ## check style, format and the import contract
-	$(PY) -m ruff check .
-	$(PY) -m ruff format --check .
-	.venv/bin/lint-imports
+lint: env-test  ## check style, format and the import contract; all three, whichever fails
+	failed=0; \
+	$(PY) -m ruff check . || failed=1; \
+	$(PY) -m ruff format --check . || failed=1; \
+	.venv/bin/lint-imports || failed=1; \
+	exit $$failed
 
 format: env-test  ## reformat and apply safe lint fixes
 	$(PY) -m ruff check --fix .

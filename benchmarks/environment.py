@@ -6,7 +6,6 @@ or torch here would start a GPU context in the middle of somebody's measurement.
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import re
@@ -15,6 +14,8 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from jpd.bench.environment import query_gpus, version
 
 
 def _output(*command: str, cwd: Path | None = None) -> str | None:
@@ -26,16 +27,6 @@ def _output(*command: str, cwd: Path | None = None) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout
-
-
-def _version(*distributions: str) -> str | None:
-    """Version of the first of these distributions that is installed."""
-    for name in distributions:
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return None
 
 
 def _cpu_name() -> str:
@@ -54,19 +45,19 @@ def capture_env() -> dict[str, Any]:
     ``gpu`` is the name of the first GPU that nvidia-smi lists and ``gpu_count`` how many it lists.
     Package versions are those of the interpreter that runs this.
     """
-    listed = _output("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
-    gpus = [line.rsplit(",", 1) for line in (listed or "").splitlines() if "," in line]
+    listed = query_gpus("name", "driver_version")
+    gpus = [] if isinstance(listed, str) else [line.rsplit(",", 1) for line in listed]
     return {
         "gpu": gpus[0][0].strip() if gpus else None,
         "gpu_count": len(gpus),
         "driver": gpus[0][1].strip() if gpus else None,
-        "cuda": _version("nvidia-cuda-runtime", "nvidia-cuda-runtime-cu12"),
-        "jax": _version("jax"),
-        "jaxlib": _version("jaxlib"),
-        "nccl": _version("nvidia-nccl-cu13", "nvidia-nccl-cu12"),
-        "torch": _version("torch"),
-        "transformers": _version("transformers"),
-        "python": platform.python_version(),
+        "cuda": version("nvidia-cuda-runtime", "nvidia-cuda-runtime-cu12"),
+        "jax": version("jax"),
+        "jaxlib": version("jaxlib"),
+        "nccl": version("nvidia-nccl-cu13", "nvidia-nccl-cu12"),
+        "torch": version("torch"),
+        "transformers": version("transformers"),
+        "python": platform.pythonversion(),
         "xla_flags": os.environ.get("XLA_FLAGS"),
         "cpu": _cpu_name(),
     }

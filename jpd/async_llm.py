@@ -12,14 +12,12 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from jpd import prompts as prompt_forms
-from jpd.config import EngineConfig
-from jpd.engine.build import build
-from jpd.engine.metrics import EngineStats
 from jpd.engine.thread import DeltaMailbox, EngineThread, Mailbox, SnapshotMailbox
+from jpd.face import EngineFace
 from jpd.types import Delta, RequestOutput, SamplingParams
 
 
-class AsyncLLM:
+class AsyncLLM(EngineFace):
     """A model that answers prompts of concurrent callers.
 
     Args:
@@ -35,31 +33,11 @@ class AsyncLLM:
     """
 
     def __init__(self, model: str, **engine_args: Any) -> None:
-        self._engine = build(EngineConfig.from_kwargs(model, **engine_args))
+        super().__init__(model, **engine_args)
         self._thread = EngineThread(self._engine.coordinator)
         self._numbers = itertools.count()
         # Dropping the last reference stops the thread too, which does not refer to this object.
         weakref.finalize(self, self._thread.stop).atexit = False  # the thread has its own hook
-
-    @property
-    def config(self) -> EngineConfig:
-        """The configuration with everything decided."""
-        return self._engine.config
-
-    @property
-    def model_config(self) -> Any:
-        """Shape and options of the model."""
-        return self._engine.model_config
-
-    @property
-    def tokenizer(self) -> Any:
-        """`jpd.text.Tokenizer`, or None."""
-        return self._engine.tokenizer
-
-    @property
-    def stats(self) -> EngineStats:
-        """What the engine did since it started, and holds now."""
-        return self._engine.coordinator.stats()
 
     @property
     def is_running(self) -> bool:
@@ -110,10 +88,6 @@ class AsyncLLM:
     ) -> AsyncIterator[RequestOutput]:
         """As `generate`, for a conversation of `{"role", "content"}`."""
         return self.generate(self.chat_tokens(messages), sampling_params, request_id, priority)
-
-    def chat_tokens(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Token ids of a conversation, ready for the model's turn."""
-        return prompt_forms.chat(messages, self.tokenizer)
 
     async def abort(self, request_id: str) -> None:
         """Ends a request, whose iterator then ends with `FinishReason.ABORT`.

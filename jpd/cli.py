@@ -21,9 +21,9 @@ from tyro.conf import OmitSubcommandPrefixes, Positional, UseAppendAction, arg, 
 
 import jpd
 from jpd import EngineConfig, JpdError, SamplingParams, box
-from jpd.bench import latency, report, throughput
+from jpd.bench import environment, latency, report, throughput
 from jpd.config import Dtype
-from jpd.demo import LinePrinter, check_packaged_model
+from jpd.console import LinePrinter
 from jpd.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class _EngineOptions(EngineConfig):
     def build(self) -> LLM:
         """Loads and compiles."""
         if self.model == str(box.path()):
-            check_packaged_model()
+            box.check_packaged_model()
         return jpd.LLM(**_fields(self, EngineConfig))
 
 
@@ -259,8 +259,6 @@ class Env(_Command):
         """Prints; never fails for what is missing."""
         # Only a look: nothing that runs on the GPU should lose its memory to it.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-        from jpd.bench import environment
-
         found = environment.describe()
         if self.json:
             print(json.dumps(found, indent=2))

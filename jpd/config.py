@@ -20,6 +20,39 @@ SchedulingPolicy = Literal["fcfs", "priority"]
 
 MAX_STEP_TOKENS = 65_536
 
+_ONE_GPU = "jpd runs on one GPU"
+_LORA = "jpd serves no LoRA adapters"
+_DRAFTS = "jpd does no speculative decoding"
+_TEXT_ONLY = "jpd serves models of text alone"
+_NO_OFFLOAD = "jpd keeps weights and KV pages in the device's memory"
+# What comparisons with vLLM bring along: its names that jpd does not have, and what to do instead.
+_VLLM_NAMES: dict[str, str] = {
+    "block_size": "jpd calls it page_size",
+    "cpu_offload_gb": _NO_OFFLOAD,
+    "data_parallel_size": _ONE_GPU,
+    "disable_log_stats": "read llm.stats",
+    "distributed_executor_backend": _ONE_GPU,
+    "enable_chunked_prefill": "prompts longer than max_num_batched_tokens are always chunked",
+    "enable_expert_parallel": _ONE_GPU,
+    "enable_lora": _LORA,
+    "enforce_eager": "every step is compiled; fewer buckets compile sooner",
+    "hf_overrides": "change the folder's config.json",
+    "kv_cache_dtype": "KV pages have the type that dtype says",
+    "limit_mm_per_prompt": _TEXT_ONLY,
+    "max_loras": _LORA,
+    "num_gpu_blocks_override": "jpd calls it num_pages",
+    "num_speculative_tokens": _DRAFTS,
+    "pipeline_parallel_size": _ONE_GPU,
+    "quantization": "weights are float32, bfloat16 or float16, see dtype",
+    "revision": "fetch the revision and give its folder as model",
+    "speculative_config": _DRAFTS,
+    "speculative_model": _DRAFTS,
+    "swap_space": _NO_OFFLOAD,
+    "tensor_parallel_size": _ONE_GPU,
+    "tokenizer_mode": "jpd loads fast tokenizers only",
+    "trust_remote_code": "jpd never runs code that comes with a checkpoint",
+}
+
 
 def require(ok: bool, name: str, value: object, allowed: str) -> None:
     """Raises `ConfigError` that names the field, its value and what is allowed."""
@@ -36,7 +69,7 @@ def check_names(cls: type, names: Iterable[str]) -> None:
     known = [f.name for f in dataclasses.fields(cls)]
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
             hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
             raise UnknownArgumentError(f"{cls.__name__} has no field {name!r}{hint}")
 
@@ -99,7 +132,8 @@ class EngineConfig:
     context_buckets: tuple[int, ...] | None = None
     """Context lengths in tokens that steps are compiled for."""
     compilation_cache_dir: str | None = None
-    """Folder of the persistent compilation cache; "" for none, `~/.cache/jpd/xla` by default."""
+    """Folder of the persistent compilation cache; "" leaves jax's own setting as it is. When not
+    given, the folder that jax is set to, or else `~/.cache/jpd/xla`."""
     show_progress: bool = True
     """Progress bars for loading and compiling, on stderr."""
     kernels: KernelConfig = field(default_factory=KernelConfig)
@@ -167,7 +201,18 @@ class EngineConfig:
 
     @classmethod
     def from_kwargs(cls, model: str, **kwargs: Any) -> EngineConfig:
-        """Builds a config; an unknown keyword raises and names the nearest known one."""
+        """Builds a config.
+
+        Raises:
+          UnknownArgumentError: a keyword that is no field; the message names the nearest one, or
+            what jpd has instead of an argument of vLLM's.
+          ConfigError: a value that is not allowed.
+        """
+        for name in kwargs:
+            if name in _VLLM_NAMES:
+                raise UnknownArgumentError(
+                    f"{name}={kwargs[name]!r} of vLLM is not supported by jpd: {_VLLM_NAMES[name]}"
+                )
         check_names(cls, kwargs)
         kernels = kwargs.get("kernels")
         if isinstance(kernels, dict):

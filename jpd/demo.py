@@ -21,7 +21,8 @@ from rich.table import Table
 from rich.text import Text
 
 from jpd import RequestOutput, SamplingParams, box
-from jpd.errors import ConfigError, JpdError
+from jpd.console import LinePrinter
+from jpd.errors import JpdError
 
 if TYPE_CHECKING:
     from jpd import AsyncLLM
@@ -56,43 +57,6 @@ ENGINE = {
     "token_buckets": (128,),
     "context_buckets": (512,),
 }
-
-
-def check_packaged_model() -> str:
-    """Folder of the model that jpd ships.
-
-    Raises:
-      ConfigError: it is not there.
-    """
-    if not (box.path() / "config.json").is_file():
-        raise ConfigError(
-            f"the model in the box is not in {box.path()}: `python -m jpd.box.train` makes it"
-        )
-    return str(box.path())
-
-
-class LinePrinter:
-    """Prints several growing texts at once: whole lines, each with the label of its text."""
-
-    def __init__(self, width: int = 72) -> None:
-        self._width = width
-        self._held: dict[str, str] = {}
-
-    def write(self, label: str, text: str) -> None:
-        """Prints what fills lines, and holds the rest back."""
-        *lines, rest = (self._held.get(label, "") + text).split("\n")
-        while len(rest) > self._width:
-            cut = rest.rfind(" ", 1, self._width) + 1 or self._width
-            lines.append(rest[:cut])
-            rest = rest[cut:]
-        for line in lines:
-            if line.strip():
-                print(label, line.rstrip(), flush=True)
-        self._held[label] = rest
-
-    def end(self, label: str, note: str) -> None:
-        """Prints what was held back, and how the text ended."""
-        print(label, f"{self._held.pop(label, '')} ({note})".lstrip(), flush=True)
 
 
 class _Lines:
@@ -215,7 +179,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before the engine imports jax
     try:
-        run(argv[0] if argv else check_packaged_model())
+        run(argv[0] if argv else box.check_packaged_model())
     except JpdError as error:
         print(f"jpd.demo: error: {error}", file=sys.stderr)
         return 2

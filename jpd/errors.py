@@ -12,7 +12,7 @@ class ConfigError(JpdError, ValueError):
 
 
 class UnknownArgumentError(ConfigError, TypeError):
-    """A keyword that no configuration field has; the message names the nearest known one."""
+    """A keyword that no configuration field has; the message names what to write instead."""
 
 
 class CheckpointError(ConfigError):

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import signal
+import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import jax
+import jax.numpy as jnp
 from tqdm.auto import tqdm
 
 from jpd import prompts as prompt_forms
-from jpd.config import EngineConfig
-from jpd.engine.build import build
-from jpd.engine.metrics import EngineStats
 from jpd.errors import ConfigError, RequestError
+from jpd.face import EngineFace
 from jpd.models import Params
 from jpd.types import Delta, RequestOutput, SamplingParams
 
 
-class LLM:
+class LLM(EngineFace):
     """A model that answers prompts.
 
     Args:
@@ -34,26 +35,9 @@ class LLM:
     """
 
     def __init__(self, model: str, **engine_args: Any) -> None:
-        self._engine = build(EngineConfig.from_kwargs(model, **engine_args))
+        super().__init__(model, **engine_args)
         self._streams: dict[str, deque[Delta]] = {}
         self._num_requests = 0
-
-    # ---- what researchers look at
-
-    @property
-    def config(self) -> EngineConfig:
-        """The configuration with everything decided."""
-        return self._engine.config
-
-    @property
-    def model_config(self) -> Any:
-        """Shape and options of the model."""
-        return self._engine.model_config
-
-    @property
-    def tokenizer(self) -> Any:
-        """`jpd.text.Tokenizer`, or None."""
-        return self._engine.tokenizer
 
     @property
     def params(self) -> Params:
@@ -63,17 +47,13 @@ class LLM:
     @params.setter
     def params(self, params: Params) -> None:
         def signature(tree: Params) -> Any:
-            return jax.tree.map(lambda a: (a.shape, str(a.dtype)), tree)
+            return jax.tree.map(lambda a: (jnp.shape(a), str(jnp.result_type(a))), tree)
 
         if signature(params) != signature(self.params):
             raise ConfigError("params must have the structure, shapes and dtypes of llm.params")
-        self._engine.executor.params = params
+        (device,) = self.params["norm"]["weight"].devices()
+        self._engine.executor.params = jax.device_put(params, device)
         self._engine.coordinator.forget_prefixes()
-
-    @property
-    def stats(self) -> EngineStats:
-        """What the engine did since it started, and holds now."""
-        return self._engine.coordinator.stats()
 
     # ---- requests
 
@@ -112,14 +92,9 @@ class LLM:
         use_tqdm: bool = False,
     ) -> list[RequestOutput]:
         """Answers one conversation or several, each a list of `{"role", "content"}`."""
-        single = len(messages) > 0 and isinstance(messages[0], Mapping)
-        conversations = [messages] if single else messages
+        conversations = prompt_forms.conversations(messages)
         prompts = [{"prompt_token_ids": self.chat_tokens(c)} for c in conversations]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
-
-    def chat_tokens(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Token ids of a conversation, ready for the model's turn."""
-        return prompt_forms.chat(messages, self.tokenizer)
 
     def stream(
         self,
@@ -189,11 +164,22 @@ class LLM:
             self._num_requests += 1
         return outputs
 
+    def close(self) -> None:
+        """Ends all requests and frees the device's memory; the engine cannot be used after it."""
+        self._engine.coordinator.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def _step(self) -> None:
-        for delta in self._engine.coordinator.step():
-            stream = self._streams.get(delta.request_id)
-            if stream is not None:
-                stream.append(delta)
+        with _interrupts_after():
+            for delta in self._engine.coordinator.step():
+                stream = self._streams.get(delta.request_id)
+                if stream is not None:
+                    stream.append(delta)
 
     @contextlib.contextmanager
     def _aborting(self, outputs: list[RequestOutput]) -> Iterator[None]:
@@ -204,3 +190,22 @@ class LLM:
             for output in outputs:
                 if not output.finished:
                     self._engine.coordinator.abort(output.request_id)
+
+
+@contextlib.contextmanager
+def _interrupts_after() -> Iterator[None]:
+    """Holds Ctrl-C back until the block is done: in the middle of a step it would end the engine.
+
+    Python delivers signals to the main thread alone, so elsewhere there is nothing to hold back.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    caught: list[int] = []
+    previous = signal.signal(signal.SIGINT, lambda number, frame: caught.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous or signal.SIG_DFL)
+    if caught:
+        signal.raise_signal(signal.SIGINT)

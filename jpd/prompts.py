@@ -33,9 +33,14 @@ def tokenize(prompt: Any, tokenizer: Tokenizer | None) -> tuple[str | None, list
             raise RequestError(
                 f"a prompt dict has 'prompt' or 'prompt_token_ids', not {sorted(keys)}"
             )
+        text = prompt.get("prompt")
+        if "prompt" in prompt and not isinstance(text, str):
+            raise RequestError(
+                f"'prompt' of a prompt dict is text, not {type(text).__name__} {str(text)[:80]!r}"
+            )
         if "prompt_token_ids" in prompt:
-            return prompt.get("prompt"), _ids(prompt["prompt_token_ids"])
-        prompt = prompt["prompt"]
+            return text, _ids(prompt["prompt_token_ids"])
+        prompt = text
     if not isinstance(prompt, str):
         return None, _ids(prompt)
     if prompt == "":
@@ -43,6 +48,15 @@ def tokenize(prompt: Any, tokenizer: Tokenizer | None) -> tuple[str | None, list
     if tokenizer is None:
         raise RequestError("a text prompt needs a tokenizer: skip_tokenizer_init=True was given")
     return prompt, tokenizer.encode(prompt)
+
+
+def conversations(messages: Any) -> Sequence[Any]:
+    """The conversations in what was given, which is one of them or a list of several."""
+    if isinstance(messages, Sequence) and all(
+        isinstance(m, Sequence) and not isinstance(m, str) for m in messages
+    ):
+        return messages
+    return [messages]
 
 
 def chat(messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer | None) -> list[int]:

@@ -20,7 +20,18 @@ from typing import Any
 from jpd.errors import ConfigError, RequestError
 
 # A folder with any of these can be asked for a tokenizer.
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+TOKENIZER_FILES = (
+    *_VOCABULARY_FILES,
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer_config.json",
+)
+"""All files of a model folder that `Tokenizer.load` may read."""
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _SPACE_MARK = "\u2581"  # sentencepiece's visible space
@@ -30,13 +41,13 @@ class Tokenizer:
     """A model's tokenizer, with what the engine needs to know of it.
 
     Attributes:
-      eos_token_ids: ids that end an answer: the tokenizer's own and those that the model folder's
-        generation_config.json (or else config.json) names.
+      eos_token_ids: the tokenizer's own end-of-sequence id, or empty. A model may name more that
+        end an answer, see `jpd.checkpoint.read_config`.
       bos_token_id: id of the beginning-of-sequence token, None if there is none.
       vocab_size: number of tokens including added ones. The model's logits may be wider (padding).
     """
 
-    def __init__(self, hf: Any, name: str, extra_eos_token_ids: Sequence[int] = ()) -> None:
+    def __init__(self, hf: Any, name: str) -> None:
         """Wraps a fast `transformers` tokenizer; most callers want `Tokenizer.load`.
 
         Raises:
@@ -50,8 +61,8 @@ class Tokenizer:
             )
         self.name = name
         self._hf = hf
-        own_eos = [] if hf.eos_token_id is None else [hf.eos_token_id]
-        self.eos_token_ids: frozenset[int] = frozenset([*own_eos, *extra_eos_token_ids])
+        eos = hf.eos_token_id
+        self.eos_token_ids: frozenset[int] = frozenset() if eos is None else frozenset({eos})
         self.bos_token_id: int | None = hf.bos_token_id
         self.vocab_size: int = len(hf)
         self._pieces = {skip: _Pieces(hf.backend_tokenizer, skip, name) for skip in (True, False)}
@@ -66,9 +77,9 @@ class Tokenizer:
           ConfigError: the folder does not exist, or holds no tokenizer that can be read.
         """
         folder = Path(folder)
-        if not any((folder / file).is_file() for file in _TOKENIZER_FILES):
+        if not any((folder / file).is_file() for file in _VOCABULARY_FILES):
             found = "holds no tokenizer" if folder.is_dir() else "is not a folder"
-            raise ConfigError(f"{folder} {found}: need one of {', '.join(_TOKENIZER_FILES)} in it")
+            raise ConfigError(f"{folder} {found}: need one of {', '.join(_VOCABULARY_FILES)} in it")
         # Its advice to install torch is not for users of jpd.
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         from transformers import AutoTokenizer
@@ -80,7 +91,7 @@ class Tokenizer:
         # Malformed files surface as whatever the parser at fault raises, plain Exception included.
         except Exception as error:
             raise ConfigError(f"cannot load the tokenizer of {folder}: {error}") from error
-        return cls(hf, str(folder), _eos_token_ids(folder))
+        return cls(hf, str(folder))
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, with the special tokens that the model expects around a prompt."""
@@ -354,7 +365,8 @@ def _joining_rule(decoder: Any, name: str) -> _Rule:
 def _check_messages(messages: Sequence[Mapping[str, str]]) -> None:
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence) or not messages:
         raise RequestError(
-            f"messages={messages!r} is not allowed: a list of at least one message is needed"
+            f"messages={messages!r} is not allowed: a list of at least one "
+            '{"role": ..., "content": ...} is needed'
         )
     for i, message in enumerate(messages):
         if (
@@ -367,21 +379,3 @@ def _check_messages(messages: Sequence[Mapping[str, str]]) -> None:
                 f"messages[{i}]={message!r} is not allowed: each message has exactly the keys "
                 '"role" and "content", both strings'
             )
-
-
-def _eos_token_ids(folder: Path) -> list[int]:
-    """End-of-sequence ids of generation_config.json, or else of config.json; maybe none."""
-    for file in (folder / "generation_config.json", folder / "config.json"):
-        if not file.is_file():
-            continue
-        try:
-            value = json.loads(file.read_bytes()).get("eos_token_id")
-        except (ValueError, AttributeError) as error:
-            raise ConfigError(f"{file} is not a JSON object: {error}") from error
-        if value is None:
-            continue
-        ids = value if isinstance(value, list) else [value]
-        if not all(isinstance(token_id, int) and token_id >= 0 for token_id in ids):
-            raise ConfigError(f"{file}: eos_token_id={value!r} is not a token id or a list of them")
-        return ids
-    return []

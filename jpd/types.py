@@ -87,7 +87,9 @@ class SamplingParams:
     logit_bias: Mapping[int, float] | None = None
     """Added to the logits of these token ids; at most 300 entries of [-100, 100]."""
     seed: int | None = None
-    """Makes the request's tokens independent of the batch they were sampled in."""
+    """Makes the request's random numbers independent of the batch that it is sampled in. Its tokens
+    are too in float32; in 16 bits logits depend on the batch by a rounding, and a near tie may
+    fall the other way."""
     max_tokens: int | None = 16
     """Tokens to generate; None generates up to `max_model_len`."""
     min_tokens: int = 0
@@ -247,6 +249,8 @@ class RequestMetrics:
     num_preemptions: int = 0
     num_generated_tokens: int = 0
     """Over all `n` sequences."""
+    longest_output_tokens: int = 0
+    """Of the longest of them."""
 
     @property
     def ttft_s(self) -> float | None:
@@ -255,10 +259,13 @@ class RequestMetrics:
 
     @property
     def tpot_s(self) -> float | None:
-        """Mean time per token after the first; None below two tokens (vLLM's definition)."""
-        if self.finished_s is None or self.num_generated_tokens < 2:
+        """Mean time per token after the first, of the longest sequence; None below two tokens.
+
+        vLLM's definition, (E2E - TTFT) / (output tokens - 1), where there is one sequence.
+        """
+        if self.finished_s is None or self.longest_output_tokens < 2:
             return None
-        return (self.finished_s - self.first_token_s) / (self.num_generated_tokens - 1)
+        return (self.finished_s - self.first_token_s) / (self.longest_output_tokens - 1)
 
 
 @dataclass(slots=True)

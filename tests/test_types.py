@@ -106,7 +106,7 @@ def test_a_contradiction_is_refused(options: dict[str, Any], message: str) -> No
 
 @pytest.mark.parametrize(
     ("name", "near"),
-    [("temprature", "temperature"), ("max_token", "max_tokens"), ("stop_strings", "stop")],
+    [("temprature", "temperature"), ("max_token", "max_tokens")],
 )
 def test_an_unknown_parameter_names_the_nearest(name: str, near: str) -> None:
     with pytest.raises(UnknownArgumentError, match=f"{name!r}; did you mean '{near}"):
@@ -177,11 +177,11 @@ def test_plain_greedy_asks_for_nothing_but_the_argmax(option: dict[str, Any]) ->
 def test_times_to_and_between_tokens() -> None:
     metrics = RequestMetrics(arrival_s=10.0)
     assert metrics.ttft_s is metrics.tpot_s is None
-    metrics.first_token_s, metrics.num_generated_tokens = 10.5, 1
+    metrics.first_token_s, metrics.longest_output_tokens = 10.5, 1
     assert metrics.ttft_s == 0.5
     metrics.finished_s = 12.5
     assert metrics.tpot_s is None
-    metrics.num_generated_tokens = 5
+    metrics.longest_output_tokens = 5
     assert metrics.tpot_s == 0.5
 
 

@@ -1,6 +1,6 @@
 """How long does Hugging Face transformers take for one decode step?
 
-Runs in a process of its own: it imports torch, never JAX, and nothing of jpd::
+Runs in a process of its own: it imports torch and never JAX, so nothing of jpd's engine::
 
     python -m benchmarks.baselines.hf_decode --model llama2-7b \
         --case 1:512:eager 1:512:static_compile 8:1024:eager --json hf.json

@@ -1,4 +1,7 @@
-"""What jpd runs on: versions, devices, driver. Nothing here fails where something is missing."""
+"""What jpd runs on: versions, devices, driver. Nothing here fails where something is missing.
+
+Only `describe` imports jax: to look at jax's devices is to start it on them.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,7 @@ import subprocess
 from importlib import metadata
 from typing import Any
 
-import jax
-
 import jpd
-from jpd import ops
-from jpd.engine.compile import use_cache_dir
 
 _PACKAGES = (
     "jax",
@@ -33,31 +32,35 @@ _PACKAGES = (
 
 def describe() -> dict[str, Any]:
     """Everything, by name; what is not installed or not there is None or says why."""
+    from jpd import ops
+
     return {
         "jpd": jpd.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: _version(name) for name in _PACKAGES},
-        "gpus": _nvidia_smi(),
+        "packages": {name: version(name) for name in _PACKAGES},
+        "gpus": query_gpus("name", "driver_version", "memory.total", "compute_cap"),
         "devices": _devices(),
         "implementations": ops.implementations(),
         "compilation_cache_dir": _cache_dir(),
     }
 
 
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+def version(*packages: str) -> str | None:
+    """Version of the first of these packages that is installed."""
+    for package in packages:
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
 
 
-def _nvidia_smi() -> list[str] | str:
-    """One line for each GPU: name, driver, memory, compute capability."""
-    query = "--query-gpu=name,driver_version,memory.total,compute_cap"
+def query_gpus(*fields: str) -> list[str] | str:
+    """These fields of nvidia-smi, one line for each GPU; or why there are none."""
     try:
         run = subprocess.run(
-            ["nvidia-smi", query, "--format=csv,noheader"],
+            ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"],
             capture_output=True,
             text=True,
             timeout=20,
@@ -71,6 +74,8 @@ def _nvidia_smi() -> list[str] | str:
 
 
 def _devices() -> list[str] | str:
+    import jax
+
     try:
         return [f"{device} ({device.device_kind})" for device in jax.devices()]
     # JAX_PLATFORMS asks for what is not there; without its plugin, JAX fails an assertion.
@@ -80,6 +85,10 @@ def _devices() -> list[str] | str:
 
 
 def _cache_dir() -> str | None:
+    import jax
+
+    from jpd.engine.compile import use_cache_dir
+
     try:
         use_cache_dir(None)
     except OSError as error:

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jpd import RequestOutput
+from jpd.bench import environment
 
 if TYPE_CHECKING:
     from jpd import LLM
@@ -85,8 +86,6 @@ def show(title: str, result: dict[str, Any]) -> None:
 
 def write(path: Path, llm: LLM, options: Any, result: dict[str, Any]) -> None:
     """Writes the numbers, and what they were measured with, as JSON."""
-    from jpd.bench import environment  # imports jax, which `jpd --help` must not wait for
-
     config = {**dataclasses.asdict(options), **dataclasses.asdict(llm.config)}
     record = {**result, "config": config, "environment": environment.describe()}
     path.write_text(json.dumps(record, indent=2) + "\n")

@@ -8,20 +8,10 @@ from typing import Any
 
 from jpd.errors import ConfigError
 from jpd.models import ModelConfig, config_from_hf
+from jpd.text import TOKENIZER_FILES
 
-TOKENIZER_FILES = (
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-)
-
-_FETCHED = ("*.json", "*.safetensors", *(n for n in TOKENIZER_FILES if not n.endswith(".json")))
+_SMALL_FILES = ("*.json", *(name for name in TOKENIZER_FILES if not name.endswith(".json")))
+_WEIGHTS = "*.safetensors"
 # Subfolders hold other formats of the same weights, `consolidated*` holds them a second time.
 _NOT_FETCHED = ("*/*", "consolidated*")
 
@@ -69,11 +59,15 @@ def read_config(folder: str | Path) -> ModelConfig:
     return config.replace(eos_token_ids=tuple(dict.fromkeys(ids)))
 
 
-def resolve_folder(name_or_path: str | Path) -> Path:
+def resolve_folder(name_or_path: str | Path, *, weights: bool = True) -> Path:
     """The folder itself, or the local copy of a Hugging Face repository of that name.
 
     Only JSON, safetensors and tokenizer files are fetched. With `HF_HUB_OFFLINE=1` a copy fetched
-    earlier is used and the network is not.
+    earlier is used and the network is not. What no repository can be called is never asked for.
+
+    Args:
+      name_or_path: A folder, or "owner/name".
+      weights: False fetches no safetensors: a tokenizer or dummy weights need none.
 
     Raises:
       ConfigError: it is neither a folder nor something that can be fetched.
@@ -84,14 +78,22 @@ def resolve_folder(name_or_path: str | Path) -> Path:
     if folder.exists():
         raise ConfigError(f"{folder} is a file, not the folder of a model")
     from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+    name = str(name_or_path)
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        raise ConfigError(f"no such folder: {name!r}") from None
     try:
         copy = snapshot_download(
-            str(name_or_path), allow_patterns=list(_FETCHED), ignore_patterns=list(_NOT_FETCHED)
+            name,
+            allow_patterns=[*_SMALL_FILES, *([_WEIGHTS] if weights else [])],
+            ignore_patterns=list(_NOT_FETCHED),
         )
-    except Exception as error:  # bad names, HTTP, sockets, offline mode: no common base class
+    except Exception as error:  # HTTP, sockets, offline mode: no common base class
         raise ConfigError(
-            f"{str(name_or_path)!r} is not a folder, and fetching it from Hugging Face failed: "
+            f"{name!r} is not a folder, and fetching it from Hugging Face failed: "
             f"{type(error).__name__}: {error}"
         ) from error
     return Path(copy)

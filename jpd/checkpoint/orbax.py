@@ -11,12 +11,13 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from jpd.checkpoint.config import TOKENIZER_FILES, read_json
+from jpd.checkpoint.config import read_json
 from jpd.checkpoint.faults import Faults
 from jpd.checkpoint.tree import dotted, unflatten
 from jpd.errors import CheckpointError, ConfigError
 from jpd.models import ModelConfig, Params, abstract_params
 from jpd.models.family import flatten
+from jpd.text import TOKENIZER_FILES
 
 SUBFOLDER = "orbax"
 _MANIFEST = "orbax.json"  # sizes of files, shapes of parameters: what Orbax finds late or never

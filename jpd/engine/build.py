@@ -51,12 +51,27 @@ def resolve(config: EngineConfig, model: ModelConfig, device: jax.Device) -> Eng
     )
     seqs, tokens = config.max_num_seqs, config.max_num_batched_tokens
     default_seqs, default_tokens = (16, 512) if on_cpu else (256, 2048)
-    return config.replace(
+    resolved = config.replace(
         dtype=model.dtype if config.dtype == "auto" else config.dtype,
         max_model_len=longest,
         max_num_seqs=seqs or min(default_seqs, tokens or default_seqs),
         max_num_batched_tokens=tokens or max(default_tokens, seqs or 0),
     )
+    for buckets, most in (
+        ("batch_buckets", "max_num_seqs"),
+        ("token_buckets", "max_num_batched_tokens"),
+        ("context_buckets", "max_model_len"),
+    ):
+        given, limit = getattr(resolved, buckets), getattr(resolved, most)
+        if given is not None and given[-1] < limit:
+            logger.warning(
+                "%s end at %d, %s=%d: larger steps will be compiled while requests wait",
+                buckets,
+                given[-1],
+                most,
+                limit,
+            )
+    return resolved
 
 
 def default_device() -> jax.Device:
@@ -106,6 +121,7 @@ def build(config: EngineConfig, device: jax.Device | None = None) -> Engine:
     limit = memory.device_memory(device)
     model_bytes = checkpoint.param_bytes(model, config.dtype)
     memory.check_model_fits(model_bytes, limit, config.gpu_memory_utilization, device)
+    itemsize = jnp.dtype(config.dtype).itemsize
     if config.num_pages is None:
         pages = memory.num_pages(
             config,
@@ -113,9 +129,10 @@ def build(config: EngineConfig, device: jax.Device | None = None) -> Engine:
             shape_table(config),
             limit=limit,
             model_bytes=model_bytes,
-            itemsize=jnp.dtype(config.dtype).itemsize,
+            itemsize=itemsize,
         )
         config = config.replace(num_pages=pages)
+    memory.check_pages_fit(config, model, limit=limit, model_bytes=model_bytes, itemsize=itemsize)
     tokenizer = None
     if not config.skip_tokenizer_init:
         tokenizer = Tokenizer.load(config.tokenizer or folder)

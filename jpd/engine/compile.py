@@ -35,17 +35,17 @@ def use_cache_dir(folder: str | None) -> None:
 class CompiledSteps:
     """One executable for each step shape.
 
-    Args:
-      lower: traces and lowers the step for a shape (`jax.stages.Lowered`).
+    `lower` in the methods traces and lowers the step for a shape (`jax.stages.Lowered`).
     """
 
-    def __init__(self, lower: Callable[[StepShape], Any]) -> None:
-        self._lower = lower
+    def __init__(self) -> None:
         self._steps: dict[StepShape, Any] = {}
         self.recompiles = 0
         """Shapes that were compiled while requests waited."""
 
-    def compile_ahead(self, shapes: list[StepShape], *, show_progress: bool) -> None:
+    def compile_ahead(
+        self, shapes: list[StepShape], lower: Callable[[StepShape], Any], *, show_progress: bool
+    ) -> None:
         """Compiles all shapes; XLA works on several while Python traces the next."""
         bar = tqdm(total=len(shapes), desc="compile", unit="step", disable=not show_progress)
         with bar, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -54,15 +54,16 @@ class CompiledSteps:
                 self._steps[shape] = lowered.compile()
                 bar.update()
 
-            futures = [pool.submit(compile_one, shape, self._lower(shape)) for shape in shapes]
+            futures = [pool.submit(compile_one, shape, lower(shape)) for shape in shapes]
             for future in futures:
                 future.result()
 
-    def __getitem__(self, shape: StepShape) -> Any:
+    def get(self, shape: StepShape, lower: Callable[[StepShape], Any]) -> Any:
+        """The step of a shape; compiled now, and counted, if it was not ahead of time."""
         compiled = self._steps.get(shape)
         if compiled is None:
             start = time.perf_counter()
-            compiled = self._steps[shape] = self._lower(shape).compile()
+            compiled = self._steps[shape] = lower(shape).compile()
             self.recompiles += 1
             logger.warning("compiled %s while serving: %.1f s", shape, time.perf_counter() - start)
         return compiled

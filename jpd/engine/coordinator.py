@@ -21,7 +21,7 @@ from jpd.engine.plan import Committed
 from jpd.engine.sampler_inputs import sequence_key
 from jpd.engine.scheduler import Scheduler
 from jpd.engine.sequence import Sequence
-from jpd.errors import PromptTooLongError, RequestError
+from jpd.errors import EngineDeadError, PromptTooLongError, RequestError
 from jpd.models import ModelConfig
 from jpd.text import Tokenizer
 from jpd.types import MAX_STOP_TOKEN_IDS, Delta, FinishReason, RequestOutput, SamplingParams
@@ -68,6 +68,7 @@ class Coordinator:
         self._requests: dict[str, Request] = {}
         self._in_flight: InFlight | None = None
         self._arrivals = 0
+        self._cause: BaseException | None = None
         self._seeds = np.random.default_rng(config.seed)
 
     # ---- requests
@@ -97,6 +98,10 @@ class Coordinator:
 
     def check(self, prompt_token_ids: list[int], params: SamplingParams, priority: int = 0) -> None:
         """Raises `RequestError` for a request that this engine can never serve."""
+        if not isinstance(params, SamplingParams):
+            raise RequestError(f"sampling_params={params!r} is not allowed: SamplingParams")
+        if not isinstance(priority, int) or isinstance(priority, bool):
+            raise RequestError(f"priority={priority!r} is not allowed: an int")
         if self._config.scheduling_policy == "fcfs" and priority != 0:
             raise RequestError(f"priority={priority} needs scheduling_policy='priority'")
         count, limit = len(prompt_token_ids), self._config.max_model_len
@@ -110,6 +115,11 @@ class Coordinator:
         if params.max_tokens is not None and count + params.max_tokens > limit:
             raise PromptTooLongError(
                 f"prompt of {count} tokens + max_tokens={params.max_tokens} exceeds "
+                f"max_model_len={limit}"
+            )
+        if count + params.min_tokens > limit:
+            raise PromptTooLongError(
+                f"prompt of {count} tokens + min_tokens={params.min_tokens} exceeds "
                 f"max_model_len={limit}"
             )
         ids = {
@@ -150,6 +160,8 @@ class Coordinator:
           RequestError: it can never be served, or the id is in use.
         """
         self.check(prompt_token_ids, params, priority)
+        if not isinstance(request_id, str):
+            raise RequestError(f"request_id={request_id!r} is not allowed: a string")
         if request_id in self._requests:
             raise RequestError(f"request_id {request_id!r} is in use")
         request = outputs.make_request(
@@ -196,7 +208,32 @@ class Coordinator:
     # ---- the loop
 
     def step(self) -> list[Delta]:
-        """Launches the next step, then reads and delivers the tokens of the one before it."""
+        """Launches the next step, then reads and delivers the tokens of the one before it.
+
+        Raises:
+          EngineDeadError: an earlier step failed, or the engine was closed. What fails in the
+            middle of a step leaves plan and device apart, so nothing can go on after it.
+        """
+        if self._cause is not None:
+            raise EngineDeadError(
+                f"the engine has stopped: {type(self._cause).__name__}: {self._cause}"
+            ) from self._cause
+        try:
+            return self._step()
+        except BaseException as error:
+            self._cause = error
+            raise
+
+    def close(self) -> None:
+        """Ends all requests, waits for the device and lets go of its memory."""
+        for request_id in list(self._requests):
+            self.abort(request_id)
+        while self.has_work and self._cause is None:
+            self.step()
+        self._cause = self._cause or RuntimeError("it was closed")
+        self._executor.release()
+
+    def _step(self) -> list[Delta]:
         plan = self.scheduler.plan()
         launched = None
         if plan is not None:

@@ -6,7 +6,7 @@ result is read later, when the next step is already under way.
 
 from __future__ import annotations
 
-import atexit
+import weakref
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -103,10 +103,10 @@ class Executor:
     ) -> None:
         self.params = params
         self.shapes = shape_table(config)
-        self.compiled = CompiledSteps(self._lower)
-        # The step launched last; at exit it may run still, though this executor be gone.
+        self.compiled = CompiledSteps()
+        # The step launched last: it may still run when this executor goes, or Python ends.
         self._newest: list[InFlight] = []
-        atexit.register(_finish, self._newest)
+        weakref.finalize(self, _finish, self._newest)
         self._config = config
         self._model = model_config
         self._device = device
@@ -140,8 +140,16 @@ class Executor:
 
     def compile_ahead(self) -> None:
         """Compiles every step shape and the history update."""
-        self.compiled.compile_ahead(self.shapes.all(), show_progress=self._config.show_progress)
+        self.compiled.compile_ahead(
+            self.shapes.all(), self._lower, show_progress=self._config.show_progress
+        )
         self.load_history(self._config.max_num_seqs, np.zeros(0, np.int32))
+
+    def release(self) -> None:
+        """Waits for the device and lets go of parameters, pages and history."""
+        _finish(self._newest)
+        self._newest.clear()
+        self.params = self.kv = self.history = None
 
     def load_history(self, row: int, tokens: np.ndarray) -> None:
         """Puts the tokens of a row on the device; penalties are computed from them there."""
@@ -198,7 +206,7 @@ class Executor:
             plan.plain_greedy,
         )
         inputs = self._host_inputs(shape, plan)
-        compiled = self.compiled[shape]
+        compiled = self.compiled.get(shape, self._lower)
         self.kv, self.history, out = compiled(self.params, self.kv, self.history, *inputs)
         self._newest[:] = [InFlight(plan, shape, out)]
         return self._newest[0]

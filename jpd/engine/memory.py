@@ -35,14 +35,15 @@ def page_bytes(config: EngineConfig, model: ModelConfig, itemsize: int) -> int:
 
 
 def work_bytes(config: EngineConfig, model: ModelConfig, shapes: ShapeTable) -> int:
-    """Estimated work space of the largest step: activations, gathered pages, logits."""
+    """Estimated work space of the largest step: activations, gathered pages, logits, histories."""
     tokens = shapes.tokens[-1] + shapes.batches[-1]
     wide = max(2 * model.ffn_size, (model.num_heads + 2 * model.num_kv_heads) * model.head_dim)
     activations = 4 * tokens * (wide + 4 * model.hidden_size)
     rows = shapes.batches[-1] + config.max_prefills_per_step
     logits = 6 * 4 * rows * model.vocab_size
     gathered = 3 * BLOCK_BYTES
-    return activations + logits + gathered
+    histories = 4 * (config.max_num_seqs + 1 + 4 * rows) * (config.max_model_len + 1)
+    return activations + logits + gathered + histories
 
 
 def check_model_fits(model_bytes: int, limit: int, utilization: float, device: object) -> None:
@@ -53,6 +54,19 @@ def check_model_fits(model_bytes: int, limit: int, utilization: float, device: o
             f"the model's weights need {model_bytes / _GIB:.2f} GiB; {device} has "
             f"{limit / _GIB:.2f} GiB, of which gpu_memory_utilization={utilization} allows "
             f"{usable / _GIB:.2f} GiB"
+        )
+
+
+def check_pages_fit(
+    config: EngineConfig, model: ModelConfig, *, limit: int, model_bytes: int, itemsize: int
+) -> None:
+    """Raises `ConfigError` before pages are made that cannot fit beside the weights."""
+    each = page_bytes(config, model, itemsize)
+    if model_bytes + config.num_pages * each > limit:
+        raise ConfigError(
+            f"num_pages={config.num_pages} of {each / 2**20:.2f} MiB do not fit: beside the "
+            f"weights' {model_bytes / _GIB:.2f} GiB the device's {limit / _GIB:.2f} GiB have room "
+            f"for at most {(limit - model_bytes) // each}"
         )
 
 

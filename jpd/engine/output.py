@@ -85,6 +85,7 @@ def append_token(
     detokenizer = request.detokenizers[sequence.index]
     completion.token_ids.append(token)
     metrics.num_generated_tokens += 1
+    metrics.longest_output_tokens = max(metrics.longest_output_tokens, len(completion.token_ids))
     if metrics.first_token_s is None:
         metrics.first_token_s = now_s
     if request.params.logprobs is not None:

@@ -222,13 +222,13 @@ class Scheduler:
             extend_hashes(sequence.page_names, sequence.tokens, self.page_size)
             # At least one token is computed, since its logits are needed.
             cached = self.cache.match(sequence.page_names[: (count - 1) // self.page_size])
+        new_pages = -(-count // self.page_size) - len(cached)
+        taken = new_pages + sum(self.pool.references(page) == 0 for page in cached)
+        reserve = self._watermark if self.num_running else 0
+        if taken + reserve > self.pool.num_free:
+            return None
         for page in cached:
             self.pool.share(page)
-        new_pages = -(-count // self.page_size) - len(cached)
-        reserve = self._watermark if self.num_running else 0
-        if new_pages + reserve > self.pool.num_free:
-            self.pool.release(reversed(cached))
-            return None
         heapq.heappop(self._waiting)
         self.num_waiting -= 1
         sequence.pages = cached + self.pool.allocate(new_pages)
@@ -251,9 +251,20 @@ class Scheduler:
         if last:
             self._prefilling.remove(sequence)
             table.decoding[row] = True
+        self._name_pages(sequence, start, end)
         return Chunk(
             sequence, row, int(table.serial[row]), start, table.tokens[row, start:end].copy(), last
         )
+
+    def _name_pages(self, sequence: Sequence, start: int, end: int) -> None:
+        """Makes the pages that a planned chunk fills findable, for later chunks of this step too.
+
+        Steps run in order, and each stores its keys and values before it reads any.
+        """
+        if self.cache is None or not sequence.findable:
+            return
+        for page in range(start // self.page_size, end // self.page_size):
+            self.cache.insert(sequence.page_names[page], sequence.pages[page])
 
     # ---- commit
 
@@ -283,16 +294,14 @@ class Scheduler:
         for i in np.flatnonzero(~alive).tolist():
             self._late(plan.sequences[i], i, tokens, done)
         for i, chunk in enumerate(plan.chunks, start=batch):
+            if not chunk.last:
+                continue
             if table.serial[chunk.row] == chunk.serial:
-                self._store_names(chunk)
-                if chunk.last:
-                    self._append(
-                        np.array([chunk.row], np.int32), tokens[i : i + 1], [chunk.sequence]
-                    )
-                    done.sequences.append(chunk.sequence)
-                    done.tokens.append(int(tokens[i]))
-                    done.result_rows.append(i)
-            elif chunk.last:
+                self._append(np.array([chunk.row], np.int32), tokens[i : i + 1], [chunk.sequence])
+                done.sequences.append(chunk.sequence)
+                done.tokens.append(int(tokens[i]))
+                done.result_rows.append(i)
+            else:
                 self._late(chunk.sequence, i, tokens, done)
         return done
 
@@ -331,22 +340,14 @@ class Scheduler:
         elif len(sequence.tokens) >= sequence.max_length:
             self.finish(sequence, FinishReason.LENGTH)
 
-    def _store_names(self, chunk: Chunk) -> None:
-        """Makes the pages that a prompt chunk filled findable."""
-        sequence = chunk.sequence
-        if self.cache is None or not sequence.findable:
-            return
-        for page in range(chunk.start // self.page_size, chunk.end // self.page_size):
-            self.cache.insert(sequence.page_names[page], sequence.pages[page])
-
     def check_integrity(self) -> None:
-        """Asserts that pages are conserved and that no page has two writers."""
+        """Asserts that pages are conserved, and that nobody shares a page still to be written to."""
         running = [s for s in self.table.sequences if s is not None]
         self.pool.check_integrity(s.pages for s in running)
         writable = [
             page
             for s in running
-            for page in s.pages[int(self.table.known[s.row] - 1) // self.page_size :]
+            for page in s.pages[int(self.table.computed[s.row]) // self.page_size :]
         ]
         assert len(writable) == len(set(writable)), "a page has two writers"
         for page in writable:

@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any
 
 from jpd.engine.coordinator import Coordinator
-from jpd.errors import EngineDeadError, RequestError
+from jpd.errors import EngineDeadError, JpdError, RequestError
 from jpd.types import Delta, RequestOutput
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ class Mailbox:
         """The engine's own, which grows with each step."""
         self._items: deque[Any] = deque()
         self._ended = False
-        self._error: EngineDeadError | None = None
+        self._error: JpdError | None = None
         self._waiter: asyncio.Future[None] | None = None
 
     @property
@@ -49,7 +49,7 @@ class Mailbox:
         """What a step leaves here."""
         raise NotImplementedError
 
-    def put(self, items: list[Any], ended: bool, error: EngineDeadError | None = None) -> None:
+    def put(self, items: list[Any], ended: bool, error: JpdError | None = None) -> None:
         """Leaves items; nothing comes after `ended`, because of `error` if there is one."""
         self._items.extend(items)
         self._ended, self._error = ended, error
@@ -90,7 +90,7 @@ class SnapshotMailbox(Mailbox):
         metrics = replace(self.output.metrics)
         return [replace(self.output, outputs=completions, metrics=metrics)]
 
-    def put(self, items: list[Any], ended: bool, error: EngineDeadError | None = None) -> None:
+    def put(self, items: list[Any], ended: bool, error: JpdError | None = None) -> None:
         if items:
             self._items.clear()
         super().put(items, ended, error)
@@ -202,7 +202,12 @@ class EngineThread:
             wait = False
 
     def _add(self, mailbox: Mailbox, *request: Any) -> None:
-        mailbox.output = self._coordinator.add(mailbox.request_id, *request)
+        try:
+            mailbox.output = self._coordinator.add(mailbox.request_id, *request)
+        except RequestError as error:  # of this request alone
+            self._forget(mailbox)
+            self._post({mailbox.loop: [(mailbox, [], True, error)]})
+            return
         self._live[mailbox.request_id] = mailbox
 
     def _abort(self, mailbox: Mailbox) -> None:
