@@ -46,7 +46,8 @@ def capture_env() -> dict[str, Any]:
     Package versions are those of the interpreter that runs this.
     """
     listed = query_gpus("name", "driver_version")
-    gpus = [] if isinstance(listed, str) else [line.rsplit(",", 1) for line in listed]
+    lines = [] if isinstance(listed, str) else listed
+    gpus = [line.rsplit(",", 1) for line in lines if "," in line]
     return {
         "gpu": gpus[0][0].strip() if gpus else None,
         "gpu_count": len(gpus),
@@ -57,7 +58,7 @@ def capture_env() -> dict[str, Any]:
         "nccl": version("nvidia-nccl-cu13", "nvidia-nccl-cu12"),
         "torch": version("torch"),
         "transformers": version("transformers"),
-        "python": platform.pythonversion(),
+        "python": platform.python_version(),
         "xla_flags": os.environ.get("XLA_FLAGS"),
         "cpu": _cpu_name(),
     }

@@ -290,7 +290,7 @@ def _record(output: jpd.RequestOutput) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _interrupts() -> Iterator[list[int]]:
-    """Collects Ctrl-C: raised in the middle of a step, it would break the engine."""
+    """Collects Ctrl-C, so that an answer ends between two deltas, with all its text printed."""
     caught: list[int] = []
     previous = signal.signal(signal.SIGINT, lambda number, frame: caught.append(number))
     try:

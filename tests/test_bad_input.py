@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 import jpd
+from jpd import config
 from jpd.engine import memory
 from jpd.errors import ConfigError, PromptTooLongError, RequestError, UnknownArgumentError
 from tests import tiny_models
@@ -56,6 +58,15 @@ PROMPTS = [
     pytest.param(b"abc", RequestError, "not bytes", id="bytes"),
     pytest.param({"promt": "x"}, RequestError, r"not \['promt'\]", id="unknown-key"),
     pytest.param({"prompt_token_ids": "a"}, RequestError, "not str 'a'", id="text-as-ids"),
+    pytest.param(
+        {"prompt": 5, "prompt_token_ids": [1]},
+        RequestError,
+        "'prompt' of a prompt dict is text, not int '5'",
+        id="number-beside-ids",
+    ),
+    pytest.param(
+        {"prompt": [1, 2]}, RequestError, r"is text, not list '\[1, 2\]'", id="ids-as-text"
+    ),
     pytest.param(
         [1] * 128, PromptTooLongError, "128 tokens; max_model_len=128 .* at most 127", id="too-long"
     ),
@@ -268,7 +279,8 @@ def test_a_bad_engine_argument(folder: Path, options: dict[str, Any], message: s
     ("options", "message"),
     [
         ({"max_num_seq": 4}, "'max_num_seq'; did you mean 'max_num_seqs'"),
-        ({"gpu_memory": 0.5}, "did you mean 'gpu_memory_utilization'"),
+        ({"gpu_memory_utilisation": 0.5}, "did you mean 'gpu_memory_utilization'"),
+        ({"gpu_share": 0.5}, "has no field 'gpu_share'; known: model, tokenizer, "),
         ({"kernels": {"linaer": "xla"}}, "'linaer'; did you mean 'linear'"),
     ],
 )
@@ -276,6 +288,27 @@ def test_an_unknown_engine_argument_names_the_nearest(
     folder: Path, options: dict[str, Any], message: str
 ) -> None:
     refuse(folder, UnknownArgumentError, message, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tensor_parallel_size": 2}, "tensor_parallel_size=2 of vLLM .* jpd runs on one GPU"),
+        ({"quantization": "fp8"}, "quantization='fp8' of vLLM is not supported by jpd"),
+        ({"block_size": 16}, "block_size=16 of vLLM .* jpd calls it page_size"),
+        ({"num_gpu_blocks_override": 9}, "num_gpu_blocks_override=9 .* jpd calls it num_pages"),
+        ({"trust_remote_code": True}, "trust_remote_code=True .* never runs code"),
+    ],
+)
+def test_an_argument_of_vllm_says_what_jpd_has_instead(
+    folder: Path, options: dict[str, Any], message: str
+) -> None:
+    refuse(folder, UnknownArgumentError, message, **options)
+
+
+def test_names_of_vllm_that_jpd_has_are_not_refused() -> None:
+    fields = {f.name for f in dataclasses.fields(jpd.EngineConfig)}
+    assert fields & config._VLLM_NAMES.keys() == set()
 
 
 def test_a_folder_without_config(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 # Modules that plan and translate in processes which must start fast and never touch a GPU.
 HOST_ONLY = ["jpd.errors", "jpd.types", "jpd.config", "jpd.text"]
 HOST_ONLY += ["jpd.engine.scheduler", "jpd.engine.pages", "jpd.engine.prefix_cache"]
+HOST_ONLY += ["jpd.box", "jpd.bench.environment", "jpd.console"]
 HOST_ONLY += ["jpd.engine.batch", "jpd.engine.shapes", "jpd.engine.sampler_inputs", "jpd.prompts"]
 
 

@@ -341,7 +341,7 @@ class Scheduler:
             self.finish(sequence, FinishReason.LENGTH)
 
     def check_integrity(self) -> None:
-        """Asserts that pages are conserved, and that nobody shares a page still to be written to."""
+        """Asserts that pages are conserved and that no page still to be written to is shared."""
         running = [s for s in self.table.sequences if s is not None]
         self.pool.check_integrity(s.pages for s in running)
         writable = [

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -83,7 +84,8 @@ def test_file_is_not_fetched(folder, monkeypatch):
         resolve_folder(folder / "config.json")
 
 
-def test_name_is_fetched_without_anything_that_could_run(tmp_path, monkeypatch):
+@pytest.mark.parametrize("weights", [True, False])
+def test_name_is_fetched_without_anything_that_could_run(tmp_path, monkeypatch, weights):
     """The patterns go through the library's own filter, over the names of real repositories."""
     asked = {}
 
@@ -92,7 +94,7 @@ def test_name_is_fetched_without_anything_that_could_run(tmp_path, monkeypatch):
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
-    assert resolve_folder("someone/model") == tmp_path
+    assert resolve_folder("someone/model", weights=weights) == tmp_path
     wanted = [
         "config.json",
         "generation_config.json",
@@ -118,16 +120,25 @@ def test_name_is_fetched_without_anything_that_could_run(tmp_path, monkeypatch):
         ignore_patterns=asked["ignore_patterns"],
     )
     assert asked["name"] == "someone/model"
-    assert list(kept) == wanted
+    small = [name for name in wanted if not name.endswith(".safetensors")]
+    assert list(kept) == (wanted if weights else small)
 
 
-@pytest.mark.parametrize("name", ["someone/model", "./no/such/folder"])
-def test_offline_error_says_both_facts(tmp_path, name):
-    code = f"""
+@pytest.mark.parametrize(
+    "name", ["/no/folder", "./no", "../no", "~/no", "no/such/folder", "no folder", "no/", "a--b"]
+)
+def test_what_no_repository_is_called_is_not_asked_for(monkeypatch, name):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: pytest.fail("fetch"))
+    with pytest.raises(ConfigError, match=re.escape(f"no such folder: {name!r}")):
+        resolve_folder(name)
+
+
+def test_offline_error_says_both_facts(tmp_path):
+    code = """
 from jpd.checkpoint import resolve_folder
 from jpd.errors import ConfigError
 try:
-    resolve_folder({name!r})
+    resolve_folder("someone/model")
 except ConfigError as error:
     print(error)
 """
@@ -135,4 +146,6 @@ except ConfigError as error:
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True
     )
-    assert f"{name!r} is not a folder, and fetching it from Hugging Face failed" in result.stdout
+    assert (
+        "'someone/model' is not a folder, and fetching it from Hugging Face failed" in result.stdout
+    )

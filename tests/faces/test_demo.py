@@ -7,12 +7,6 @@ import pytest
 from rich.console import Console
 
 from jpd import CompletionOutput, RequestMetrics, RequestOutput, box, demo
-from tests.faces import make_model
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return make_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(autouse=True)
@@ -89,17 +83,3 @@ def test_errors(monkeypatch, tmp_path, capsys):
     assert "`python -m jpd.box.train` makes it" in capsys.readouterr().err
     assert demo.main(["--help"]) == 2
     assert "usage: python -m jpd.demo [MODEL]" in capsys.readouterr().err
-
-
-def test_line_printer_breaks_lines_and_keeps_all_text(capsys):
-    printer = demo.LinePrinter(width=20)
-    text = "one two three four five six seven\n\neight " + "x" * 45
-    for character in text:
-        printer.write("[0]", character)
-        printer.write("[1]", character)
-    printer.end("[0]", "length")
-    lines = capsys.readouterr().out.splitlines()
-    own = [line.removeprefix("[0] ") for line in lines if line.startswith("[0] ")]
-    assert all(len(line) <= 20 for line in own[:-1])
-    assert own[-1].endswith(" (length)")
-    assert "".join("".join(own).split()) == "".join(text.split()) + "(length)"
