@@ -95,18 +95,14 @@ class Report:
         """Prints the table without writing a file."""
         print_table(self.document())
 
-    def finish(self, *, chart: str | None = None) -> Path:
-        """Prints the table, writes ``NAME.json`` and ``NAME.svg``; returns the JSON's path.
-
-        Args:
-            chart: row key that the chart shows; by default the time.
-        """
+    def finish(self) -> Path:
+        """Prints the table, writes ``NAME.json`` and ``NAME.svg``; returns the JSON's path."""
         doc = self.document()
         print_table(doc)
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{self.name}.json"
         path.write_text(json.dumps(doc, indent=1, allow_nan=False) + "\n")
-        write_svg(doc, path.with_suffix(".svg"), chart)
+        write_svg(doc, path.with_suffix(".svg"))
         print(f"wrote {path}")
         return path
 

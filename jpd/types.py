@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TypedDict
 
 from jpd.config import check_names
 from jpd.errors import RequestError
@@ -14,20 +13,6 @@ from jpd.errors import RequestError
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 300
 MAX_STOP_TOKEN_IDS = 20
-
-Prompt = "str | Sequence[int] | TextPrompt | TokensPrompt"
-
-
-class TextPrompt(TypedDict):
-    """A prompt as text, in vLLM's form."""
-
-    prompt: str
-
-
-class TokensPrompt(TypedDict):
-    """A prompt as token ids, in vLLM's form."""
-
-    prompt_token_ids: list[int]
 
 
 class FinishReason(StrEnum):

@@ -115,7 +115,7 @@ def build(config: EngineConfig, device: jax.Device | None = None) -> Engine:
     """
     ops.check(config.kernels)
     device = device or default_device()
-    folder = checkpoint.resolve_folder(config.model)
+    folder = checkpoint.resolve_folder(config.model, weights=config.load_format != "dummy")
     model = checkpoint.read_config(folder)
     config = resolve(config.replace(model=str(folder)), model, device)
     limit = memory.device_memory(device)
@@ -135,7 +135,10 @@ def build(config: EngineConfig, device: jax.Device | None = None) -> Engine:
     memory.check_pages_fit(config, model, limit=limit, model_bytes=model_bytes, itemsize=itemsize)
     tokenizer = None
     if not config.skip_tokenizer_init:
-        tokenizer = Tokenizer.load(config.tokenizer or folder)
+        named = config.tokenizer
+        tokenizer = Tokenizer.load(
+            checkpoint.resolve_folder(named, weights=False) if named else folder
+        )
         if tokenizer.vocab_size > model.vocab_size:
             raise ConfigError(
                 f"the tokenizer has {tokenizer.vocab_size} tokens, the model only "

@@ -130,9 +130,3 @@ class SequenceTable:
         self.serial[row] = 0
         self.decoding[row] = False
         self._free_rows.append(row)
-
-    def known_tokens(self, sequence: Sequence) -> np.ndarray:
-        """All tokens of a sequence that are on the host, `[n]` int32."""
-        if sequence.row < 0:
-            return sequence.tokens
-        return self.tokens[sequence.row, : self.known[sequence.row]]
