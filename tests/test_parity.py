@@ -8,6 +8,7 @@ import types
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -71,6 +72,16 @@ def folder_logits(folder: Path, tokens: np.ndarray | list[int], dtype: str) -> n
     return logits
 
 
+def assert_same_params(got: Path, want: Path) -> None:
+    """Two folders load to the same numbers, bit for bit, in float32.
+
+    Their logits need not be equal to the last bit: a GPU may choose other kernels when it compiles
+    again, as it does for a config that names another dtype.
+    """
+    trees = (checkpoint.load(f, dtype="float32", show_progress=False)[1] for f in (got, want))
+    jax.tree.map(np.testing.assert_array_equal, *trees)
+
+
 @every_case
 def test_the_weights_are_those_of_the_golden(name: str, golden: Golden, tmp_path: Path) -> None:
     folder = tiny_models.make_checkpoint(name, tmp_path)
@@ -129,10 +140,9 @@ def test_a_half_precision_checkpoint_is_read_without_loss(
     prompt = golden(HALF_CASE)["prompt"]
     stored = tiny_models.make_checkpoint(HALF_CASE, tmp_path / "stored", dtype=dtype)
     widened = tiny_models.make_checkpoint(HALF_CASE, tmp_path / "widened", rounded_to=dtype)
-    got = folder_logits(stored, prompt, "float32")
-    # The same numbers in wider boxes.
-    np.testing.assert_array_equal(got, folder_logits(widened, prompt, "float32"))
+    assert_same_params(stored, widened)  # the same numbers in wider boxes
 
+    got = folder_logits(stored, prompt, "float32")
     want = golden(HALF_CASE)
     error = norm_error(got[want["positions"]], want["logits"])
     # Rounding moves each weight by at most 2^-9 (bfloat16) or 2^-12 (float16) of itself, and the
@@ -155,14 +165,11 @@ def test_bfloat16_is_as_close_as_that_of_transformers(
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_shards_make_no_difference(dtype: str, golden: Golden, tmp_path: Path) -> None:
-    prompt = golden(HALF_CASE)["prompt"]
+def test_shards_make_no_difference(dtype: str, tmp_path: Path) -> None:
     single = tiny_models.make_checkpoint(HALF_CASE, tmp_path / "single", dtype=dtype)
     sharded = tiny_models.make_checkpoint(HALF_CASE, tmp_path / "sharded", dtype=dtype, shards=3)
     assert len(list(sharded.glob("*.safetensors"))) == 3
-    np.testing.assert_array_equal(
-        folder_logits(sharded, prompt, "float32"), folder_logits(single, prompt, "float32")
-    )
+    assert_same_params(sharded, single)
 
 
 @every_case
