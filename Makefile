@@ -13,8 +13,8 @@ demo: env  ## serve the model in the box to several prompts at once, on the CPU
 test: env-test  ## run the CPU tests
 	$(PY) -m pytest -n 2 $(ARGS)
 
-test-gpu: env-test  ## run the GPU tests (needs jpd[cuda12] or jpd[cuda13] in .venv)
-	JAX_PLATFORMS=cuda,cpu $(PY) -m pytest -m "gpu or multigpu" $(ARGS)
+test-gpu: env-test  ## run the numeric tests on a GPU (needs jpd[cuda12] or jpd[cuda13] in .venv)
+	JAX_PLATFORMS=cuda $(PY) -m pytest tests/test_parity.py tests/engine tests/ops $(ARGS)
 
 lint: env-test  ## check style, format and the import contract; all three, whichever fails
 	failed=0; \

@@ -1,4 +1,4 @@
-"""jpd: an LLM serving system in JAX/Flax with Pallas kernels for NVIDIA GPUs."""
+"""jpd: an LLM serving system in JAX/Flax for NVIDIA GPUs, and for CPUs to try it on."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

@@ -99,7 +99,7 @@ class AsyncLLM(EngineFace):
             self._thread.abort(mailbox)
 
     def close(self) -> None:
-        """Ends unfinished requests with `FinishReason.ABORT` and waits for the engine to stop."""
+        """Ends unfinished requests with `FinishReason.ABORT`, then frees the device's memory."""
         self._thread.stop()
 
     async def __aenter__(self) -> AsyncLLM:

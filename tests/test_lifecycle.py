@@ -87,6 +87,13 @@ def test_close_lets_go_of_the_device_and_of_the_engine(folder):
     llm.close()
 
 
+def test_close_of_the_concurrent_face_lets_go_too(folder):
+    llm = jpd.AsyncLLM(str(folder), **OPTIONS)
+    leaf = weakref.ref(jax.tree.leaves(llm._engine.executor.kv)[0])
+    llm.close()
+    assert leaf() is None
+
+
 def test_an_llm_that_is_dropped_frees_its_pages_without_the_collector(folder):
     llm = jpd.LLM(str(folder), **OPTIONS)
     llm.generate([[1, 2, 3]], GREEDY)

@@ -146,10 +146,12 @@ class Executor:
         self.load_history(self._config.max_num_seqs, np.zeros(0, np.int32))
 
     def release(self) -> None:
-        """Waits for the device and lets go of parameters, pages and history."""
-        _finish(self._newest)
-        self._newest.clear()
-        self.params = self.kv = self.history = None
+        """Waits for the device and lets go of parameters, pages and history, also if it failed."""
+        try:
+            _finish(self._newest)
+        finally:
+            self._newest.clear()
+            self.params = self.kv = self.history = None
 
     def load_history(self, row: int, tokens: np.ndarray) -> None:
         """Puts the tokens of a row on the device; penalties are computed from them there."""

@@ -179,7 +179,9 @@ class EngineThread:
         try:
             while self._obey():
                 self._publish(self._coordinator.step())
-            self._end_all()
+            for mailbox in list(self._live.values()):
+                self._abort(mailbox)
+            self._coordinator.close()
         except BaseException as error:  # nobody may be left waiting, whatever it is
             logger.exception("the engine has stopped")
             self._die(error)
@@ -237,12 +239,6 @@ class EngineThread:
             except RuntimeError:  # the loop was closed: its callers are gone
                 for mailbox, *_ in mail:
                     self.abandon(mailbox)
-
-    def _end_all(self) -> None:
-        for mailbox in list(self._live.values()):
-            self._abort(mailbox)
-        while self._coordinator.has_work:  # the device ends the step that runs
-            self._coordinator.step()
 
     def _die(self, error: BaseException) -> None:
         with self._lock:

@@ -109,9 +109,10 @@ def _paged_attention(q, k_pages, v_pages, page_table, positions, *, scale, windo
 def _multi_head_decode(q, k_pages, v_pages, page_table, lengths, *, scale, window):
     """Decode attention where every query head has keys of its own.
 
-    Nothing is used twice, so products and sums are as good as dots, and XLA reads the pages where
-    they are: no gathered copy. The barrier and the layouts make it so; without them XLA rotates q
-    again for every key and writes a transposed copy of the values.
+    Nothing is used twice, so products and sums are as good as dots, and on a GPU XLA reads the
+    pages where they are, with no gathered copy (on a CPU it makes one). The barrier and the
+    layouts see to it; without them XLA rotates q again for every key and writes a transposed copy
+    of the values.
     """
     rows, heads, size = q.shape
     q, k_pages, v_pages = jax.lax.optimization_barrier((q, k_pages, v_pages))

@@ -17,7 +17,9 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def engine(folder):
-    return build(EngineConfig(model=str(folder), **SHAPES))
+    engine = build(EngineConfig(model=str(folder), **SHAPES))
+    engine.executor.release = lambda: None  # every test closes its own face of this one
+    return engine
 
 
 @pytest.fixture
