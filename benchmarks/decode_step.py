@@ -60,24 +60,6 @@ def run_baseline(report: Report, model: str, cases: list[tuple[int, int]], quick
                 report.fail(case_name(model, batch, context), "hf", reason)
 
 
-def copy_bytes_per_s(nbytes: int) -> float:
-    """Best rate of a device copy, read and written: XLA's own copy or a loop of additions."""
-    import jax
-    import jax.numpy as jnp
-
-    x = jnp.ones(nbytes // 4, jnp.int32)
-    rates = []
-    for copy in (jax.jit(jnp.copy), jax.jit(lambda x: x + 1)):
-        copy(x).block_until_ready()
-        for _ in range(5):
-            start = time.perf_counter()
-            for _ in range(10):
-                y = copy(x)
-            y.block_until_ready()
-            rates.append(2 * nbytes * 10 / (time.perf_counter() - start))
-    return max(rates)
-
-
 def run_model(report: Report, model: str, cases: list[tuple[int, int]], rate: float) -> None:
     """Adds jpd's rows for one model."""
     from benchmarks.dummy import dummy_engine
@@ -193,6 +175,8 @@ def main() -> None:
     if not args.no_baseline:  # first, while the device's memory is all free
         for model, shapes in cases.items():
             run_baseline(report, model, HF_CASES.get(model, shapes), args.quick)
+    from benchmarks.device_time import copy_bytes_per_s
+
     rate = copy_bytes_per_s((1 << 26) if args.quick else (1 << 32))
     for model, shapes in cases.items():
         run_model(report, model, shapes, rate)

@@ -249,6 +249,48 @@ class Convert(_Command):
 
 
 @dataclass(kw_only=True)
+class Calibrate(_Command):
+    """Find a model's unified softmax values from real prompts; the engine then uses them."""
+
+    model: Annotated[Positional[str], arg(metavar="MODEL")]
+    """Folder of a Hugging Face or Orbax checkpoint, or a Hugging Face name when online."""
+    prompts: Path
+    """Text file with a prompt on each line."""
+    max_tokens: int = 2048
+    """Tokens of a prompt that are looked at."""
+    plot: bool = True
+    """Draw a histogram of each layer's scores beside the checkpoint (needs jpd[bench])."""
+    dtype: Dtype = "auto"
+    """Type of weights and activations; "auto" takes the checkpoint's."""
+
+    def run(self) -> None:
+        """Writes jpd_phi.json, and jpd_phi.svg, beside the checkpoint."""
+        from jpd import calibrate, checkpoint
+        from jpd.text import Tokenizer
+
+        if self.max_tokens < 1:
+            raise ConfigError(f"max_tokens={self.max_tokens} is not allowed: an int >= 1")
+        try:
+            lines = self.prompts.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{self.prompts} cannot be read: {error}") from error
+        folder = checkpoint.resolve_folder(self.model)
+        tokenizer = Tokenizer.load(folder)
+        texts = [tokenizer.encode(line) for line in lines if line.strip()]
+        config, params = checkpoint.load(folder, dtype=self.dtype)
+        limit = min(self.max_tokens, config.max_position)
+        observed = calibrate.observe(config, params, [ids[:limit] for ids in texts])
+        path = checkpoint.save_phi(folder, observed.phi(), observed.as_json())
+        print(f"wrote {path}: {observed.prompts} prompts, {observed.tokens} tokens")
+        low, high = observed.lse_min.min(), observed.lse_max.max()
+        print(f"log-sum-exp of a row of scores: {low:.1f} to {high:.1f}")
+        if self.plot:
+            figure = path.with_suffix(".svg")
+            drawn = calibrate.plot(observed, figure)
+            print(f"wrote {figure}" if drawn else "no plot: matplotlib (jpd[bench]) is missing")
+
+
+@dataclass(kw_only=True)
 class Env(_Command):
     """Print versions, devices and what jpd can use of them."""
 
@@ -319,6 +361,7 @@ Command = OmitSubcommandPrefixes[
     | Annotated[Chat, subcommand("chat")]
     | Annotated[Bench, subcommand("bench")]
     | Annotated[Convert, subcommand("convert")]
+    | Annotated[Calibrate, subcommand("calibrate")]
     | Annotated[Env, subcommand("env")]
 ]
 

@@ -79,13 +79,24 @@ class KernelConfig:
     """Which implementation of each op the model runs; see `jpd.ops.implementations()`."""
 
     linear: str = "auto"
-    """Matrix product with a weight `[N, K]`."""
+    """Matrix product with a weight `[N, K]`, with bias and residual."""
+    gated_linear: str = "auto"
+    """Product with gate and up weights, and silu(gate) * up."""
+    rms_norm: str = "auto"
+    """Root-mean-square norm of rows."""
+    rope_write: str = "auto"
+    """Rotation of queries and keys, and store of new keys and values into their pages."""
     decode_attention: str = "auto"
     """Attention of one new token per sequence over paged KV."""
     prefill_attention: str = "auto"
     """Causal attention of prompt chunks over paged KV."""
-    write_kv: str = "auto"
-    """Store of new keys and values into their pages."""
+    pallas_only: bool = False
+    """Refuse XLA's implementation of every op: a compiled step then holds no call of cuBLAS, cuDNN
+    or Triton, and what no kernel takes is an error."""
+
+    def __post_init__(self) -> None:
+        value = self.pallas_only
+        require(isinstance(value, bool), "kernels.pallas_only", value, "True or False")
 
 
 @dataclass(frozen=True, kw_only=True)

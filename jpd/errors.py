@@ -19,6 +19,10 @@ class CheckpointError(ConfigError):
     """A checkpoint does not hold what its config promises; all its faults are in one message."""
 
 
+class KernelError(JpdError):
+    """A kernel computes something else than its reference on this machine; nothing is served."""
+
+
 class RequestError(JpdError, ValueError):
     """A request that can never be served as asked; other requests are not touched."""
 

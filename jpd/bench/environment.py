@@ -42,6 +42,7 @@ def describe() -> dict[str, Any]:
         "gpus": query_gpus("name", "driver_version", "memory.total", "compute_cap"),
         "devices": _devices(),
         "implementations": ops.implementations(),
+        "kernels": ops.describe_kernels(),
         "compilation_cache_dir": _cache_dir(),
     }
 

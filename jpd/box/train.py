@@ -47,10 +47,11 @@ class Dropped(nnx.Module):
     def __init__(self, inner: Callable[..., jax.Array], rate: float, key: jax.Array):
         self.inner, self.rate, self.key = inner, rate, key
 
-    def __call__(self, *args: Any) -> jax.Array:
+    def __call__(self, *args: Any, residual: jax.Array | None = None) -> jax.Array:
         out = self.inner(*args)
         keep = jax.random.bernoulli(self.key, 1.0 - self.rate, out.shape)
-        return jnp.where(keep, out / (1.0 - self.rate), 0.0).astype(out.dtype)
+        out = jnp.where(keep, out / (1.0 - self.rate), 0.0).astype(out.dtype)
+        return out if residual is None else residual + out
 
 
 class MixedEmbedding(nnx.Module):
@@ -70,7 +71,7 @@ class MixedEmbedding(nnx.Module):
 
 def cross_entropy(model: Callable[..., jax.Array], config: ModelConfig, window: jax.Array):
     """Mean loss in nats of predicting `window[1:]` from `window[:-1]`; window `[T + 1]` ids."""
-    attend = jax.checkpoint(causal_attend(config.windows), static_argnums=0)
+    attend = jax.checkpoint(causal_attend(config), static_argnums=0)
     out = model(window[:-1], jnp.arange(window.shape[0] - 1), attend)
     return optax.softmax_cross_entropy_with_integer_labels(out, window[1:]).mean()
 
@@ -260,7 +261,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     config = config_from_hf(hf)
     begin = time.perf_counter()
-    with ops.using(KernelConfig(linear="xla")):  # the only one with a gradient
+    # The only implementations with gradients.
+    with ops.using(KernelConfig(linear="xla", gated_linear="xla", rms_norm="xla")):
         params, curve = train(args, config, data)
         seconds = time.perf_counter() - begin
         samples = [continue_text(config, params, tokenizer, p, args.seed) for p in PROMPTS]

@@ -28,12 +28,21 @@ from jpd.checkpoint import dummy, hf, orbax
 from jpd.checkpoint.config import read_config, resolve_folder
 from jpd.checkpoint.faults import Faults
 from jpd.checkpoint.orbax import save_orbax
+from jpd.checkpoint.phi import load_phi, save_phi
 from jpd.checkpoint.tree import dotted
 from jpd.config import Dtype, LoadFormat, require
 from jpd.models import ModelConfig, Params, abstract_params
 from jpd.models.family import flatten
 
-__all__ = ["load", "param_bytes", "read_config", "resolve_folder", "save_orbax"]
+__all__ = [
+    "load",
+    "load_phi",
+    "param_bytes",
+    "read_config",
+    "resolve_folder",
+    "save_orbax",
+    "save_phi",
+]
 
 _DTYPES = ("float32", "bfloat16", "float16")
 

@@ -16,7 +16,8 @@ from jpd.engine.compile import use_cache_dir
 from jpd.engine.coordinator import Coordinator
 from jpd.engine.executor import Executor, shape_table
 from jpd.errors import ConfigError
-from jpd.models import ModelConfig
+from jpd.models import ModelConfig, Params
+from jpd.ops import self_check
 from jpd.text import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -107,6 +108,59 @@ def check_memory(executor: Executor, model_bytes: int, limit: int) -> None:
         )
 
 
+def check_kernels(
+    config: EngineConfig, model: ModelConfig, params: Params, device: jax.Device
+) -> None:
+    """Compares what the steps will run with a reference, on a GPU or where a kernel was registered.
+
+    Raises:
+      KernelError: something is wrong on this machine.
+    """
+    selected = {
+        name
+        for op, names in ops.implementations().items()
+        for name in (
+            names if getattr(config.kernels, op) == "auto" else [getattr(config.kernels, op)]
+        )
+    }
+    if device.platform != "gpu" and not selected - {"xla", "pallas"}:
+        return
+    shapes = shape_table(config)
+    batches = shapes.batches
+    decode = sorted({batches[0], batches[len(batches) // 2], batches[-1]})
+    rows = [*decode, shapes.mixed_batches[-1] + shapes.tokens[-1]]
+    layer = params["layers"][0]
+    attention, mlp = layer["attention"], layer["mlp"]
+    head = params["embed"] if model.tie_embeddings else params["lm_head"]
+
+    def product(name: str, layer: Params, rows: list[int], **options: bool) -> self_check.Product:
+        return self_check.Product(name, layer["weight"], rows, layer.get("bias"), **options)
+
+    checked = self_check.run(
+        self_check.Widths(
+            hidden_size=model.hidden_size,
+            num_heads=model.num_heads,
+            num_kv_heads=model.num_kv_heads,
+            head_dim=model.head_dim,
+            page_size=config.page_size,
+            windows=model.windows,
+            dtype=config.dtype,
+            eps=model.rms_eps,
+            qk_norm=model.qk_norm,
+        ),
+        config.kernels,
+        [
+            product("qkv", attention["qkv"], rows),
+            product("out", attention["out"], rows, residual=True),
+            product("gate and up", mlp["gate_up"], rows, gated=True),
+            product("down", mlp["down"], rows, residual=True),
+            product("logits", head, decode),
+        ],
+        device,
+    )
+    logger.info("kernels agree with their references: %s", "; ".join(checked))
+
+
 def build(config: EngineConfig, device: jax.Device | None = None) -> Engine:
     """Loads the model and compiles its steps.
 
@@ -157,7 +211,10 @@ def build(config: EngineConfig, device: jax.Device | None = None) -> Engine:
         show_progress=config.show_progress,
         device=device,
     )
-    executor = Executor(config, model, params, device, eos_token_ids)
+    check_kernels(config, model, params, device)
+    # Random weights have scores of their own.
+    phi = None if config.load_format == "dummy" else checkpoint.load_phi(folder, model)
+    executor = Executor(config, model, params, device, eos_token_ids, phi)
     executor.compile_ahead()
     check_memory(executor, model_bytes, limit)
     coordinator = Coordinator(config, model, executor, tokenizer, eos_token_ids)

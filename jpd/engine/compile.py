@@ -13,9 +13,27 @@ from typing import Any
 import jax
 from tqdm.auto import tqdm
 
+from jpd.config import KernelConfig
 from jpd.engine.shapes import StepShape
 
 logger = logging.getLogger(__name__)
+
+
+KERNEL_STEP_OPTIONS: dict[str, Any] = {"xla_gpu_enable_command_buffer": ""}
+"""XLA's options for steps that may hold Pallas kernels. The kernels overlap by programmatic
+dependent launch: each starts while the one before it ends. That needs plain launches on a stream;
+in a CUDA graph, which XLA would otherwise make of them, they would follow each other."""
+
+NO_TRITON_OPTIONS: dict[str, Any] = {
+    "xla_gpu_enable_triton_gemm": False,
+    "xla_disable_hlo_passes": "triton-softmax-rewriter,fusion-block-level-rewriter",
+}
+"""XLA's options for `kernels.pallas_only`: no Triton in the sampler's reductions."""
+
+
+def step_options(kernels: KernelConfig) -> dict[str, Any]:
+    """XLA's options for steps that may hold kernels."""
+    return KERNEL_STEP_OPTIONS | (NO_TRITON_OPTIONS if kernels.pallas_only else {})
 
 
 def use_cache_dir(folder: str | None) -> None:
@@ -36,9 +54,13 @@ class CompiledSteps:
     """One executable for each step shape.
 
     `lower` in the methods traces and lowers the step for a shape (`jax.stages.Lowered`).
+
+    Args:
+      options: XLA's compile options.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, options: dict[str, Any] | None = None) -> None:
+        self._options = options
         self._steps: dict[StepShape, Any] = {}
         self.recompiles = 0
         """Shapes that were compiled while requests waited."""
@@ -51,7 +73,7 @@ class CompiledSteps:
         with bar, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
 
             def compile_one(shape: StepShape, lowered: Any) -> None:
-                self._steps[shape] = lowered.compile()
+                self._steps[shape] = lowered.compile(self._options)
                 bar.update()
 
             futures = [pool.submit(compile_one, shape, lower(shape)) for shape in shapes]
@@ -63,7 +85,7 @@ class CompiledSteps:
         compiled = self._steps.get(shape)
         if compiled is None:
             start = time.perf_counter()
-            compiled = self._steps[shape] = lower(shape).compile()
+            compiled = self._steps[shape] = lower(shape).compile(self._options)
             self.recompiles += 1
             logger.warning("compiled %s while serving: %.1f s", shape, time.perf_counter() - start)
         return compiled

@@ -247,6 +247,7 @@ class Coordinator:
         if finished is None:
             return []
         result = finished.result()
+        self._stats.softmax_recomputed_rows += result.softmax_recomputed_rows
         committed = self.scheduler.commit(finished.plan, result.tokens)
         return self._deliver(committed, result)
 

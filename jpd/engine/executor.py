@@ -18,7 +18,7 @@ import numpy as np
 from jpd import ops
 from jpd.config import EngineConfig
 from jpd.engine import batch as batches
-from jpd.engine.compile import CompiledSteps
+from jpd.engine.compile import CompiledSteps, step_options
 from jpd.engine.plan import StepPlan
 from jpd.engine.sampler import Sampled
 from jpd.engine.sampler_inputs import SamplingInputs, SamplingTable
@@ -36,16 +36,21 @@ class StepResult:
     """`[R]` int32."""
     sampled: Sampled | None
     """Log-probabilities as NumPy arrays; None after a greedy step."""
+    softmax_recomputed_rows: int = 0
+    """Rows of asynchronous softmax that left its range and were computed again."""
 
 
 class InFlight:
     """A launched step; `result` waits for it."""
 
-    def __init__(self, plan: StepPlan, shape: StepShape, out: Any) -> None:
+    def __init__(
+        self, plan: StepPlan, shape: StepShape, out: Any, recomputed: jax.Array | None = None
+    ) -> None:
         self.plan = plan
         self._shape = shape
         self._out = out
-        for leaf in jax.tree.leaves(out):
+        self._recomputed = recomputed
+        for leaf in jax.tree.leaves((out, recomputed)):
             leaf.copy_to_host_async()
 
     def result(self) -> StepResult:
@@ -57,10 +62,11 @@ class InFlight:
             chunks = host[first_chunk : first_chunk + len(self.plan.chunks)]
             return np.concatenate([host[:count], chunks]) if len(chunks) else host[:count]
 
+        recomputed = 0 if self._recomputed is None else int(self._recomputed)
         if isinstance(self._out, Sampled):
             sampled = jax.tree.map(used, self._out)
-            return StepResult(sampled.tokens, sampled)
-        return StepResult(used(self._out), None)
+            return StepResult(sampled.tokens, sampled, recomputed)
+        return StepResult(used(self._out), None, recomputed)
 
 
 def shape_table(config: EngineConfig) -> ShapeTable:
@@ -91,6 +97,7 @@ class Executor:
       params: its parameters, on the device.
       device: where everything lives.
       eos_token_ids: banned until a sequence has its `min_tokens`.
+      phi: `[L, Hq]` float32, see `jpd.ops.decode_attention`; None takes the kernels' default.
     """
 
     def __init__(
@@ -100,16 +107,20 @@ class Executor:
         params: Params,
         device: jax.Device,
         eos_token_ids: tuple[int, ...],
+        phi: np.ndarray | None = None,
     ) -> None:
         self.params = params
         self.shapes = shape_table(config)
-        self.compiled = CompiledSteps()
+        self.compiled = CompiledSteps(
+            step_options(config.kernels) if ops.may_run(config.kernels, device.platform) else None
+        )
         # The step launched last: it may still run when this executor goes, or Python ends.
         self._newest: list[InFlight] = []
         weakref.finalize(self, _finish, self._newest)
         self._config = config
         self._model = model_config
         self._device = device
+        self._phi = phi
         # Its last row, for padding, has the number of the history's unowned row.
         self._sampling = SamplingTable(
             config.max_num_seqs, MAX_LOGIT_BIAS + MAX_STOP_TOKEN_IDS + len(eos_token_ids)
@@ -129,13 +140,14 @@ class Executor:
 
     def _lower(self, shape: StepShape) -> Any:
         config = self._config
-        fn = partial(step, self._model, shape, config.max_prefills_per_step, config.page_size)
+        chunks = config.max_prefills_per_step
+        fn = partial(step, self._model, shape, chunks, config.page_size, phi=self._phi)
         inputs = (self.params, self.kv, self.history, *self._host_inputs(shape, None))
         on_device = jax.sharding.SingleDeviceSharding(self._device)
         abstract = jax.tree.map(
             lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=on_device), inputs
         )
-        with ops.using(config.kernels):
+        with ops.using(config.kernels, self._device.platform):
             return jax.jit(fn, donate_argnums=(1, 2)).lower(*abstract)
 
     def compile_ahead(self) -> None:
@@ -209,6 +221,7 @@ class Executor:
         )
         inputs = self._host_inputs(shape, plan)
         compiled = self.compiled.get(shape, self._lower)
-        self.kv, self.history, out = compiled(self.params, self.kv, self.history, *inputs)
-        self._newest[:] = [InFlight(plan, shape, out)]
+        results = compiled(self.params, self.kv, self.history, *inputs)
+        self.kv, self.history, out, recomputed = results
+        self._newest[:] = [InFlight(plan, shape, out, recomputed)]
         return self._newest[0]

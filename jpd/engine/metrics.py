@@ -21,6 +21,9 @@ class EngineStats:
     """Those found in the prefix cache."""
     recompiles: int = 0
     """Step shapes that were compiled while requests waited."""
+    softmax_recomputed_rows: int = 0
+    """Rows of asynchronous softmax (one for each sequence, layer and key head) that left its range
+    and were computed again; many of them call for `jpd calibrate`."""
     running: int = 0
     """Sequences with a row."""
     waiting: int = 0

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jpd import ops
 from jpd.engine import sampler
@@ -24,9 +25,18 @@ KVPages = list[tuple[jax.Array, jax.Array]]
 class PagedAttend:
     """The `attend` of a step: writes new keys and values into pages, then attends over them."""
 
-    def __init__(self, config: ModelConfig, kv: KVPages, batch: Batch, page_size: int) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        kv: KVPages,
+        batch: Batch,
+        page_size: int,
+        phi: np.ndarray | None = None,
+    ) -> None:
         self.kv = list(kv)
+        self._recomputed: list[jax.Array] = []
         self._config = config
+        self._phi = phi
         self._batch = batch
         decode_slots = self._slots(batch.positions, batch.page_table, page_size)
         rows = batch.chunk_page_table[batch.chunk_of_token] if len(batch.chunk_tokens) else None
@@ -45,16 +55,49 @@ class PagedAttend:
         page = jnp.take_along_axis(tables, (at // page_size)[:, None], axis=1)[:, 0]
         return jnp.where(positions < 0, 0, page * page_size + at % page_size)
 
-    def __call__(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        b, batch = self._batch, len(self._batch.tokens)
-        pages = ops.write_kv(*self.kv[layer], k, v, self._slots_of_tokens)
-        self.kv[layer] = pages
-        options = {"scale": q.shape[-1] ** -0.5, "window": self._config.windows[layer]}
+    def recomputed_rows(self) -> jax.Array | None:
+        """Softmax rows of all layers that were computed twice, int32; None if none can be.
+
+        Summed once, at the end: a sum in each layer would stand between its kernels. XLA would make
+        one of a sum over the stack, but for the barrier.
+        """
+        if not self._recomputed:
+            return None
+        return jax.lax.optimization_barrier(jnp.stack(self._recomputed)).sum()
+
+    def __call__(
+        self,
+        layer: int,
+        qkv: jax.Array,
+        cos: jax.Array,
+        sin: jax.Array,
+        norms: ops.HeadNorms | None,
+    ) -> jax.Array:
+        b, batch, config = self._batch, len(self._batch.tokens), self._config
+        q, *pages = ops.rope_write(
+            qkv,
+            cos,
+            sin,
+            *self.kv[layer],
+            self._slots_of_tokens,
+            num_heads=config.num_heads,
+            norms=norms,
+        )
+        self.kv[layer] = tuple(pages)
+        options = {"scale": q.shape[-1] ** -0.5, "window": config.windows[layer]}
         parts = []
         if batch:
-            parts.append(
-                ops.decode_attention(q[:batch], *pages, b.page_table, b.positions + 1, **options)
+            decoded = ops.decode_attention(
+                q[:batch],
+                *pages,
+                b.page_table,
+                b.positions + 1,
+                phi=None if self._phi is None else self._phi[layer],
+                **options,
             )
+            parts.append(decoded.out)
+            if decoded.recomputed is not None:
+                self._recomputed.append(decoded.recomputed)
         if len(b.chunk_tokens):
             parts.append(
                 ops.prefill_attention(
@@ -81,11 +124,13 @@ def step(
     packed: jax.Array,
     sampling: sampler.SamplingInputs | None,
     prompt_lengths: jax.Array | None,
-) -> tuple[KVPages, jax.Array, Any]:
+    *,
+    phi: np.ndarray | None = None,
+) -> tuple[KVPages, jax.Array, Any, jax.Array | None]:
     """Runs one step.
 
     Args:
-      config, shape, chunks, page_size: static.
+      config, shape, chunks, page_size, phi: static.
       params: the model's parameters.
       kv: pages, donated.
       history: `[rows + 1, max_model_len + 1]` int32 tokens of every row, donated. The newest token
@@ -93,9 +138,11 @@ def step(
       packed: see `jpd.engine.batch`.
       sampling: None for a greedy shape, else `R = B + N` rows of sampling inputs.
       prompt_lengths: `[R]`, with `sampling`.
+      phi: `[L, Hq]` float32, see `jpd.ops.decode_attention`.
 
     Returns:
-      The pages, the history with the sampled tokens, and tokens `[R]` or `Sampled`.
+      The pages, the history with the sampled tokens, tokens `[R]` or `Sampled`, and the number of
+      softmax rows that were computed twice (None where none can be).
     """
     batch = unpack(packed, shape, chunks, page_size)
     positions = jnp.concatenate([batch.positions, batch.chunk_positions])
@@ -103,17 +150,17 @@ def step(
     tokens = jnp.concatenate(
         [jnp.where(batch.tokens < 0, newest, batch.tokens), batch.chunk_tokens]
     )
-    attend = PagedAttend(config, kv, batch, page_size)
+    attend = PagedAttend(config, kv, batch, page_size, phi)
     model = bind(config, params)
-    hidden = model.hidden(tokens, jnp.maximum(positions, 0), attend)
-
     rows, lengths = batch.rows, batch.positions + 1
-    if shape.tokens:
-        last = jnp.maximum(batch.chunk_starts + batch.chunk_counts - 1, 0)
-        hidden = jnp.concatenate([hidden[: shape.batch], hidden[shape.batch + last]])
-        rows = jnp.concatenate([rows, batch.chunk_rows])
-        lengths = jnp.concatenate([lengths, batch.chunk_contexts])
-    logits = model.logits(hidden)
+    with ops.workspace():
+        hidden = model.hidden(tokens, jnp.maximum(positions, 0), attend)
+        if shape.tokens:
+            last = jnp.maximum(batch.chunk_starts + batch.chunk_counts - 1, 0)
+            hidden = jnp.concatenate([hidden[: shape.batch], hidden[shape.batch + last]])
+            rows = jnp.concatenate([rows, batch.chunk_rows])
+            lengths = jnp.concatenate([lengths, batch.chunk_contexts])
+        logits = model.logits(hidden)
     if sampling is None:
         out = sampled = sampler.greedy(logits)
     else:
@@ -125,4 +172,5 @@ def step(
             lengths=lengths,
         )
         sampled = out.tokens
-    return attend.kv, history.at[rows, lengths].set(sampled), out
+    history = history.at[rows, lengths].set(sampled)
+    return attend.kv, history, out, attend.recomputed_rows()

@@ -1,8 +1,10 @@
 """Self-attention: projections around an `attend` function that the caller supplies.
 
-The model does not know where keys and values live. `attend(layer, q, k, v)` takes q `[T, Hq, D]`,
-k and v `[T, Hkv, D]` of all tokens in the call and returns `[T, Hq, D]`: the engine's stores
-into pages, `causal_attend` sees one whole sequence (training, logits of a text).
+The model does not know where keys and values live. `attend(layer, qkv, cos, sin, norms)` takes the
+projected heads qkv `[T, Hq + 2 Hkv, D]` (of q, then k, then v) of all tokens in the call, the
+angles `[T, D / 2]` that q and k are rotated by, and the norms that come before the rotation, if
+any; it returns `[T, Hq, D]`. The engine's stores into pages, `causal_attend` sees one whole
+sequence (training, logits of a text).
 """
 
 from collections.abc import Callable
@@ -11,11 +13,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jpd import ops
 from jpd.layers.linear import Linear
 from jpd.layers.norm import RMSNorm
-from jpd.layers.rope import rotate
 
-Attend = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
+Attend = Callable[[int, jax.Array, jax.Array, jax.Array, ops.HeadNorms | None], jax.Array]
+Observe = Callable[[int, jax.Array, jax.Array], None]
 
 
 class Attention(nnx.Module):
@@ -38,20 +41,36 @@ class Attention(nnx.Module):
         self.q_norm = RMSNorm(size, config.rms_eps, dtype=dtype) if config.qk_norm else None
         self.k_norm = RMSNorm(size, config.rms_eps, dtype=dtype) if config.qk_norm else None
 
-    def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend) -> jax.Array:
-        heads, kv_heads = self.heads, self.kv_heads
-        qkv = self.qkv(x).reshape(-1, heads + 2 * kv_heads, self.size)
-        q, k, v = jnp.split(qkv, (heads, heads + kv_heads), axis=1)
+    def __call__(
+        self,
+        x: jax.Array,
+        cos: jax.Array,
+        sin: jax.Array,
+        attend: Attend,
+        residual: jax.Array | None = None,
+    ) -> jax.Array:
+        qkv = self.qkv(x).reshape(-1, self.heads + 2 * self.kv_heads, self.size)
+        norms = None
         if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        out = attend(self.layer, rotate(q, cos, sin), rotate(k, cos, sin), v)
-        return self.out(out.reshape(x.shape[0], -1))
+            weights = self.q_norm.weight[...], self.k_norm.weight[...]
+            norms = ops.HeadNorms(*weights, self.q_norm.eps)
+        out = attend(self.layer, qkv, cos, sin, norms)
+        return self.out(out.reshape(x.shape[0], -1), residual)
 
 
-def causal_attend(windows: tuple[int | None, ...]) -> Attend:
-    """Attention of one whole sequence on itself; `windows[layer]` limits how far back."""
+def causal_attend(config, observe: Observe | None = None) -> Attend:
+    """Attention of one whole sequence on itself.
 
-    def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    Args:
+      config: the model's; its `windows[layer]` limits how far back a token sees.
+      observe: called with the layer, the scaled scores `[Hkv, G, T, T]` float32 and the mask
+        `[T, T]` of those that are seen.
+    """
+
+    def attend(
+        layer: int, qkv: jax.Array, cos: jax.Array, sin: jax.Array, norms: ops.HeadNorms | None
+    ) -> jax.Array:
+        q, k, v = ops.split_heads(qkv, cos, sin, config.num_heads, norms)
         tokens, heads, size = q.shape
         precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
         q = q.reshape(tokens, k.shape[1], -1, size)
@@ -60,9 +79,13 @@ def causal_attend(windows: tuple[int | None, ...]) -> Attend:
         )
         back = jnp.arange(tokens)[:, None] - jnp.arange(tokens)
         seen = back >= 0
-        if windows[layer] is not None:
-            seen &= back < windows[layer]
-        weights = jax.nn.softmax(jnp.where(seen, scores * size**-0.5, -1e30), axis=-1)
+        window = config.windows[layer]
+        if window is not None:
+            seen &= back < window
+        scores = scores * size**-0.5
+        if observe is not None:
+            observe(layer, scores, seen)
+        weights = jax.nn.softmax(jnp.where(seen, scores, -1e30), axis=-1)
         out = jnp.einsum("hgqk,khd->qhgd", weights.astype(v.dtype), v, precision=precision)
         return out.reshape(tokens, heads, size)
 

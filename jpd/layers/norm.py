@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jpd import ops
+
 
 class RMSNorm(nnx.Module):
     """Normalises the last axis in float32, then scales in the input's dtype."""
@@ -13,6 +15,4 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        return y.astype(x.dtype) * self.weight[...]
+        return ops.rms_norm(x, self.weight[...], self.eps)

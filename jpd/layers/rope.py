@@ -38,13 +38,6 @@ def inverse_frequencies(config: RopeConfig, head_dim: int) -> np.ndarray:
 
 
 def angles(config: RopeConfig, head_dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine `[T, 1, D / 2]` float32 for positions `[T]`."""
+    """Cosine and sine `[T, D / 2]` float32 for positions `[T]`; `jpd.ops` does the rotation."""
     phase = positions.astype(jnp.float32)[:, None] * inverse_frequencies(config, head_dim)
-    return jnp.cos(phase)[:, None], jnp.sin(phase)[:, None]
-
-
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates x `[T, H, D]` in float32; the result has x's dtype."""
-    left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
-    return turned.astype(x.dtype)
+    return jnp.cos(phase), jnp.sin(phase)

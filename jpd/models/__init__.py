@@ -56,7 +56,7 @@ def family_of(config: ModelConfig) -> Family:
 
 @partial(jax.jit, static_argnums=0)
 def _logits(config: ModelConfig, params: Params, tokens: jax.Array) -> jax.Array:
-    attend = causal_attend(config.windows)
+    attend = causal_attend(config)
     return bind(config, params)(tokens, jnp.arange(tokens.shape[0]), attend)
 
 

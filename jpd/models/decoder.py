@@ -31,9 +31,8 @@ class MLP(nnx.Module):
         self.gate_up = Linear(width, 2 * ffn, bias=bias, dtype=dtype, rngs=rngs)
         self.down = Linear(ffn, width, bias=bias, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
-        return self.down(jax.nn.silu(gate) * up)
+    def __call__(self, x: jax.Array, residual: jax.Array | None = None) -> jax.Array:
+        return self.down(self.gate_up.gated(x), residual)
 
 
 class DecoderLayer(nnx.Module):
@@ -46,8 +45,8 @@ class DecoderLayer(nnx.Module):
         self.mlp = MLP(config, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend) -> jax.Array:
-        x = x + self.attention(self.attention_norm(x), cos, sin, attend)
-        return x + self.mlp(self.mlp_norm(x))
+        x = self.attention(self.attention_norm(x), cos, sin, attend, residual=x)
+        return self.mlp(self.mlp_norm(x), residual=x)
 
 
 class Decoder(nnx.Module):

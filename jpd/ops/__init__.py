@@ -1,17 +1,31 @@
 """The only door from models to kernels: ops with implementations chosen at trace time."""
 
-from jpd.ops.attention import decode_attention, prefill_attention, write_kv
-from jpd.ops.linear import linear
+from jpd.ops.attention import DecodeAttention, decode_attention, prefill_attention
+from jpd.ops.linear import gated_linear, linear
+from jpd.ops.norm import rms_norm
+from jpd.ops.pallas import describe as describe_kernels
+from jpd.ops.pallas import kernels_without_gpu, may_run, workspace
 from jpd.ops.registry import check, choices, implementations, register, using
+from jpd.ops.rope import HeadNorms, rope_write, rotate, split_heads
 
 __all__ = [
+    "DecodeAttention",
+    "HeadNorms",
     "check",
     "choices",
     "decode_attention",
+    "describe_kernels",
+    "gated_linear",
     "implementations",
+    "kernels_without_gpu",
     "linear",
+    "may_run",
     "prefill_attention",
     "register",
+    "rms_norm",
+    "rope_write",
+    "rotate",
+    "split_heads",
     "using",
-    "write_kv",
+    "workspace",
 ]

@@ -1,4 +1,4 @@
-"""Attention over paged keys and values, and the store into pages.
+"""Attention over paged keys and values.
 
 Shapes: `B` decoding sequences, `N` sequences with a prompt chunk, `T` chunk tokens in all, `P`
 pages of `S` tokens, `W` entries of a page table row, `Hq`/`Hkv` heads of size `D`.
@@ -7,6 +7,7 @@ masked, and must be finite.
 """
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +15,26 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 from jpd.ops.registry import Op, register
 
+
+class DecodeAttention(NamedTuple):
+    """What decode attention gives."""
+
+    out: jax.Array
+    """`[B, Hq, D]`."""
+    recomputed: jax.Array | None = None
+    """`[B, Hkv]` int32: softmax rows that left the range of asynchronous softmax and were computed
+    again with their own maximum; None where every row has its own maximum anyway."""
+
+
 decode_attention = Op("decode_attention")
-"""decode_attention(q, k_pages, v_pages, page_table, lengths, *, scale, window=None).
+"""decode_attention(q, k_pages, v_pages, page_table, lengths, *, scale, window=None, phi=None).
 
 Attends one new token per sequence over its paged KV: q `[B, Hq, D]`, pages `[P, S, Hkv, D]`,
 page_table `[B, W]` int32, lengths `[B]` int32 tokens in the cache with the new one (0 marks a
-padded row, whose output is zero). `window`: only the last `window` tokens are seen.
-Returns `[B, Hq, D]`.
+padded row, whose output is zero). `window`: only the last `window` tokens are seen. `phi`: `[Hq]`
+float32, the value near the log-sum-exp of a head's scaled scores that asynchronous softmax
+subtracts from them (FlashDecoding++, section 3); it changes no result, only how often rows are
+computed again. Returns a `DecodeAttention`.
 """
 
 prefill_attention = Op("prefill_attention")
@@ -29,13 +43,6 @@ prefill_attention = Op("prefill_attention")
 Causal attention of prompt chunks over their paged prefix and themselves (already in the pages):
 q `[T, Hq, D]`; sequence n owns tokens `starts[n] : starts[n] + counts[n]`, which are the last of
 its `contexts[n]` tokens. Starts ascend. Tokens of no sequence give zeros. Returns `[T, Hq, D]`.
-"""
-
-write_kv = Op("write_kv")
-"""write_kv(k_pages, v_pages, k, v, slots) -> (k_pages, v_pages).
-
-Stores k and v `[T, Hkv, D]` at flat positions `slots` `[T]` = page * S + offset, in place when the
-pages are donated.
 """
 
 _NEG_INF = -1e30
@@ -136,11 +143,12 @@ def _multi_head_decode(q, k_pages, v_pages, page_table, lengths, *, scale, windo
     return jnp.where(lengths[:, None, None] > 0, out, 0.0).astype(q.dtype)
 
 
-def decode_attention_xla(q, k_pages, v_pages, page_table, lengths, *, scale, window=None):
+def decode_attention_xla(q, k_pages, v_pages, page_table, lengths, *, scale, window=None, phi=None):
     """Sums over the pages with a key for each query head, else gathers and dots."""
+    del phi  # the softmax here takes the maximum of every row
     if q.shape[1] == k_pages.shape[2]:
-        return _multi_head_decode(
-            q, k_pages, v_pages, page_table, lengths, scale=scale, window=window
+        return DecodeAttention(
+            _multi_head_decode(q, k_pages, v_pages, page_table, lengths, scale=scale, window=window)
         )
     out = _paged_attention(
         q[:, None],
@@ -151,7 +159,7 @@ def decode_attention_xla(q, k_pages, v_pages, page_table, lengths, *, scale, win
         scale=scale,
         window=window,
     )
-    return out[:, 0]
+    return DecodeAttention(out[:, 0])
 
 
 def prefill_attention_xla(
@@ -184,20 +192,5 @@ def prefill_attention_xla(
     return jnp.zeros_like(q).at[index.reshape(-1)].set(flat, mode="drop")
 
 
-def write_kv_xla(k_pages, v_pages, k, v, slots):
-    """A scatter of rows; one row is an update of a slice, which XLA runs in one kernel."""
-
-    def store(pages, rows):
-        flat, rows = pages.reshape(-1, *pages.shape[2:]), rows.astype(pages.dtype)
-        if len(rows) == 1:
-            flat = jax.lax.dynamic_update_slice(flat, rows, (slots[0], 0, 0))
-        else:
-            flat = flat.at[slots].set(rows)
-        return flat.reshape(pages.shape)
-
-    return store(k_pages, k), store(v_pages, v)
-
-
 register("decode_attention", "xla", decode_attention_xla)
 register("prefill_attention", "xla", prefill_attention_xla)
-register("write_kv", "xla", write_kv_xla)

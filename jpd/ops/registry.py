@@ -2,7 +2,8 @@
 
 An implementation raises `NotImplementedError` to say "not for these shapes or this device"; with
 "auto" the next candidate is then tried. Any other error is a bug and surfaces. Every choice is
-recorded, so that a fall-back can be seen (`jpd.ops.choices()`).
+recorded, so that a fall-back can be seen (`jpd.ops.choices()`); with `kernels.pallas_only` there
+is none, and what no kernel takes is an error that names op and shapes.
 """
 
 from __future__ import annotations
@@ -13,12 +14,15 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
+import jax
+
 from jpd.config import KernelConfig
 from jpd.errors import ConfigError
 
 _OPS: dict[str, Op] = {}
 _CHOICES: Counter[tuple[str, str]] = Counter()
 _SELECTION: ContextVar[KernelConfig | None] = ContextVar("jpd_kernels", default=None)
+_PLATFORM: ContextVar[str | None] = ContextVar("jpd_platform", default=None)
 
 
 class Op:
@@ -30,27 +34,53 @@ class Op:
         _OPS[name] = self
 
     def __call__(self, *args: Any, implementation: str | None = None, **kwargs: Any) -> Any:
-        name = implementation or getattr(_SELECTION.get(), self.name, "auto")
+        selected = selection()
+        name = implementation or getattr(selected, self.name)
         errors = []
-        for candidate in self._candidates(name):
+        for candidate in self.candidates(name, pallas_only=selected.pallas_only):
             try:
                 out = self.implementations[candidate](*args, **kwargs)
             except NotImplementedError as error:
-                errors.append(error)
+                # Its traceback holds this frame and its callers', in a cycle: what they hold, such
+                # as an engine's pages, would stay until the collector comes.
+                errors.append(error.with_traceback(None))
                 continue
             _CHOICES[self.name, candidate] += 1
             return out
+        if selected.pallas_only:
+            reasons = "; ".join(map(str, errors)) or "none is registered"
+            raise ConfigError(
+                f"kernels.pallas_only=True, but no kernel takes "
+                f"{self.name}({_describe(args, kwargs)}): {reasons}"
+            )
         raise ExceptionGroup(f"no implementation of {self.name!r} takes these arguments", errors)
 
-    def _candidates(self, name: str) -> list[str]:
+    def candidates(self, name: str, *, pallas_only: bool = False) -> list[str]:
+        """The implementations that a selection by `name` tries, in their order.
+
+        Raises:
+          ConfigError: there is none of that name, or it is XLA's where only kernels may run.
+        """
         if name == "auto":
-            return list(self.implementations)
+            return [n for n in self.implementations if not (pallas_only and n == "xla")]
+        if name == "xla" and pallas_only:
+            raise ConfigError(f"kernels.{self.name}='xla' contradicts kernels.pallas_only=True")
         if name not in self.implementations:
             raise ConfigError(
                 f"kernels.{self.name}={name!r} is not registered; "
                 f"known: auto, {', '.join(self.implementations)}"
             )
         return [name]
+
+
+def _describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    def one(value: Any) -> str:
+        if hasattr(value, "shape") and hasattr(value, "dtype"):
+            return f"{value.dtype}{list(value.shape)}"
+        return repr(value)
+
+    named = [f"{k}={one(v)}" for k, v in kwargs.items() if v is not None]
+    return ", ".join([*map(one, args), *named])
 
 
 def register(op: str, name: str, fn: Callable[..., Any], *, first: bool = False) -> None:
@@ -85,17 +115,38 @@ def implementations() -> dict[str, list[str]]:
 def check(kernels: KernelConfig) -> None:
     """Raises `ConfigError` if a selected implementation is not registered."""
     for name, op in _OPS.items():
-        op._candidates(getattr(kernels, name))
+        op.candidates(getattr(kernels, name), pallas_only=kernels.pallas_only)
 
 
 @contextlib.contextmanager
-def using(kernels: KernelConfig) -> Iterator[None]:
-    """Selects implementations for the programs traced inside the block."""
-    token = _SELECTION.set(kernels)
+def using(kernels: KernelConfig, platform: str | None = None) -> Iterator[None]:
+    """Selects implementations for the programs traced inside the block.
+
+    Args:
+      kernels: the selection.
+      platform: what the programs will run on, such as "gpu"; jax's default when not given.
+    """
+    selected, target = _SELECTION.set(kernels), _PLATFORM.set(platform)
     try:
         yield
     finally:
-        _SELECTION.reset(token)
+        _SELECTION.reset(selected)
+        _PLATFORM.reset(target)
+
+
+def selection() -> KernelConfig:
+    """What `using` selected, or the defaults."""
+    return _SELECTION.get() or KernelConfig()
+
+
+def platform() -> str:
+    """What the program that is being traced will run on."""
+    return _PLATFORM.get() or jax.default_backend()
+
+
+def ops() -> dict[str, Op]:
+    """Every op by its name."""
+    return dict(_OPS)
 
 
 def choices() -> dict[tuple[str, str], int]:

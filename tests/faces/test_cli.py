@@ -270,6 +270,7 @@ def test_env(platform, tmp_path):
     found = json.loads(run.stdout)
     assert found["packages"]["jax"] == jax.__version__
     assert found["implementations"]["decode_attention"][-1] == "xla"
+    assert found["kernels"]["kernels"].startswith("not used: ")
     assert found["compilation_cache_dir"] == str(tmp_path / ".cache/jpd/xla")
     assert found["devices"]
 

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jpd.layers.rope import RopeConfig, angles, inverse_frequencies, rotate
+from jpd.layers.rope import RopeConfig, angles, inverse_frequencies
+from jpd.ops import rotate
 
 SIZE = 32
 LLAMA3 = RopeConfig(
@@ -51,7 +52,7 @@ def test_rotation_is_that_of_complex_numbers(config: RopeConfig) -> None:
     x = rng.normal(size=(7, 3, SIZE)).astype(np.float32)
     positions = np.array([0, 1, 2, 5, 100, 1_000, 4_000])
     cos, sin = angles(config, SIZE, jnp.asarray(positions))
-    assert cos.shape == sin.shape == (7, 1, SIZE // 2)
+    assert cos.shape == sin.shape == (7, SIZE // 2)
     got = np.asarray(rotate(jnp.asarray(x), cos, sin))
     frequencies = inverse_frequencies(config, SIZE).astype(np.float64)
     pairs = x[..., : SIZE // 2] + 1j * x[..., SIZE // 2 :]

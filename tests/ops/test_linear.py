@@ -23,3 +23,24 @@ def test_rows_of_any_number_and_type(rows: int, dtype: str, bound: float) -> Non
     want = np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T
     error = np.linalg.norm(np.asarray(got, np.float64) - want) / np.linalg.norm(want)
     assert error <= bound
+
+
+def arrays(*shapes: tuple[int, ...]) -> list[jnp.ndarray]:
+    rng = np.random.default_rng(0)
+    return [jnp.asarray(rng.standard_normal(shape), "float32") for shape in shapes]
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_bias_and_residual_are_added(rows: int) -> None:
+    x, weight, bias, residual = arrays((rows, 20), (7, 20), (7,), (rows, 7))
+    got = ops.linear(x, weight, bias=bias, residual=residual)
+    want = np.asarray(x) @ np.asarray(weight).T + np.asarray(bias) + np.asarray(residual)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_the_gate_is_the_first_half() -> None:
+    x, weight, bias = arrays((3, 20), (10, 20), (10,))
+    y = np.asarray(x) @ np.asarray(weight).T + np.asarray(bias)
+    gate, up = y[:, :5], y[:, 5:]
+    want = gate / (1 + np.exp(-gate)) * up
+    np.testing.assert_allclose(ops.gated_linear(x, weight, bias=bias), want, rtol=1e-4, atol=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 
 import jax
@@ -46,9 +47,10 @@ def counted(call: Callable[[], object]) -> dict[tuple[str, str], int]:
 
 def test_every_op_has_an_xla_implementation_and_a_field_in_the_config() -> None:
     names = ops.implementations()
-    assert set(names) == {"linear", "decode_attention", "prefill_attention", "write_kv"}
+    fields = {f.name for f in dataclasses.fields(KernelConfig)} - {"pallas_only"}
+    assert set(names) == fields
     for name, known in names.items():
-        assert "xla" in known
+        assert known == ["pallas", "xla"]
         assert getattr(KernelConfig(), name) == "auto"
 
 
@@ -60,7 +62,7 @@ def test_an_implementation_is_selected_by_config_by_argument_and_by_place() -> N
         np.testing.assert_allclose(ops.linear(X, WEIGHT, implementation="xla"), PLAIN)
     np.testing.assert_allclose(ops.linear(X, WEIGHT, implementation="plus_one"), PLAIN + 1)
     ops.register("linear", "plus_two", plus(2), first=True)
-    assert ops.implementations()["linear"] == ["plus_two", "xla", "plus_one"]
+    assert ops.implementations()["linear"] == ["plus_two", "pallas", "xla", "plus_one"]
     np.testing.assert_allclose(ops.linear(X, WEIGHT), PLAIN + 2)
 
 
@@ -113,12 +115,32 @@ def test_a_selection_ends_with_its_block_even_by_an_error() -> None:
 
 
 def test_unknown_names_are_refused_with_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match=r"kernels.linear='fast' .*known: auto, xla"):
+    with pytest.raises(ConfigError, match=r"kernels.linear='fast' .*known: auto, pallas, xla"):
         ops.linear(X, WEIGHT, implementation="fast")
-    with pytest.raises(ConfigError, match=r"kernels.write_kv='fast'"):
-        ops.check(KernelConfig(write_kv="fast"))
-    ops.check(KernelConfig(write_kv="xla"))
+    with pytest.raises(ConfigError, match=r"kernels.rms_norm='fast'"):
+        ops.check(KernelConfig(rms_norm="fast"))
+    ops.check(KernelConfig(rms_norm="xla"))
     with pytest.raises(ConfigError, match=r"op 'linaer' does not exist; known: .*linear"):
         ops.register("linaer", "x", plus(0))
     with pytest.raises(ConfigError, match="name='auto' is taken"):
         ops.register("linear", "auto", plus(0))
+
+
+def test_pallas_only_has_no_substitute_and_names_op_and_shapes() -> None:
+    only = KernelConfig(pallas_only=True)
+    ops.register("linear", "unwilling", unwilling, first=True)
+    with (
+        ops.using(only),
+        pytest.raises(
+            ConfigError, match=r"no kernel takes linear\(float32\[2, 3\], .*K=3"
+        ) as caught,
+    ):
+        ops.linear(X, WEIGHT)
+    assert "float32[4, 3]" in str(caught.value)
+    ops.register("linear", "mine", plus(1))
+    with ops.using(only):
+        np.testing.assert_allclose(ops.linear(X, WEIGHT), PLAIN + 1)
+    with pytest.raises(ConfigError, match=r"kernels.linear='xla' contradicts"):
+        ops.check(KernelConfig(pallas_only=True, linear="xla"))
+    with pytest.raises(ConfigError, match=r"kernels.pallas_only='yes'"):
+        KernelConfig(pallas_only="yes")

@@ -1,0 +1,293 @@
+"""How fast is decode attention over paged keys and values, against the best of its peers?
+
+One new token for each sequence; bf16, head size 128, pages of 16 tokens in random order. Ours:
+``jpd_async`` (asynchronous softmax with a unified value, FlashDecoding++ §3), ``jpd_sync`` and
+``jpd_lazy``, the same kernel otherwise; `default` in the summary names the one that a call without
+`softmax=` takes, and that is held against the peers. (On a CPU ``--quick`` interprets ``jpd_async``
+alone, beside jpd's ``xla``.) Peers: ``torch_sdpa`` (no pages: cases of one length only),
+``flashinfer``, and ``jax_triton``, jax's own `paged_attention`.
+
+Times are device times over rotated pools (`benchmarks/device_time.py`), and every implementation
+reads the same bytes. `rel_err` is the worst row's against float32; above 4e-3 the case fails.
+`recomputed` counts rows that the guard of ``async`` did again. `profiled_us` (``--profile``) is the
+kernel alone, by the profiler. The bound is the bytes over the rate of a device copy, measured here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from benchmarks.attention_cases import (
+    DECODE,
+    HEAD_SIZE,
+    MAX_REL_ERR,
+    PAGE_TOKENS,
+    QUICK_DECODE,
+    Decode,
+    Pages,
+    select,
+)
+from benchmarks.baselines import torch_attention
+from benchmarks.options import add_variants
+from benchmarks.peers import run_peer
+from benchmarks.ratios import fill_bounds, put, speedups, times
+from benchmarks.report import Report, add_arguments
+
+PEERS = ("torch_sdpa", "flashinfer", "jax_triton")
+SOFTMAX = ("async", "sync", "lazy")
+SCALE = HEAD_SIZE**-0.5
+LARGE_KV_BYTES = 500_000_000
+TRITON_SPLITS = (16, 8, 4, 2, 1)
+
+
+def ours(name: str) -> str:
+    """Name of our rows."""
+    return f"jpd_{name}"
+
+
+def paged_chain(case: Decode, op: Callable[..., Any], calls: int, scope: Any) -> Any:
+    """The program that calls `op(q, k_pages, v_pages, table, lengths)` over `calls` pools."""
+    import jax
+    import jax.numpy as jnp
+
+    from benchmarks.device_time import Chain
+
+    pages = Pages.shuffled(case.lengths)
+    pool = (pages.count, PAGE_TOKENS, case.kv_heads, HEAD_SIZE)
+    query = (case.batch, case.q_heads, HEAD_SIZE)
+    spec = jax.ShapeDtypeStruct
+    carried = (
+        spec(query, jnp.bfloat16),
+        spec(pages.table.shape, jnp.int32),
+        spec(case.lengths.shape, jnp.int32),
+    )
+
+    def call(carried: Any, kv: Any) -> Any:
+        q, table, lengths = carried
+        return op(q, *kv, table, lengths)
+
+    return Chain(call, carried, (spec(pool, jnp.bfloat16),) * 2, calls, scope)
+
+
+def kernel_chain(case: Decode, softmax: str, calls: int) -> Any:
+    """Our kernel; interpreted where there is no GPU."""
+    from benchmarks.gemm_impls import interpreted
+    from pallas_kernels.decode_attention import decode_attention
+    from pallas_kernels.workspace import workspace
+
+    options = {"scale": SCALE, "softmax": softmax, **interpreted()}
+    return paged_chain(case, lambda *args: decode_attention(*args, **options), calls, workspace)
+
+
+def xla_chain(case: Decode, calls: int) -> Any:
+    """jpd's own XLA implementation: stands in for the kernels on a CPU."""
+    from contextlib import nullcontext
+
+    import jax
+
+    from jpd.ops.attention import decode_attention_xla
+
+    op = jax.jit(lambda *args: decode_attention_xla(*args, scale=SCALE))
+    return paged_chain(case, op, calls, nullcontext)
+
+
+def triton_splits(width: int) -> int:
+    """Most splits of a page table row of this width that jax's kernel takes with 8 pages a step."""
+    fits = (s for s in TRITON_SPLITS if width % s == 0 and (width // s) % min(8, width // s) == 0)
+    return next(fits)
+
+
+def triton_chain(case: Decode, calls: int) -> Any:
+    """jax's own kernel; it wants pages `[Hkv, P, S, D]` and does not scale the scores."""
+    import jax
+    import jax.numpy as jnp
+
+    from benchmarks.device_time import Chain
+
+    with warnings.catch_warnings():  # deprecated, as everything that jax has in Triton
+        warnings.simplefilter("ignore")
+        from jax.experimental.pallas.ops.gpu.paged_attention import paged_attention
+
+    pages = Pages.shuffled(case.lengths)
+    splits = triton_splits(pages.table.shape[1])
+    spec = jax.ShapeDtypeStruct
+    pool = spec((case.kv_heads, pages.count, PAGE_TOKENS, HEAD_SIZE), jnp.bfloat16)
+    carried = (
+        spec((case.batch, case.q_heads, HEAD_SIZE), jnp.bfloat16),
+        spec(pages.table.shape, jnp.int32),
+        spec(case.lengths.shape, jnp.int32),
+    )
+
+    def call(carried: Any, kv: Any) -> Any:
+        q, table, lengths = carried
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return paged_attention(q, *kv, table, lengths, k_splits=splits)
+
+    return Chain(call, carried, (pool, pool), calls)
+
+
+def run_ours(report: Report, cases: list[Decode], args: argparse.Namespace, rate: float) -> None:
+    """Adds all rows that are made with JAX."""
+    import jax
+    import jax.numpy as jnp
+
+    from benchmarks import device_time
+    from benchmarks.attention_reference import paged_rows, worst_row_error
+    from benchmarks.gemm_impls import mode
+
+    quick_cpu = args.quick and jax.default_backend() != "gpu"
+    calls = {
+        c.name: 1 if quick_cpu else device_time.rotations(c.kv_bytes, least=c.least_calls)
+        for c in cases
+    }
+    chains: dict[Any, Callable[[], Any]] = {}
+    for case in cases:
+        n = calls[case.name]
+        for softmax in SOFTMAX[:1] if quick_cpu else args.softmax:
+            chains[case.name, ours(softmax)] = lambda c=case, s=softmax, n=n: kernel_chain(c, s, n)
+        if quick_cpu:
+            chains[case.name, "xla"] = lambda c=case, n=n: xla_chain(c, n)
+        else:
+            chains[case.name, "jax_triton"] = lambda c=case, n=n: triton_chain(c, n)
+    compiled = device_time.compile_chains(chains, args.variants)
+    turn = jax.jit(lambda x: jnp.transpose(x, (2, 0, 1, 3)))
+    for case in cases:
+        pages = Pages.shuffled(case.lengths)
+        shape = (pages.count, PAGE_TOKENS, case.kv_heads, HEAD_SIZE)
+        arrays = device_time.random_arrays(shape, jnp.bfloat16, 2 * calls[case.name])
+        pools = list(zip(arrays[::2], arrays[1::2], strict=True))
+        (q,) = device_time.random_arrays((case.batch, case.q_heads, HEAD_SIZE), jnp.bfloat16, 1)
+        table, lengths = jnp.asarray(pages.table), jnp.asarray(case.lengths)
+        want = np.asarray(paged_rows(q, *pools[0], table, lengths, scale=SCALE))
+        del arrays
+        for (name, impl), program in compiled.items():
+            if name != case.name:
+                continue
+            try:
+                if isinstance(program, Exception):
+                    raise program
+                carried, rotated = (q, table, lengths), pools
+                if impl == "jax_triton":
+                    carried = ((q.astype(jnp.float32) * SCALE).astype(q.dtype), table, lengths)
+                    rotated = [(turn(k), turn(v)) for k, v in pools]
+                got = program.first_output(carried, rotated)
+                extra: dict[str, Any] = {}
+                if getattr(got, "recomputed", None) is not None:
+                    extra["recomputed"] = int(np.sum(np.asarray(got.recomputed)))
+                error = worst_row_error(getattr(got, "out", got), want)
+                # The scaled query of the Triton kernel is rounded once more than ours.
+                if not error <= MAX_REL_ERR * (2 if impl == "jax_triton" else 1):
+                    raise RuntimeError(f"relative error {error:.2e} > {MAX_REL_ERR:.0e}")
+                timing = device_time.measure(program, carried, rotated)
+                if args.profile and impl.startswith("jpd_"):
+                    pattern = args.profile
+                    found = device_time.profiled_us(program, carried, rotated, pattern)
+                    extra["profiled_us"] = found
+                report.add(
+                    name,
+                    impl,
+                    timing.samples,
+                    "us",
+                    nbytes=case.nbytes,
+                    flops=case.flops,
+                    rel_err=error,
+                    mode=mode(impl, timing.launch),
+                    **extra,
+                )
+                del rotated
+            except Exception as error:  # one implementation must not cost the others
+                report.fail(name, impl, error)
+        del pools
+    fill_bounds(report.rows, rate)
+
+
+def default_softmax() -> str:
+    """What a call of the kernel without `softmax=` does."""
+    try:
+        from pallas_kernels.decode_attention import decode_attention
+    except Exception:
+        return "async"
+    value = inspect.signature(decode_attention).parameters["softmax"].default
+    return value if value in SOFTMAX else "async"
+
+
+def summarise(
+    rows: Sequence[dict[str, Any]], cases: Sequence[Decode], default: str = "async"
+) -> dict[str, Any]:
+    """The summary's numbers from all rows."""
+    summary: dict[str, Any] = {"default": default}
+    best = speedups(rows, ours(default), PEERS)
+    put(summary, "geomean_vs_best_peer", best, low="min_vs_best_peer")
+    for peer in PEERS:
+        put(summary, f"geomean_vs_{peer}", speedups(rows, ours(default), [peer]))
+    large = {c.name for c in cases if c.kv_bytes >= LARGE_KV_BYTES}
+    rates = [
+        row["pct_of_bound"]
+        for row in rows
+        if row["case"] in large and row["impl"] == ours(default) and row["pct_of_bound"] is not None
+    ]
+    if rates:
+        summary["pct_of_bw_large"] = sum(rates) / len(rates)
+        summary["pct_of_bw_large_min"] = min(rates)
+    for other, key in (("sync", "async_speedup"), ("lazy", "async_vs_lazy")):
+        ratios = speedups(rows, ours("async"), [ours(other)])
+        put(summary, f"{key}_geomean", ratios)
+        if ratios:
+            summary[f"{key}_max"] = max(ratios.values())
+    summary["cases_measured"] = len(times(rows, ours(default)))
+    summary["cases_with_a_peer"] = len(best)
+    return summary
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.decode_attention")
+    add_arguments(parser)
+    add_variants(parser)
+    parser.add_argument("--cases", nargs="+", metavar="NAME", help="names or their beginnings")
+    parser.add_argument("--softmax", nargs="+", choices=SOFTMAX, default=SOFTMAX, help="[all]")
+    parser.add_argument("--no-peers", action="store_true", help="no torch, no FlashInfer")
+    parser.add_argument("--flashinfer-modes", nargs="+", help="see the baseline's --modes")
+    parser.add_argument(
+        "--profile",
+        nargs="?",
+        const="(?i)attention|mosaic",
+        metavar="REGEX",
+        help="time our kernel by the profiler too, by this name",
+    )
+    args = parser.parse_args()
+    cases = select(QUICK_DECODE if args.quick else DECODE, args.cases)
+    report = Report(
+        "decode_attention",
+        "How fast is decode attention over paged KV, against the best of its peers?",
+        out=args.out,
+    )
+    if not args.no_peers:  # first, while the device's memory is all free
+        names = [case.name for case in cases]
+        uniform = [case.name for case in cases if torch_attention.applies(case)]
+        if uniform:
+            options = ["--kind", "decode", "--cases", *uniform]
+            run_peer(report, "torch_attention", options, [(n, "torch_sdpa") for n in uniform])
+        options = ["--kind", "decode", "--cases", *names]
+        if args.flashinfer_modes:
+            options += ["--modes", *args.flashinfer_modes]
+        run_peer(report, "flashinfer_attention", options, [(n, "flashinfer") for n in names])
+    from benchmarks.device_time import copy_bytes_per_s
+
+    rate = copy_bytes_per_s((1 << 26) if args.quick else (1 << 32))
+    run_ours(report, cases, args, rate)
+    report.summary |= {"copy_bytes_per_s": rate}
+    report.summary |= summarise(report.rows, cases, default_softmax())
+    report.finish()
+    sys.exit(report.failures > 0)
+
+
+if __name__ == "__main__":
+    main()

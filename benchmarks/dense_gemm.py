@@ -1,0 +1,83 @@
+"""How fast are products of 256 to 8192 rows with a weight, against cuBLAS?
+
+bf16 weights `[N, K]` of the layers of Llama-2-7B and Llama-3.1-8B, with M rows as in prefill.
+``jpd`` is `pallas_kernels.dense_gemm` with its default configuration (``--impl table``: what the
+table of `pallas_kernels.dataflow` chooses). Peer: ``cublas`` (`torch.nn.functional.linear`).
+
+Times are device times (`benchmarks/device_time.py`) on random values: cuBLAS and ours are both
+faster on zeros. `rel_err` is the worst of 64 rows against float32; above 4e-3 the case fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks.gemm_cases import LAYERS, Gemm, shapes
+from benchmarks.options import add_variants
+from benchmarks.peers import run_peer
+from benchmarks.ratios import put, speedups
+from benchmarks.report import Report, add_arguments
+
+OURS = "jpd"
+MODELS = ("llama2-7b", "llama31-8b")
+ROWS = (256, 512, 1024, 2048, 4096, 8192)
+QUICK_ROWS = (128,)
+
+
+def summarise(rows: Sequence[dict[str, Any]], cases: Sequence[Gemm]) -> dict[str, Any]:
+    """The summary's numbers; adds `tflops` to the rows."""
+    for row in rows:
+        if row["status"] == "ok" and row.get("us") and row["flops"]:
+            row["tflops"] = row["flops"] / row["us"] / 1e6
+    summary: dict[str, Any] = {}
+    versus = speedups(rows, OURS, ["cublas"])
+    put(summary, "geomean_vs_cublas", versus, low="min_vs_cublas")
+    for m in sorted({case.rows for case in cases}):
+        of_m = {case.name for case in cases if case.rows == m}
+        chosen = {name: ratio for name, ratio in versus.items() if name in of_m}
+        put(summary, f"geomean_vs_cublas_m{m}", chosen)
+    summary["cases_with_cublas"] = len(versus)
+    return summary
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.dense_gemm")
+    add_arguments(parser)
+    add_variants(parser)
+    parser.add_argument("--models", nargs="+", choices=[*LAYERS], help=f"[{MODELS}]")
+    parser.add_argument("--rows", nargs="+", type=int, metavar="M", help=f"[{ROWS}]")
+    parser.add_argument("--impl", default="dense_gemm", choices=("table", "dense_gemm"))
+    parser.add_argument("--no-peers", action="store_true", help="no torch")
+    args = parser.parse_args()
+    models = args.models or (["tiny"] if args.quick else MODELS)
+    rows = args.rows or (QUICK_ROWS if args.quick else ROWS)
+    cases = [Gemm(m, n, k) for n, k in shapes(*models) for m in rows]
+    report = Report(
+        "dense_gemm", "How fast are products of many rows, against cuBLAS?", out=args.out
+    )
+    if not args.no_peers:  # first, while the device's memory is all free
+        options = ["--case", *(":".join(map(str, case)) for case in cases)]
+        run_peer(report, "torch_gemm", options, [(case.name, "cublas") for case in cases])
+    import jax
+
+    from benchmarks import gemm_runs
+
+    on_cpu = jax.default_backend() != "gpu"
+    gemm_runs.run(
+        report,
+        cases,
+        lambda case: (args.impl, "xla") if on_cpu else (args.impl,),
+        names={args.impl: OURS},
+        calls=1 if on_cpu else None,
+        variants=args.variants,
+    )
+    report.summary |= {"impl": args.impl, **summarise(report.rows, cases)}
+    report.finish()
+    sys.exit(report.failures > 0)
+
+
+if __name__ == "__main__":
+    main()

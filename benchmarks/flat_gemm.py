@@ -1,0 +1,103 @@
+"""How fast are products of 1 to 128 rows with a weight, against cuBLAS and XLA?
+
+bf16 weights `[N, K]` of the layers of Llama-2-7B, Llama-3.1-8B, Llama-3-70B split in four, and
+Qwen2.5-7B. ``jpd`` is what the table of `pallas_kernels.dataflow` chooses for the shape (column
+`choice`), as in the models; where it does not import, `flat_gemm` with its own default. Peers:
+``cublas`` (`torch.nn.functional.linear`), ``xla`` (`jpd.ops.linear.linear_xla`, for the rows of
+``--xla-m`` only: XLA tunes each product for seconds), ``gemlite`` with ``--gemlite``.
+
+Times are device times over rotated weights (`benchmarks/device_time.py`). `rel_err` is the worst
+row's against float32; above 4e-3 the case fails. The bound is the bytes over the rate of a device
+copy, measured here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks.gemm_cases import LAYERS, Gemm, shapes
+from benchmarks.options import add_variants
+from benchmarks.peers import run_peer
+from benchmarks.ratios import fill_bounds, put, speedups, times
+from benchmarks.report import Report, add_arguments
+
+OURS = "jpd"
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
+XLA_ROWS = (1, 8, 64)
+QUICK_ROWS = (1, 8)
+
+
+def summarise(rows: Sequence[dict[str, Any]], cases: Sequence[Gemm]) -> dict[str, Any]:
+    """The summary's numbers from all rows."""
+    summary: dict[str, Any] = {}
+    versus = speedups(rows, OURS, ["cublas"])
+    small = {case.name for case in cases if case.rows <= 64}
+    ratios = {name: ratio for name, ratio in versus.items() if name in small}
+    put(summary, "geomean_vs_cublas_m_le_64", ratios, low="min_vs_cublas_m_le_64")
+    for m in sorted({case.rows for case in cases}):
+        of_m = {case.name for case in cases if case.rows == m}
+        chosen = {name: ratio for name, ratio in versus.items() if name in of_m}
+        put(summary, f"geomean_vs_cublas_m{m}", chosen)
+    for peer in ("xla", "gemlite"):
+        put(summary, f"geomean_vs_{peer}", speedups(rows, OURS, [peer]))
+    summary["cases_measured"] = len(times(rows, OURS))
+    summary["cases_with_cublas"] = len(versus)
+    return summary
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.flat_gemm")
+    add_arguments(parser)
+    add_variants(parser)
+    parser.add_argument("--models", nargs="+", choices=[*LAYERS], help="[all but tiny]")
+    parser.add_argument("--rows", nargs="+", type=int, metavar="M", help=f"[{ROWS}]")
+    parser.add_argument(
+        "--xla-m", nargs="*", type=int, metavar="M", default=list(XLA_ROWS), help=f"[{XLA_ROWS}]"
+    )
+    parser.add_argument("--impl", default="table", choices=("table", "flat_gemm", "dense_gemm"))
+    parser.add_argument("--gemlite", action="store_true", help="time gemlite too")
+    parser.add_argument("--no-peers", action="store_true", help="no torch")
+    args = parser.parse_args()
+    models = args.models or (["tiny"] if args.quick else [m for m in LAYERS if m != "tiny"])
+    rows = args.rows or (QUICK_ROWS if args.quick else ROWS)
+    cases = [Gemm(m, n, k) for n, k in shapes(*models) for m in rows]
+    report = Report(
+        "flat_gemm", "How fast are products of few rows, against cuBLAS and XLA?", out=args.out
+    )
+    if not args.no_peers:  # first, while the device's memory is all free
+        options = ["--case", *(":".join(map(str, case)) for case in cases)]
+        expected = [(case.name, "cublas") for case in cases]
+        run_peer(report, "torch_gemm", options + ["--gemlite"] * args.gemlite, expected)
+    import jax
+
+    from benchmarks import device_time, gemm_runs
+
+    on_cpu = jax.default_backend() != "gpu"
+    rate = device_time.copy_bytes_per_s((1 << 26) if args.quick else (1 << 32))
+    impl = args.impl
+    if impl == "table":
+        try:
+            from pallas_kernels.dataflow import choose  # noqa: F401
+        except ImportError as error:
+            print(f"no table ({error}): flat_gemm with its own default")
+            impl = "flat_gemm"
+    gemm_runs.run(
+        report,
+        cases,
+        lambda case: (impl, "xla") if case.rows in args.xla_m or on_cpu else (impl,),
+        names={impl: OURS},
+        calls=1 if on_cpu else None,
+        variants=args.variants,
+    )
+    fill_bounds(report.rows, rate)
+    report.summary |= {"copy_bytes_per_s": rate, "impl": impl}
+    report.summary |= summarise(report.rows, cases)
+    report.finish()
+    sys.exit(report.failures > 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""The products under test, as functions x `[M, K]`, weight `[N, K]` -> y `[M, N]`.
+
+Kernels are imported when they are asked for: a benchmark shows what does not import as a failed
+row, with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import jax
+
+Product = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def interpreted() -> dict[str, Any]:
+    """Arguments that make a kernel run where there is no GPU: interpreted, many times slower."""
+    if jax.default_backend() == "gpu":
+        return {}
+    import jax.experimental.pallas.mosaic_gpu as plgpu
+
+    return {"interpret": plgpu.InterpretGPUParams()}
+
+
+def mode(impl: str, launch: str) -> str:
+    """How a row was made: the variant of the program, or that a kernel was interpreted."""
+    on_gpu = jax.default_backend() == "gpu"
+    return launch if on_gpu or impl == "xla" else "interpreted"
+
+
+def _flat() -> Product:
+    from pallas_kernels.flat_gemm import flat_gemm
+
+    return lambda x, w: flat_gemm(x, w, **interpreted())
+
+
+def _dense() -> Product:
+    from pallas_kernels.dense_gemm import dense_gemm
+
+    return lambda x, w: dense_gemm(x, w, **interpreted())
+
+
+def _xla() -> Product:
+    from jpd.ops.linear import linear_xla
+
+    return jax.jit(linear_xla)
+
+
+def _table() -> Product:
+    """What the table of `pallas_kernels.dataflow` chooses for the shape, as the models do."""
+    from pallas_kernels import dataflow
+
+    def product(x: jax.Array, w: jax.Array) -> jax.Array:
+        try:
+            return dataflow.linear(x, w, pallas_only=False, **interpreted())
+        except NotImplementedError:  # the table says that XLA is faster
+            return _xla()(x, w)
+
+    return product
+
+
+def scope(name: str) -> AbstractContextManager[Any]:
+    """The context in which programs with this product are traced: kernels share one workspace."""
+    if name == "xla":
+        return nullcontext()
+    from pallas_kernels.workspace import workspace
+
+    return workspace()
+
+
+_MAKERS = {"table": _table, "flat_gemm": _flat, "dense_gemm": _dense, "xla": _xla}
+
+
+def product(name: str) -> Product:
+    """The product "table", "flat_gemm", "dense_gemm" or "xla".
+
+    The kernels hold jitted functions of their own; they use the counters of the program around
+    them, so they are not wrapped once more.
+
+    Raises:
+        ImportError: the kernel is not there.
+    """
+    return _MAKERS[name]()
+
+
+def choice_label(rows: int, outputs: int, inputs: int) -> str | None:
+    """What the table chooses, for a row; None where there is no table."""
+    try:
+        from pallas_kernels import dataflow
+
+        choice = dataflow.choose(rows, outputs, inputs)
+        return f"{choice.kernel} by {choice.source}"
+    except Exception:  # a label is not worth a run
+        return None

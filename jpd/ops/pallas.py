@@ -1,0 +1,220 @@
+"""The implementation "pallas" of every op: kernels of `pallas_kernels` for Hopper GPUs.
+
+They are imported when one is first traced, so that nobody else pays for loading the compiler. What
+a kernel does not take, and any other device, is a `NotImplementedError`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import jax
+
+from jpd.config import KernelConfig
+from jpd.ops import registry
+from jpd.ops.attention import DecodeAttention
+from jpd.ops.registry import register
+from jpd.ops.rope import HeadNorms
+
+NAME = "pallas"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Target:
+    interpret: Any
+
+
+_TARGET: ContextVar[_Target | None] = ContextVar("jpd_pallas_target", default=None)
+
+
+@contextlib.contextmanager
+def kernels_without_gpu(interpret: Any = None) -> Iterator[None]:
+    """Traces the kernels although there is no GPU, for tests.
+
+    Args:
+      interpret: `plgpu.InterpretGPUParams` runs them on the CPU; None is for programs that are
+        lowered for a GPU, and cannot run here.
+    """
+    token = _TARGET.set(_Target(interpret))
+    try:
+        yield
+    finally:
+        _TARGET.reset(token)
+
+
+def _refusal() -> str | None:
+    """Why no kernel can run in the program that is being traced; None if they can."""
+    if _TARGET.get() is not None:
+        return None
+    if registry.platform() != "gpu":
+        return f"the kernels run on GPUs, not on {registry.platform()!r}"
+    capability = jax.local_devices(backend="gpu")[0].compute_capability
+    if not capability.startswith("9."):
+        return f"the kernels are written for compute capability 9.0, this GPU has {capability}"
+    return None
+
+
+def _interpret() -> Any:
+    """The `interpret` argument of the kernels.
+
+    Raises:
+      NotImplementedError: no kernel can run here.
+    """
+    refusal = _refusal()
+    if refusal is not None:
+        raise NotImplementedError(refusal)
+    target = _TARGET.get()
+    return None if target is None else target.interpret
+
+
+def may_run(kernels: KernelConfig, platform: str | None = None) -> bool:
+    """Whether a program that is traced with this selection may hold a kernel."""
+    with registry.using(kernels, platform):
+        if _refusal() is not None:
+            return False
+    selected = (op.candidates(getattr(kernels, name)) for name, op in registry.ops().items())
+    return any(NAME in names for names in selected)
+
+
+@contextlib.contextmanager
+def workspace() -> Iterator[None]:
+    """Kernels traced inside the block share their counters, so that a step clears them once."""
+    if not may_run(registry.selection(), registry.platform()):
+        yield
+        return
+    from pallas_kernels.workspace import workspace as shared
+
+    with shared():
+        yield
+
+
+def describe() -> dict[str, str]:
+    """What the kernels see of the machine, for `jpd env`; never fails."""
+    try:
+        refusal = _refusal()
+    except (RuntimeError, AssertionError) as error:  # jax finds no device
+        refusal = str(error)
+    if refusal is not None:
+        return {"kernels": f"not used: {refusal}"}
+    from pallas_kernels import dataflow, mosaic
+
+    return {
+        "kernels": "used",
+        "gpu": jax.local_devices(backend="gpu")[0].device_kind,
+        "streaming multiprocessors seen": str(mosaic.sm_count()),
+        "dataflow table": dataflow.table_name() or "none for this GPU: a rule decides",
+    }
+
+
+def _linear(x, weight, *, bias, residual, gated):
+    interpret = _interpret()
+    from pallas_kernels import dataflow
+
+    return dataflow.linear(
+        x,
+        weight,
+        bias=bias,
+        residual=residual,
+        gated=gated,
+        pallas_only=registry.selection().pallas_only,
+        interpret=interpret,
+    )
+
+
+def linear_pallas(x, weight, *, bias=None, residual=None):
+    """Flat GEMM, dense GEMM or, unless `pallas_only`, a refusal in favour of XLA: by the table."""
+    return _linear(x, weight, bias=bias, residual=residual, gated=False)
+
+
+def gated_linear_pallas(x, weight, *, bias=None):
+    """The same with the activation in the epilogue."""
+    return _linear(x, weight, bias=bias, residual=None, gated=True)
+
+
+def rms_norm_pallas(x, weight, eps):
+    """One launch; rows stay in registers."""
+    interpret = _interpret()
+    from pallas_kernels.rms_norm import rms_norm
+
+    if x.ndim != 2:
+        raise NotImplementedError(f"x {x.shape}: a matrix is expected")
+    return rms_norm(x, weight, eps=eps, interpret=interpret)
+
+
+def rope_write_pallas(
+    qkv, cos, sin, k_pages, v_pages, slots, *, num_heads, norms: HeadNorms | None = None
+):
+    """One launch, in place."""
+    interpret = _interpret()
+    from pallas_kernels.rope_write import rope_write
+
+    return rope_write(
+        qkv,
+        cos,
+        sin,
+        k_pages,
+        v_pages,
+        slots,
+        num_heads=num_heads,
+        q_norm=None if norms is None else norms.q,
+        k_norm=None if norms is None else norms.k,
+        eps=None if norms is None else norms.eps,
+        interpret=interpret,
+    )
+
+
+def decode_attention_pallas(
+    q, k_pages, v_pages, page_table, lengths, *, scale, window=None, phi=None
+):
+    """Asynchronous softmax over splits of each row; rows that leave its range are redone."""
+    interpret = _interpret()
+    from pallas_kernels.decode_attention import decode_attention
+
+    result = decode_attention(
+        q,
+        k_pages,
+        v_pages,
+        page_table,
+        lengths,
+        scale=scale,
+        window=window,
+        phi=phi,
+        interpret=interpret,
+    )
+    return DecodeAttention(result.out, result.recomputed)
+
+
+def prefill_attention_pallas(
+    q, k_pages, v_pages, page_table, starts, counts, contexts, *, scale, window=None
+):
+    """Causal attention over pages."""
+    interpret = _interpret()
+    from pallas_kernels.prefill_attention import prefill_attention
+
+    return prefill_attention(
+        q,
+        k_pages,
+        v_pages,
+        page_table,
+        starts,
+        counts,
+        contexts,
+        scale=scale,
+        window=window,
+        interpret=interpret,
+    )
+
+
+for _op, _fn in (
+    ("linear", linear_pallas),
+    ("gated_linear", gated_linear_pallas),
+    ("rms_norm", rms_norm_pallas),
+    ("rope_write", rope_write_pallas),
+    ("decode_attention", decode_attention_pallas),
+    ("prefill_attention", prefill_attention_pallas),
+):
+    register(_op, NAME, _fn, first=True)

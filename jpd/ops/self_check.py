@@ -1,0 +1,311 @@
+"""Compares the kernels that a model's steps will run with NumPy, before anything is served.
+
+A kernel may be wrong on a machine on which nobody has tried it, without any error: cuBLAS is, for
+some shapes, under an MPS share of the SMs. So every op runs on a few random inputs, at the model's
+real widths and with the implementation that a step would take, and the reference is computed on the
+host, where no GPU library has a part in it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jpd.config import KernelConfig
+from jpd.errors import KernelError
+from jpd.ops import registry
+from jpd.ops.attention import decode_attention, prefill_attention
+from jpd.ops.linear import gated_linear, linear
+from jpd.ops.norm import rms_norm
+from jpd.ops.rope import HeadNorms, rope_write
+
+MAX_RELATIVE_ERROR = 1e-2
+_COLUMNS, _ROWS = 1024, 32
+"""Of a product, how many are compared: spread evenly, so that few tiles have none."""
+_LENGTHS = (1, 16, 65, 300, 0, 17)
+"""Tokens of decoding rows; 0 is a padded row."""
+
+
+@dataclass(frozen=True)
+class Widths:
+    """What the shapes of a model's ops follow from."""
+
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    page_size: int
+    windows: Sequence[int | None]
+    dtype: str
+    eps: float
+    qk_norm: bool
+
+
+@dataclass(frozen=True)
+class Product:
+    """A linear layer of the model."""
+
+    name: str
+    weight: jax.Array
+    """`[N, K]`, the model's own."""
+    rows: Sequence[int]
+    """Tokens of the steps that are tried."""
+    bias: jax.Array | None = None
+    residual: bool = False
+    gated: bool = False
+
+
+Draw = Callable[..., jax.Array]
+
+
+@dataclass(frozen=True)
+class _Case:
+    name: str
+    run: Callable[..., Any]
+    """The op, of the arrays."""
+    arrays: tuple[Any, ...]
+    want: Callable[[Any], Iterator[tuple[np.ndarray, np.ndarray]]]
+    """From the op's result to pairs of what was got and what was wanted."""
+
+
+def run(
+    widths: Widths,
+    kernels: KernelConfig,
+    products: Sequence[Product],
+    device: jax.Device,
+) -> list[str]:
+    """Checks every op of a model.
+
+    Args:
+      widths: the model's.
+      kernels: the engine's selection.
+      products: its linear layers.
+      device: what the steps run on.
+
+    Returns:
+      What was checked.
+
+    Raises:
+      KernelError: a result is not finite, or its relative error exceeds 1e-2.
+    """
+    with registry.using(kernels, device.platform), jax.default_device(device):
+        return [_check(case) for case in _cases(widths, products)]
+
+
+def _check(case: _Case) -> str:
+    before = registry.choices()
+    got = jax.jit(case.run)(*case.arrays)
+    taken = {name for (_, name), n in registry.choices().items() if n > before.get((_, name), 0)}
+    what = f"{case.name} by {', '.join(sorted(taken))}"
+    for one, want in case.want(got):
+        # The comparison is false for NaN too.
+        error = np.linalg.norm(one - want) / max(np.linalg.norm(want), 1e-30)
+        if not error <= MAX_RELATIVE_ERROR:
+            raise KernelError(
+                f"{what}: relative error {error:.2e} against the reference on the host, "
+                f"{MAX_RELATIVE_ERROR} is allowed: this machine would give wrong answers"
+            )
+    return what
+
+
+def _float(x: Any) -> np.ndarray:
+    return np.asarray(jnp.asarray(x, jnp.float32))
+
+
+def _cases(widths: Widths, products: Sequence[Product]) -> Iterator[_Case]:
+    rng = np.random.default_rng(0)
+    keys = map(jax.random.key, itertools.count())
+
+    def draw(*shape: int) -> jax.Array:
+        return jax.random.normal(next(keys), shape, widths.dtype)
+
+    for product in products:
+        for rows in product.rows:
+            yield _product_case(product, rows, draw)
+    for rows in {rows for product in products for rows in product.rows}:
+        yield _norm_case(widths, draw, rows)
+    yield _rope_case(widths, draw, rng)
+    for window in dict.fromkeys(widths.windows):
+        pages = _Pages(widths, draw, rng, window)
+        yield pages.decode_case(phi=None)
+        # So far off that every row of asynchronous softmax must be computed again.
+        yield pages.decode_case(phi=1e3)
+        yield pages.prefill_case()
+
+
+def _product_case(product: Product, rows: int, draw: Draw) -> _Case:
+    weight, bias, gated = product.weight, product.bias, product.gated
+    outputs, width = weight.shape[0] // (1 + gated), weight.shape[1]
+    columns = np.unique(np.linspace(0, outputs - 1, _COLUMNS).astype(int))
+    some = np.unique(np.linspace(0, rows - 1, _ROWS).astype(int))
+    x = draw(rows, width)
+    residual = draw(rows, outputs) if product.residual else None
+
+    def multiply(columns: np.ndarray) -> np.ndarray:
+        y = _float(x[some]) @ _float(weight[columns]).T
+        return y if bias is None else y + _float(bias[columns])
+
+    def want(got: jax.Array) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        y = multiply(columns)
+        if gated:
+            y = y / (1 + np.exp(-y)) * multiply(outputs + columns)
+        if residual is not None:
+            y = y + _float(residual[some][:, columns])
+        yield _float(got[some][:, columns]), y
+        yield _all_finite(got)
+
+    def run(x: jax.Array, weight: jax.Array, bias: Any, residual: Any) -> jax.Array:
+        if gated:
+            return gated_linear(x, weight, bias=bias)
+        return linear(x, weight, bias=bias, residual=residual)
+
+    op = "gated_linear" if gated else "linear"
+    name = f"{op} {product.name} {x.dtype}{list(x.shape)} x {list(weight.shape)}"
+    return _Case(name, run, (x, weight, bias, residual), want)
+
+
+def _all_finite(got: jax.Array) -> tuple[np.ndarray, np.ndarray]:
+    return np.asarray(jnp.isfinite(got).all(), np.float32), np.ones((), np.float32)
+
+
+def _normed(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * weight
+
+
+def _norm_case(widths: Widths, draw: Draw, rows: int) -> _Case:
+    x, weight, eps = draw(rows, widths.hidden_size), draw(widths.hidden_size), widths.eps
+    return _Case(
+        f"rms_norm {x.dtype}{list(x.shape)}",
+        lambda x, weight: rms_norm(x, weight, eps),
+        (x, weight),
+        lambda got: iter([(_float(got), _normed(_float(x), _float(weight), eps))]),
+    )
+
+
+def _rope_case(widths: Widths, draw: Draw, rng: np.random.Generator) -> _Case:
+    tokens, heads, kv_heads, size = 3, widths.num_heads, widths.num_kv_heads, widths.head_dim
+    qkv = draw(tokens, heads + 2 * kv_heads, size)
+    angle = rng.uniform(0, 6, (tokens, size // 2)).astype(np.float32)
+    pages = [draw(4, widths.page_size, kv_heads, size) for _ in range(2)]
+    slots = np.sort(rng.permutation(4 * widths.page_size)[:tokens]).astype(np.int32)
+    norms = HeadNorms(draw(size), draw(size), widths.eps) if widths.qk_norm else None
+
+    def run(qkv: jax.Array, k_pages: jax.Array, v_pages: jax.Array) -> Any:
+        cos, sin = jnp.cos(angle), jnp.sin(angle)
+        options = {"num_heads": heads, "norms": norms}
+        return rope_write(qkv, cos, sin, k_pages, v_pages, jnp.asarray(slots), **options)
+
+    def turn(x: np.ndarray, weight: jax.Array | None) -> np.ndarray:
+        x = x if weight is None else _normed(x, _float(weight), widths.eps)
+        cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
+        left, right = np.split(x, 2, axis=-1)
+        return np.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
+
+    def want(got: Any) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        q, k, v = np.split(_float(qkv), (heads, heads + kv_heads), axis=1)
+        yield _float(got[0]), turn(q, norms and norms.q)
+        for after, before, rows in zip(
+            got[1:], pages, (turn(k, norms and norms.k), v), strict=True
+        ):
+            expected = _float(before).reshape(-1, kv_heads, size).copy()
+            expected[slots] = rows
+            yield _float(after).reshape(expected.shape), expected
+
+    return _Case(f"rope_write {qkv.dtype}{list(qkv.shape)}", run, (qkv, *pages), want)
+
+
+class _Pages:
+    """Sequences in pages, and their attention on the host."""
+
+    def __init__(
+        self,
+        widths: Widths,
+        draw: Draw,
+        rng: np.random.Generator,
+        window: int | None,
+    ) -> None:
+        self._widths, self._draw, self._window = widths, draw, window
+        self._scale = widths.head_dim**-0.5
+        entries = -(-max(_LENGTHS) // widths.page_size)
+        count = 1 + len(_LENGTHS) * entries
+        shape = (count, widths.page_size, widths.num_kv_heads, widths.head_dim)
+        self._k, self._v = draw(*shape), draw(*shape)
+        table = 1 + rng.permutation(count - 1).reshape(len(_LENGTHS), entries)
+        self._table = table.astype(np.int32)
+
+    def _attend(self, q: np.ndarray, row: int, position: int) -> np.ndarray:
+        """What a token `[Hq, D]` at a position of a sequence sees."""
+        start = 0 if self._window is None else max(0, position + 1 - self._window)
+        group = self._widths.num_heads // self._widths.num_kv_heads
+        k, v = (
+            _float(pages[self._table[row]])
+            .reshape(-1, *pages.shape[2:])[start : position + 1]
+            .repeat(group, axis=1)
+            for pages in (self._k, self._v)
+        )
+        scores = np.einsum("hd,thd->ht", q, k) * self._scale
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        return np.einsum("ht,thd->hd", weights, v)
+
+    def decode_case(self, phi: float | None) -> _Case:
+        widths = self._widths
+        q = self._draw(len(_LENGTHS), widths.num_heads, widths.head_dim)
+        table = None if phi is None else np.full(widths.num_heads, phi, np.float32)
+
+        def run(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            return decode_attention(
+                q,
+                k,
+                v,
+                jnp.asarray(self._table),
+                jnp.asarray(_LENGTHS, jnp.int32),
+                scale=self._scale,
+                window=self._window,
+                phi=table,
+            ).out
+
+        def want(got: jax.Array) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+            for row, length in enumerate(_LENGTHS):
+                zeros = np.zeros(q.shape[1:], np.float32)
+                one = _float(q[row])
+                expected = self._attend(one, row, length - 1) if length else zeros
+                yield _float(got[row]), expected
+
+        name = f"decode_attention {q.dtype}{list(q.shape)} over {list(self._k.shape)}"
+        return _Case(f"{name}, window {self._window}, phi {phi}", run, (q, self._k, self._v), want)
+
+    def prefill_case(self) -> _Case:
+        widths = self._widths
+        contexts = np.array([_LENGTHS[3], _LENGTHS[2], _LENGTHS[1]], np.int32)
+        counts = np.array([70, 65, 9], np.int32)
+        starts = (np.cumsum(counts) - counts).astype(np.int32)
+        table = self._table[[3, 2, 1]]
+        q = self._draw(64 * math.ceil(counts.sum() / 64), widths.num_heads, widths.head_dim)
+
+        def run(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            return prefill_attention(
+                q,
+                k,
+                v,
+                *map(jnp.asarray, (table, starts, counts, contexts)),
+                scale=self._scale,
+                window=self._window,
+            )
+
+        def want(got: jax.Array) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+            for n, row in enumerate((3, 2, 1)):
+                for i in (0, counts[n] // 2, counts[n] - 1):
+                    at, position = starts[n] + i, contexts[n] - counts[n] + i
+                    yield _float(got[at]), self._attend(_float(q[at]), row, position)
+            yield _all_finite(got)
+
+        name = f"prefill_attention {q.dtype}{list(q.shape)} over {list(self._k.shape)}"
+        return _Case(f"{name}, window {self._window}", run, (q, self._k, self._v), want)

@@ -1,0 +1,136 @@
+"""Which kernel computes a product: the heuristic dataflow of FlashDecoding++ (section 5).
+
+For every [N, K] there are two inflection points: below M1 rows a GEMV wins, from M1 the flat GEMM,
+from M2 the dense one. `python -m pallas_kernels.tune` finds them and each kernel's configuration on
+a GPU and stores them in `tuned/<gpu>.json`; the choice is made while a program is traced. A GPU or
+a shape without a table entry gets a rule, and `Choice.source` says so.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from pallas_kernels import mosaic
+from pallas_kernels.dense_gemm import DenseConfig, dense_gemm
+from pallas_kernels.dense_gemm import default as default_dense
+from pallas_kernels.flat_gemm import FlatConfig, flat_gemm
+from pallas_kernels.flat_gemm import default as default_flat
+
+TUNED = Path(__file__).parent / "tuned"
+FLAT_ROWS = 64
+"""The rule's M2: most rows that go to the flat GEMM where no table says otherwise."""
+XLA_GAIN = 1.1
+"""XLA is chosen where it is this much faster: it starts no kernel early, and none after it does."""
+_CONFIGS = {"flat_gemm": FlatConfig, "dense_gemm": DenseConfig}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What computes a product."""
+
+    kernel: str
+    """`flat_gemm`, `dense_gemm` or `xla`."""
+    config: FlatConfig | DenseConfig | None
+    """None for XLA."""
+    source: str
+    """`table` or `rule`."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**asdict(self), "config": self.config and asdict(self.config)}
+
+
+def slug(device_kind: str) -> str:
+    """The name of a GPU as the table's file has it."""
+    return device_kind.lower().replace(" ", "_")
+
+
+def device_kind() -> str:
+    """The GPU that this process sees; a Hopper card where it sees none."""
+    if jax.default_backend() != "gpu":
+        return "NVIDIA H200"
+    return jax.local_devices(backend="gpu")[0].device_kind
+
+
+@functools.cache
+def load_table(kind: str) -> dict[tuple[int, int, bool], dict[int, dict[str, Any]]] | None:
+    """Entries by (N, K, gated), then by rows; None without a file for this GPU."""
+    file = TUNED / f"{slug(kind)}.json"
+    if not file.exists():
+        return None
+    products = json.loads(file.read_text())["products"]
+    return {
+        (p["n"], p["k"], p["gated"]): {int(rows): entry for rows, entry in p["rows"].items()}
+        for p in products
+    }
+
+
+def table_name() -> str | None:
+    """File name of the table in use; None if a rule decides everything."""
+    kind = device_kind()
+    return None if load_table(kind) is None else f"{slug(kind)}.json"
+
+
+def rule(m: int, n: int, k: int, gated: bool = False) -> Choice:
+    """The choice where no table has the shape."""
+    if m <= FLAT_ROWS:
+        return Choice("flat_gemm", default_flat(m, n // (1 + gated), k, gated), "rule")
+    return Choice("dense_gemm", default_dense(m, n, k, mosaic.sm_count(), gated=gated), "rule")
+
+
+def choose(
+    m: int, n: int, k: int, *, gated: bool = False, pallas_only: bool = False, kind: str = ""
+) -> Choice:
+    """What computes `[m, k] x [n, k]`.
+
+    Args:
+      m: rows of activations.
+      n: rows of the weight; both halves of a gated one.
+      k: inputs.
+      gated: silu(gate) * up as epilogue.
+      pallas_only: XLA is no choice.
+      kind: device kind of the GPU; the one in use when not given.
+    """
+    table = load_table(kind or device_kind())
+    entries = (table or {}).get((n, k, gated), {})
+    if not entries:
+        return rule(m, n, k, gated)
+    entry = entries[min((rows for rows in entries if rows >= m), default=max(entries))]
+    xla_us = entry.get("xla_us")
+    if not pallas_only and xla_us is not None and xla_us * XLA_GAIN < entry["us"]:
+        return Choice("xla", None, "table")
+    return Choice(entry["kernel"], _CONFIGS[entry["kernel"]](**entry["config"]), "table")
+
+
+def linear(
+    x: jax.Array,
+    w: jax.Array,
+    *,
+    bias: jax.Array | None = None,
+    residual: jax.Array | None = None,
+    gated: bool = False,
+    pallas_only: bool = False,
+    interpret: Any = None,
+) -> jax.Array:
+    """x w^T (+ bias) (+ residual) or its gated form, by the kernel that `choose` names.
+
+    Arguments as for `pallas_kernels.flat_gemm`, w as `[N, K]`.
+
+    Raises:
+      NotImplementedError: XLA is the choice, or no kernel takes the shape.
+    """
+    choice = choose(x.shape[0], *w.shape, gated=gated, pallas_only=pallas_only)
+    operands = {"bias": bias, "residual": residual, "gated": gated, "interpret": interpret}
+    match choice.kernel:
+        case "flat_gemm":
+            return flat_gemm(x, w, **operands, config=choice.config)
+        case "dense_gemm":
+            return dense_gemm(x, w, **operands, config=choice.config)
+    m, (n, k) = x.shape[0], w.shape
+    raise NotImplementedError(f"M, N, K = {m}, {n}, {k}: XLA is faster here")

@@ -1,0 +1,102 @@
+"""What the Mosaic GPU kernels of this package share: layouts, SM count, launch order, tickets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax.experimental.mosaic import gpu as mgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import memref
+
+WARPGROUP = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup)
+HOPPER_SMS = 132
+"""SMs assumed where no GPU is seen (lowering on a CPU)."""
+SMEM_BYTES = 227 * 1024
+"""Shared memory that one block may take on Hopper; two blocks an SM take half of it each."""
+
+
+def sm_count() -> int:
+    """SMs that this process may use: fewer under an MPS share than the chip has."""
+    if jax.default_backend() != "gpu":
+        return HOPPER_SMS
+    return jax.local_devices(backend="gpu")[0].core_count
+
+
+def tiled(dtype: Any, minor: int, swizzle: int | None = None) -> tuple[Any, ...]:
+    """Transforms of a SMEM operand of wgmma or TMA whose last axis has `minor` elements."""
+    bits = jnp.dtype(dtype).itemsize * 8
+    swizzle = swizzle or plgpu.find_swizzle(minor * bits)
+    return (
+        plgpu.TilingTransform((8, swizzle * 8 // bits)),
+        plgpu.SwizzleTransform(swizzle),
+    )
+
+
+def take_ticket(counter: Any, slot: Any, *, interpret: Any = None) -> jax.Array:
+    """Adds one to `counter` (a GMEM int32 scalar ref) and returns what it was, to the warpgroup.
+
+    Everything that the warpgroup wrote to GMEM before is visible to whoever draws a later ticket
+    (acquire-release at GPU scope). `slot` is a SMEM `[1]` int32 ref through which the first thread
+    hands the number to the others. In interpret mode blocks run one after another, so that a plain
+    read and write does.
+    """
+    if interpret is not None:
+        old = counter[...]
+        counter[...] = old + 1
+        return old
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(), plgpu.RefType()),
+        return_type=plgpu.ShapeDtypeStruct((), jnp.int32, plgpu.Layout.WG_SPLAT),
+    )
+    def draw(ctx, counter_ref, slot_ref):
+        del ctx
+        i32 = ir.IntegerType.get_signless(32)
+        utils = mgpu.utils
+        utils.warpgroup_barrier()
+        with utils.single_thread(scope=utils.ThreadSubset.WARPGROUP):
+            old = utils.inline_ptx(
+                "atom.acq_rel.gpu.global.add.u32 $0, [$1], 1;",
+                utils.memref_ptr(counter_ref),
+                result_types=i32,
+                has_side_effects=True,
+            )
+            memref.store(old, slot_ref, [utils.c(0, ir.IndexType.get())])
+        utils.warpgroup_barrier()
+        number = memref.load(slot_ref, [utils.c(0, ir.IndexType.get())])
+        return mgpu.FragmentedArray.splat(number, (), is_signed=True)
+
+    return draw(counter, slot)
+
+
+def wait_for_previous(interpret: Any = None) -> None:
+    """Blocks until the kernels before this one are complete and their writes visible.
+
+    Every kernel of this package calls it in every block and warpgroup before it reads what an
+    earlier kernel may have written and before it writes anything to GMEM; weights may be read
+    before. With it in the kernel, the launch carries CUDA's programmatic stream serialization.
+    """
+    if interpret is None:
+        plgpu.griddepcontrol_wait()
+
+
+def let_next_start(interpret: Any = None) -> None:
+    """Allows the next kernel's blocks to be launched while this one runs (they wait for it)."""
+    if interpret is None:
+        plgpu.griddepcontrol_launch_dependents()
+
+
+def store(ref: Any, value: jax.Array) -> None:
+    """Stores registers to GMEM in whatever layout they have; jax 0.12 asks for that by name."""
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref, value, optimized=False)
+    else:
+        ref[...] = value
+
+
+def load(ref: Any, layout: Any) -> jax.Array:
+    """Loads GMEM into registers in `layout`, coalesced or not."""
+    return plgpu.load(ref, layout=layout, optimized=False)

@@ -1,0 +1,77 @@
+"""The norm: a row in registers, a sum over the warpgroup, and the row written once."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import mosaic
+from pallas_kernels.rms_norm.config import RmsNormConfig, default_config
+
+DTYPES = ("bfloat16", "float16")
+
+
+def rms_norm(
+    x: jax.Array,
+    weight: jax.Array,
+    *,
+    eps: float,
+    config: RmsNormConfig | None = None,
+    interpret: Any = None,
+) -> jax.Array:
+    """`x / sqrt(mean(x^2) + eps)` of every row in float32, rounded, then times `weight`.
+
+    Args:
+      x: `[M, E]` bf16 or fp16, E a multiple of 128 up to 16384.
+      weight: `[E]` of x's dtype. It is read before earlier kernels end: it must be none's output.
+      eps: added to the mean of the squares.
+      config: tunables, those of `default_config` when not given.
+      interpret: `plgpu.InterpretGPUParams` runs it on the CPU.
+
+    Returns:
+      `[M, E]` of x's dtype.
+
+    Raises:
+      NotImplementedError: the width or the dtype is not supported.
+      ValueError: the shapes do not fit together.
+    """
+    if x.ndim != 2 or weight.shape != x.shape[1:]:
+        raise ValueError(f"x {x.shape} and weight {weight.shape}: [M, E] and [E] are expected")
+    if x.dtype.name not in DTYPES or weight.dtype != x.dtype:
+        raise NotImplementedError(
+            f"x {x.dtype} and weight {weight.dtype}: both of one of {', '.join(DTYPES)}"
+        )
+    config = config or default_config(x.shape[1], x.dtype.itemsize)
+    return _rms_norm(x, weight, eps=float(eps), config=config, interpret=interpret)
+
+
+@functools.partial(jax.jit, static_argnames=("eps", "config", "interpret"))
+def _rms_norm(x, weight, *, eps, config, interpret):
+    rows, width = x.shape
+    layout = plgpu.Layout.WG_STRIDED((width,), vec_size=config.vector)
+
+    def body(x_ref, weight_ref, y_ref):
+        mosaic.let_next_start(interpret)
+        row = lax.axis_index("row")
+        scale = plgpu.load(weight_ref, layout=layout, optimized=False)
+        mosaic.wait_for_previous(interpret)
+        values = plgpu.load(x_ref.at[row], layout=layout, optimized=False).astype(jnp.float32)
+        mean = jnp.sum(values * values) * (1 / width)
+        normed = (values * lax.rsqrt(mean + eps)).astype(x.dtype)
+        # A product of two 16-bit floats is exact in float32: this rounds once, as theirs does.
+        y_ref[row] = (normed.astype(jnp.float32) * scale.astype(jnp.float32)).astype(x.dtype)
+
+    return plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct(x.shape, x.dtype),
+        grid=(rows,),
+        grid_names=("row",),
+        compiler_params=mosaic.WARPGROUP,
+        kernel_name="rms_norm",
+        **({} if interpret is None else {"interpret": interpret}),
+    )(x, weight)

@@ -1,0 +1,109 @@
+"""Device time of a compiled program, free of the host's launches.
+
+A kernel of some microseconds is shorter than the host needs to launch it. So a spin kernel holds
+the stream while the host enqueues everything; what runs behind it runs back to back. The time of
+one run is the difference between enqueueing many and enqueueing one.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.mosaic import gpu as mgpu
+from jaxlib.mlir import ir
+
+from pallas_kernels import mosaic
+
+STREAM_OPTIONS = {"xla_gpu_enable_command_buffer": ""}
+"""Compiler options that launch kernels one by one: in a CUDA graph of XLA's, each kernel waits for
+the end of the one before, and programmatic dependent launch is lost."""
+_LAUNCHES = 200
+"""Launches of one sample; the driver queues about a thousand before it makes the host wait."""
+_HOST_US = 40
+"""More than the host needs for a launch (XLA's calls of cuBLAS take it longest)."""
+
+
+def nanoseconds() -> jax.Array:
+    """The GPU's clock in a kernel, int32 nanoseconds that wrap around."""
+
+    @plgpu.inline_mgpu(
+        return_type=plgpu.ShapeDtypeStruct((), jnp.int32, plgpu.Layout.WG_SPLAT),
+    )
+    def read(ctx):
+        del ctx
+        i32 = ir.IntegerType.get_signless(32)
+        asm = "mov.u32 $0, %globaltimer_lo;"
+        low = mgpu.utils.inline_ptx(asm, result_types=i32, has_side_effects=True)
+        return mgpu.FragmentedArray.splat(low, (), is_signed=True)
+
+    return read()
+
+
+@functools.cache
+def spinner(us: int) -> Callable[[], Any]:
+    """A compiled program that keeps one SM busy for `us` microseconds."""
+
+    def body(out):
+        start = nanoseconds()
+        out[0] = lax.while_loop(
+            lambda now: now - start < 1000 * us, lambda now: nanoseconds(), start
+        )
+
+    kernel = plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((1,), jnp.int32),
+        grid=(1,),
+        grid_names=("block",),
+        compiler_params=mosaic.WARPGROUP,
+        kernel_name="spin",
+    )
+    program = jax.jit(kernel).lower().compile()
+    jax.block_until_ready(program())
+    return program
+
+
+def device_us(
+    program: Callable[..., Any],
+    args: Sequence[Any],
+    launches: int,
+    *,
+    samples: int = 5,
+    sample_us: float = 10_000,
+) -> list[float]:
+    """Samples of one run's device time in microseconds.
+
+    Args:
+      program: compiled, with `STREAM_OPTIONS` if its kernels start early.
+      args: its arguments.
+      launches: kernels that one run launches, at least roughly.
+      samples: number of samples.
+      sample_us: a sample's runs take about this long, unless they are too many to enqueue.
+    """
+
+    def total(runs: int) -> float:
+        hold = spinner(2_000 + (_HOST_US * launches + 200) * most)
+        start = time.perf_counter()
+        hold()
+        for _ in range(runs):
+            out = program(*args)
+        jax.block_until_ready(out)
+        return time.perf_counter() - start
+
+    most = max(2, _LAUNCHES // launches)
+    total(1)  # loads the kernels
+    estimate = (total(3) - total(1)) / 2 * 1e6
+    runs = int(min(most, max(2, sample_us / max(estimate, 1.0))))
+    return [(total(1 + runs) - total(1)) / runs * 1e6 for _ in range(samples)]
+
+
+def median_us(*args: Any, **kwargs: Any) -> float:
+    """Median of `device_us`."""
+    return statistics.median(device_us(*args, **kwargs))

@@ -1,0 +1,220 @@
+"""Finds the fastest kernel and configuration of products on this GPU, for `dataflow`.
+
+`python -m pallas_kernels.tune` times every candidate of every kernel for the products of common
+models, with weights that rotate through more than the L2 holds, and writes `tuned/<gpu>.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import dataflow, dense_gemm, flat_gemm, mosaic, products
+from pallas_kernels.timing import STREAM_OPTIONS, median_us
+
+# N, K, gated: fused qkv, output, gate and up, down projection, and the logits.
+MODELS = {
+    "llama2-7b": ((12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008), (32000, 4096)),
+    "llama31-8b": ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096)),
+    "qwen25-7b": ((4608, 3584), (3584, 3584), (37888, 3584), (3584, 18944), (152064, 3584)),
+    "llama3-70b-tp4": ((2560, 8192), (8192, 2048), (14336, 8192), (8192, 7168)),
+}
+_GATED = {(22016, 4096), (28672, 4096), (37888, 3584), (14336, 8192)}
+FLAT_ROWS = (8, 16, 32, 64, 128)
+DENSE_ROWS = (128, 256, 512, 1024, 2048, 4096)
+_ROTATED_BYTES = 400_000_000
+_CALLS = 24
+_MOST_ERROR = 0.01
+_MOST_DENSE = 7
+
+
+def _xla(x, w, gated):
+    y = jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=x.dtype)
+    if not gated:
+        return y
+    gate, up = jnp.split(y, 2, axis=1)
+    return jax.nn.silu(gate) * up
+
+
+class Product:
+    """One [N, K] with weights to time it on; `alone` is held while the GPU is timed."""
+
+    def __init__(self, n: int, k: int, gated: bool, alone: AbstractContextManager[Any]) -> None:
+        self.n, self.k, self.gated, self.alone = n, k, gated, alone
+        count = max(2, min(_CALLS, -(-_ROTATED_BYTES // (2 * n * k))))
+        make = jax.jit(lambda key: jax.random.normal(key, (n, k), jnp.bfloat16) * k**-0.5)
+        made = [make(key) for key in jax.random.split(jax.random.key(n + k), count)]
+        self.weights = (made * _CALLS)[:_CALLS]
+
+    def candidates(self, rows: int) -> Iterable[tuple[str, Any]]:
+        """Names of kernels with a configuration each."""
+        if rows in FLAT_ROWS:
+            outputs = self.n // (1 + self.gated)
+            for config in flat_gemm.candidates(rows, outputs, self.k, self.gated):
+                yield "flat_gemm", config
+        if rows in DENSE_ROWS:
+            sms = mosaic.sm_count()
+            found = dense_gemm.candidates(rows, self.n, self.k, sms, gated=self.gated)
+            # No clusters: pairs of blocks may find no room beside other kernels.
+            for config in [c for c in found if not c.cluster][:_MOST_DENSE]:
+                yield "dense_gemm", config
+        if rows <= 1024:
+            yield "xla", None
+
+    def lower(self, rows: int, kernel: str, config: Any) -> tuple[Any, dict[str, Any]]:
+        """A program that runs the product on all weights in turn, and its compile options."""
+
+        def call(x, w):
+            if kernel == "xla":
+                return _xla(x, w, self.gated)
+            run = flat_gemm.flat_gemm if kernel == "flat_gemm" else dense_gemm.dense_gemm
+            return run(x, w, gated=self.gated, config=config)
+
+        # The library's own choice for XLA: a search of XLA's would take seconds for every shape.
+        options = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+        lowered = jax.jit(lambda x, ws: [call(x, w) for w in ws]).lower(self.x(rows), self.weights)
+        return lowered, STREAM_OPTIONS | (options if kernel == "xla" else {})
+
+    def x(self, rows: int) -> jax.Array:
+        """Activations."""
+        return jax.random.normal(jax.random.key(rows), (rows, self.k), jnp.bfloat16)
+
+    def time(self, rows: int, program: Any, expected: jax.Array) -> float:
+        """Microseconds of one product.
+
+        Raises:
+          ArithmeticError: the numbers are wrong.
+        """
+        args = (self.x(rows), self.weights)
+        out = program(*args)[-1].astype(jnp.float32)
+        error = float(jnp.linalg.norm(out - expected) / jnp.linalg.norm(expected))
+        if not error <= _MOST_ERROR:
+            raise ArithmeticError(f"relative error {error}")
+        calls = len(self.weights)
+        with self.alone:
+            return median_us(program, args, calls, samples=3) / calls
+
+
+def tune(product: Product, row_counts: Iterable[int]) -> dict[str, Any]:
+    """The entry of one product: the best Pallas kernel for every number of rows, and XLA's time."""
+    entries = {}
+    for rows in row_counts:
+        found, xla_us = [], None
+        cases = list(product.candidates(rows))
+        expected = products.reference(product.x(rows), product.weights[-1], gated=product.gated)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            compiled = []
+            for case in cases:  # lowered one by one: only the compiler is safe to run in threads
+                lowered, options = product.lower(rows, *case)
+                compiled.append(pool.submit(lowered.compile, options))
+            wait(compiled)
+        for (kernel, config), future in zip(cases, compiled, strict=True):
+            try:
+                us = product.time(rows, future.result(), expected)
+            except Exception as error:  # one candidate that fails must not lose the others
+                print(f"  {rows} {kernel} {config}: {type(error).__name__}: {error}"[:300])
+                continue
+            if kernel == "xla":
+                xla_us = us
+            else:
+                found.append((us, kernel, config))
+        us, kernel, config = min(found, key=lambda case: case[0])
+        best = {
+            name: min((f[0] for f in found if f[1] == name), default=None)
+            for name in ("flat_gemm", "dense_gemm")
+        }
+        entries[rows] = {
+            "kernel": kernel,
+            "config": asdict(config),
+            "us": round(us, 2),
+            "xla_us": xla_us and round(xla_us, 2),
+            **{f"{name}_us": value and round(value, 2) for name, value in best.items()},
+            "rule_us": round(found[0][0], 2),
+        }
+        rate = 2 * product.n * product.k / us / 1e6
+        print(
+            f"  M={rows}: {kernel} {us:.2f} us, {rate:.2f} TB/s of weights, XLA {xla_us}, "
+            f"rule {found[0][0]:.2f}, {config}",
+            flush=True,
+        )
+    return {
+        "n": product.n,
+        "k": product.k,
+        "gated": product.gated,
+        **inflection_points(entries),
+        "rows": entries,
+    }
+
+
+def inflection_points(entries: dict[int, dict[str, Any]]) -> dict[str, int | None]:
+    """M1 and M2 of section 5: fewest rows at which the flat GEMM wins, and from where it loses.
+
+    Fewer rows than 8 take the flat GEMM as long as 8 do: M1 is 1 where it wins at 8.
+    """
+    wins = [
+        rows
+        for rows, entry in entries.items()
+        if entry["kernel"] == "flat_gemm" and entry["us"] <= (entry["xla_us"] or float("inf"))
+    ]
+    if not wins:
+        return {"m1": None, "m2": min(entries)}
+    m1 = 1 if min(wins) == min(entries) else min(wins)
+    return {"m1": m1, "m2": min((rows for rows in entries if rows > max(wins)), default=None)}
+
+
+def _tune_shape(shape: tuple[int, int, bool], row_counts: list[int], lock: Any) -> dict[str, Any]:
+    n, k, gated = shape
+    print(f"{n}x{k}{' gated' if gated else ''}", flush=True)
+    few = [rows for rows in row_counts if rows <= 256 or n * rows <= 2**27]
+    return tune(Product(n, k, gated, lock), few)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m pallas_kernels.tune", description=__doc__)
+    parser.add_argument("--models", nargs="+", choices=[*MODELS], default=[*MODELS])
+    parser.add_argument("--rows", nargs="+", type=int, help="numbers of rows [all]")
+    parser.add_argument("--jobs", type=int, default=4, help="processes that compile [4]")
+    parser.add_argument("--out", type=Path, help="file [tuned/<gpu>.json of the package]")
+    args = parser.parse_args()
+    if jax.default_backend() != "gpu":
+        sys.exit("python -m pallas_kernels.tune needs a GPU that jax sees")
+    kind = dataflow.device_kind()
+    out = args.out or dataflow.TUNED / f"{dataflow.slug(kind)}.json"
+    table = {
+        "gpu": kind,
+        "sms": mosaic.sm_count(),
+        "jax": jax.__version__,
+        "command": "python -m pallas_kernels.tune " + " ".join(sys.argv[1:]),
+        "products": [],
+    }
+    row_counts = args.rows or sorted({*FLAT_ROWS, *DENSE_ROWS})
+    plain = dict.fromkeys(itertools.chain.from_iterable(MODELS[m] for m in args.models))
+    shapes = [(*shape, False) for shape in plain] + [(*s, True) for s in plain if s in _GATED]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # Compiling takes the most time, and one process compiles little more than one at a time.
+    spawn = multiprocessing.get_context("spawn")
+    with spawn.Manager() as manager, ProcessPoolExecutor(args.jobs, mp_context=spawn) as pool:
+        lock = manager.Lock()
+        for done in pool.map(
+            _tune_shape, shapes, itertools.repeat(row_counts), itertools.repeat(lock)
+        ):
+            table["products"].append(done)
+            out.write_text(json.dumps(table, indent=1) + "\n")  # a cut run keeps what it has
+    print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,265 @@
+"""Whole steps on the Pallas kernels: interpreted on the CPU, and lowered for a GPU.
+
+The model is tiny but has widths that every kernel takes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from functools import partial
+from typing import Any
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jpd import ops
+from jpd.config import EngineConfig, KernelConfig
+from jpd.engine.build import resolve
+from jpd.engine.compile import step_options
+from jpd.engine.coordinator import Coordinator
+from jpd.engine.executor import Executor
+from jpd.engine.shapes import StepShape
+from jpd.engine.step import step
+from jpd.errors import ConfigError
+from jpd.models import config_from_hf, init_params
+from pallas_kernels import mosaic
+from tests.aot import compile_for_h200, needs_wheels
+from tests.engine.tiny_engine import greedy, run
+
+ONLY = KernelConfig(pallas_only=True)
+FAMILIES = {
+    "llama": {"architectures": ["LlamaForCausalLM"]},
+    "mistral": {"architectures": ["MistralForCausalLM"], "sliding_window": 24},
+    "qwen2": {"architectures": ["Qwen2ForCausalLM"]},
+    "qwen3": {"architectures": ["Qwen3ForCausalLM"], "tie_word_embeddings": True},
+}
+
+
+def make_executor(
+    family: str = "llama", kernels: KernelConfig = ONLY, dtype: str = "bfloat16", layers: int = 1
+) -> tuple[EngineConfig, Executor]:
+    """An executor of a random model with a handful of pages."""
+    model = config_from_hf(
+        {
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_hidden_layers": layers,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 64,
+            "vocab_size": 256,
+            "max_position_embeddings": 128,
+            "rms_norm_eps": 1e-5,
+            "hidden_act": "silu",
+            **FAMILIES[family],
+        }
+    )
+    device = jax.devices("cpu")[0]
+    config = EngineConfig(
+        model="",
+        dtype=dtype,
+        max_model_len=64,
+        max_num_seqs=2,
+        max_num_batched_tokens=32,
+        max_prefills_per_step=2,
+        num_pages=9,
+        batch_buckets=(2,),
+        token_buckets=(32,),
+        context_buckets=(64,),
+        show_progress=False,
+        skip_tokenizer_init=True,
+        kernels=kernels,
+    )
+    config = resolve(config, model, device)
+    # Larger weights than a new model's, so that the layer changes what the embedding says.
+    params = jax.tree.map(lambda p: 5 * p if p.ndim > 1 else p, init_params(model, dtype, 0))
+    return config, Executor(config, model, params, device, ())
+
+
+def run_op_by_op(executor: Executor) -> None:
+    """Steps are not compiled: interpreted kernels of one program may wait for the same threads."""
+    config, chunks = executor._config, executor._config.max_prefills_per_step
+
+    def get(shape: StepShape, lower: object) -> Any:
+        def run_step(*inputs: Any) -> Any:
+            inputs = jax.tree.map(jnp.asarray, inputs)
+            with ops.using(config.kernels, "cpu"):
+                return step(
+                    executor._model, shape, chunks, config.page_size, *inputs, phi=executor._phi
+                )
+
+        return run_step
+
+    executor.compiled.get = get
+
+
+def serve(config: EngineConfig, executor: Executor) -> tuple[list[dict[int, float]], Coordinator]:
+    """Log-probabilities of every token that two requests get, and the coordinator."""
+    coordinator = Coordinator(config, executor._model, executor, None, ())
+    prompts = [list(range(3, 23)), [9, 8, 7]]
+    params = greedy(max_tokens=2, ignore_eos=True, logprobs=5)
+    outputs = run(coordinator, prompts, params)
+    return [entry for o in outputs for entry in o.outputs[0].logprobs], coordinator
+
+
+@pytest.fixture
+def few_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Persistent kernels start a block for each SM; interpreted ones take turns."""
+    monkeypatch.setattr(mosaic, "sm_count", lambda: 2)
+
+
+@pytest.mark.usefixtures("few_blocks")
+def test_serving_on_interpreted_kernels_gives_what_xla_gives() -> None:
+    family = "qwen3"  # the one with head norms
+    before = ops.choices()
+    config, executor = make_executor(family)
+    run_op_by_op(executor)
+    with ops.kernels_without_gpu(plgpu.InterpretGPUParams()):
+        got, coordinator = serve(config, executor)
+    after = ops.choices()
+    taken = {key for key, n in after.items() if n > before.get(key, 0)}
+    assert taken == {(op, "pallas") for op in ops.implementations()}
+    assert coordinator.stats().softmax_recomputed_rows == 0
+    want, _ = serve(*make_executor(family, KernelConfig()))
+    assert len(got) == len(want) == 4
+    for one, other in zip(got, want, strict=True):
+        shared = set(one) & set(other)
+        assert len(shared) >= 4
+        for token in shared:
+            assert one[token].logprob == pytest.approx(other[token].logprob, abs=0.1)
+
+
+@pytest.mark.usefixtures("few_blocks")
+def test_recomputed_rows_reach_the_stats() -> None:
+    """A phi far from all scores: each row of each decoding step is computed again."""
+    config, executor = make_executor("qwen2")
+    want, _ = serve(*make_executor("qwen2", KernelConfig()))
+    executor._phi = np.full((1, 4), 500.0, np.float32)
+    run_op_by_op(executor)
+    with ops.kernels_without_gpu(plgpu.InterpretGPUParams()):
+        got, coordinator = serve(config, executor)
+    # Two requests decode one of their two tokens, in a layer with two key heads.
+    assert coordinator.stats().softmax_recomputed_rows == 2 * 2
+    assert [max(e, key=lambda t: e[t].logprob) for e in got] == [
+        max(e, key=lambda t: e[t].logprob) for e in want
+    ]
+
+
+def gpu_step(executor: Executor, shape: StepShape) -> tuple[Any, tuple[Any, ...]]:
+    """The function of a step and its arguments."""
+    config = executor._config
+    fn = partial(step, executor._model, shape, config.max_prefills_per_step, config.page_size)
+    inputs = (executor.params, executor.kv, executor.history)
+    return fn, inputs + executor._host_inputs(shape, None)
+
+
+def lowered_for_gpu(executor: Executor, shape: StepShape) -> Any:
+    """The step of a shape, as it is lowered on a machine with a GPU."""
+    fn, inputs = gpu_step(executor, shape)
+    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), inputs)
+    with ops.kernels_without_gpu(), ops.using(executor._config.kernels, "gpu"):
+        traced = jax.jit(fn, donate_argnums=(1, 2)).trace(*abstract)
+        return traced.lower(lowering_platforms=("cuda",))
+
+
+SHAPES = pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param(StepShape(2, 0, 64, True), id="decode"),
+        pytest.param(StepShape(2, 0, 64, False), id="decode-sampling"),
+        pytest.param(StepShape(2, 32, 64, False), id="mixed-sampling"),
+    ],
+)
+_FOREIGN = re.compile(r"cublas|cudnn|triton|gemm_fusion", re.IGNORECASE)
+_PRODUCT = re.compile(r"stablehlo\.(dot_general|dot|convolution)\b")
+
+
+def foreign_calls(text: str) -> Counter[str]:
+    """Calls of libraries, and products that XLA would make into such, in lowered StableHLO."""
+    targets = re.findall(r"custom_call @([\w.]+)", text)
+    assert "mosaic_gpu_v2" in targets, "this is no step that the test can read"
+    found = Counter(t for t in targets if _FOREIGN.search(t))
+    return found + Counter(_PRODUCT.findall(text))
+
+
+@SHAPES
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_step_holds_a_call_of_another_library(family: str, shape: StepShape) -> None:
+    _, executor = make_executor(family)
+    assert foreign_calls(lowered_for_gpu(executor, shape).as_text()) == {}
+
+
+@needs_wheels
+@SHAPES
+def test_the_compiled_step_is_a_chain_of_kernels(shape: StepShape) -> None:
+    """No library, no Triton, no copy of a page, and nothing of XLA's between a layer's kernels."""
+    _, executor = make_executor("qwen3", layers=3)
+    fn, inputs = gpu_step(executor, shape)
+    with ops.kernels_without_gpu(), ops.using(ONLY, "gpu"):
+        options = step_options(ONLY)
+        text = compile_for_h200(fn, inputs, donate=(1, 2), options=options).as_text()
+    text = re.sub(r'module = "[^"]*"', "", text)  # the kernels' own code
+    assert text.count('custom_call_target="mosaic_gpu_v2"') >= 3 * 8 + 2
+    assert not _FOREIGN.search(text)
+    assert not re.search(r"= \S+ (dot|convolution)\(", text)
+    pages = ",".join(map(str, executor.kv[0][0].shape))
+    assert not re.search(rf"bf16\[{pages}\]\S* copy", text)
+    if shape.tokens == 0:
+        entry = text[text.index("ENTRY") :]
+        run = re.findall(r"^\s+(?:ROOT )?\S+ = .*? (fusion|custom-call|copy|while)\(", entry, re.M)
+        # Eight kernels a layer: from the second's first to the third's attention, after which the
+        # counts of recomputed rows are summed.
+        kernels = [i for i, kind in enumerate(run) if kind == "custom-call"]
+        assert kernels[18] - kernels[8] == 10, run
+
+
+def test_the_reader_sees_what_xla_would_do() -> None:
+    _, executor = make_executor(kernels=KernelConfig(gated_linear="xla", linear="pallas"))
+    text = lowered_for_gpu(executor, StepShape(2, 0, 64, True)).as_text()
+    assert foreign_calls(text) == {"dot_general": 1}
+
+
+def test_a_step_clears_its_counters_once() -> None:
+    """All kernels that count arrivals share one workspace, however many layers there are."""
+    shape = StepShape(2, 0, 64, True)
+    counts = []
+    for layers in (1, 3):
+        _, executor = make_executor(layers=layers)
+        text = lowered_for_gpu(executor, shape).as_text()
+        counts.append(
+            len(re.findall(r"tensor<32768xi32>\) -> tensor|dense<0> : tensor<32768", text))
+        )
+    assert counts[0] == counts[1]
+
+
+def test_float32_has_no_kernels() -> None:
+    _, executor = make_executor(dtype="float32")
+    with pytest.raises(ConfigError, match=r"pallas_only=True, but no kernel takes \w+\(float32\["):
+        lowered_for_gpu(executor, StepShape(2, 0, 64, True))
+
+
+def test_without_a_gpu_kernels_are_refused_or_passed_over() -> None:
+    config, executor = make_executor()
+    with pytest.raises(ConfigError, match="the kernels run on GPUs, not on 'cpu'"):
+        executor._lower(StepShape(2, 0, 64, True))
+    with pytest.raises(ConfigError, match=r"kernels.rms_norm='xla' contradicts"):
+        ops.check(KernelConfig(pallas_only=True, rms_norm="xla"))
+    assert not ops.may_run(KernelConfig(), "cpu")
+    assert config.kernels.pallas_only
+
+
+def test_steps_with_kernels_are_compiled_for_overlapping_launches() -> None:
+    _, plain = make_executor(kernels=KernelConfig())
+    with ops.kernels_without_gpu():
+        _, kernels = make_executor()
+        _, without = make_executor(
+            kernels=KernelConfig(**dict.fromkeys(ops.implementations(), "xla"))
+        )
+    assert plain.compiled._options is None
+    assert without.compiled._options is None
+    assert kernels.compiled._options == step_options(ONLY)
+    assert kernels.compiled._options["xla_gpu_enable_command_buffer"] == ""

@@ -1,0 +1,103 @@
+"""The check at start: right kernels pass, and each op that computes something else is found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jpd import ops
+from jpd.config import KernelConfig
+from jpd.errors import KernelError
+from jpd.ops import registry, self_check
+from jpd.ops.self_check import Product, Widths
+from tests import tiny_models
+from tests.engine.tiny_engine import MODEL, tiny_engine
+
+
+@pytest.fixture(autouse=True)
+def as_it_was() -> Iterator[None]:
+    """Takes back what a test registers."""
+    before = {name: dict(op.implementations) for name, op in registry.ops().items()}
+    yield
+    for name, op in registry.ops().items():
+        op.implementations = before[name]
+
+
+def check(dtype: str = "bfloat16", **kernels: str) -> list[str]:
+    rng = np.random.default_rng(0)
+
+    def weight(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.normal(size=shape), dtype)
+
+    widths = Widths(
+        hidden_size=64,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=32,
+        page_size=16,
+        windows=(None, 20, None),
+        dtype=dtype,
+        eps=1e-5,
+        qk_norm=True,
+    )
+    products = [
+        Product("qkv", weight(256, 64), (1, 40), bias=weight(256)),
+        Product("down", weight(64, 96), (1, 40), residual=True),
+        Product("gate and up", weight(192, 64), (1, 40), gated=True, bias=weight(192)),
+    ]
+    return self_check.run(widths, KernelConfig(**kernels), products, jax.devices("cpu")[0])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_right_implementations_pass(dtype: str) -> None:
+    checked = check(dtype)
+    for op in ops.implementations():
+        assert any(line.startswith(f"{op} ") and line.endswith(" by xla") for line in checked), op
+    assert sum(line.startswith("decode_attention") for line in checked) == 4
+
+
+def off_by(amount: float) -> Callable[[Any], Any]:
+    def change(x: Any) -> Any:
+        return x * (1 + amount) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    return lambda tree: jax.tree.map(change, tree)
+
+
+WRONG: dict[str, Callable[[Any], Any]] = {
+    "scaled by 1.03": off_by(0.03),
+    "not finite": lambda tree: jax.tree.map(
+        lambda x: x.at[(0,) * x.ndim].set(jnp.nan) if x.ndim > 1 else x, tree
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG.keys())
+@pytest.mark.parametrize("op", sorted(ops.implementations()))
+def test_a_wrong_implementation_of_any_op_is_refused(op: str, wrong: Callable) -> None:
+    right = registry.ops()[op].implementations["xla"]
+    ops.register(op, "wrong", lambda *args, **kwargs: wrong(right(*args, **kwargs)))
+    with pytest.raises(KernelError, match=f"^{op} .* by wrong: relative error"):
+        check(**{op: "wrong"})
+
+
+def test_a_residual_that_is_left_out_is_found() -> None:
+    right = registry.ops()["linear"].implementations["xla"]
+    ops.register(
+        "linear", "wrong", lambda x, w, *, bias=None, residual=None: right(x, w, bias=bias)
+    )
+    with pytest.raises(KernelError, match="down"):
+        check(linear="wrong")
+
+
+def test_an_engine_with_a_wrong_kernel_is_not_built(tmp_path: Path) -> None:
+    folder = tiny_models.make_checkpoint(MODEL, tmp_path)
+    right = registry.ops()["rms_norm"].implementations["xla"]
+    ops.register("rms_norm", "wrong", lambda x, weight, eps: right(x, weight + 1, eps))
+    with pytest.raises(KernelError, match="rms_norm"):
+        tiny_engine(folder, kernels=KernelConfig(rms_norm="wrong"))

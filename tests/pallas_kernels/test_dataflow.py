@@ -1,0 +1,101 @@
+"""The choice of the kernel: tables, the rule, inflection points."""
+
+import json
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import dataflow, products
+from pallas_kernels.dense_gemm import DenseConfig
+from pallas_kernels.flat_gemm import FlatConfig
+from pallas_kernels.tune import inflection_points
+from tests.pallas_kernels import modes
+
+FLAT, DENSE = FlatConfig(64, 64, 4, 2), DenseConfig(128, 128)
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch):
+    """A table for "NVIDIA Toy" with one product."""
+
+    def entry(kernel, config, us, xla_us):
+        return {"kernel": kernel, "config": vars(config), "us": us, "xla_us": xla_us}
+
+    rows = {
+        "8": entry("flat_gemm", FLAT, 5.0, 6.0),
+        "64": entry("flat_gemm", FLAT, 9.0, 8.5),
+        "256": entry("dense_gemm", DENSE, 20.0, 10.0),
+    }
+    products = [{"n": 256, "k": 128, "gated": False, "m1": 1, "m2": 256, "rows": rows}]
+    (tmp_path / "nvidia_toy.json").write_text(json.dumps({"products": products}))
+    monkeypatch.setattr(dataflow, "TUNED", tmp_path)
+    dataflow.load_table.cache_clear()
+    yield "NVIDIA Toy"
+    dataflow.load_table.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("m", "only", "kernel", "config"),
+    [
+        (1, False, "flat_gemm", FLAT),
+        (8, False, "flat_gemm", FLAT),
+        (9, False, "flat_gemm", FLAT),  # XLA is faster, but not by enough to break the chain
+        (65, False, "xla", None),
+        (65, True, "dense_gemm", DENSE),
+        (5000, True, "dense_gemm", DENSE),
+    ],
+)
+def test_table_decides(table, m, only, kernel, config):
+    choice = dataflow.choose(m, 256, 128, pallas_only=only, kind=table)
+    assert choice == dataflow.Choice(kernel, config, "table")
+
+
+@pytest.mark.parametrize(("m", "kernel"), [(1, "flat_gemm"), (64, "flat_gemm"), (65, "dense_gemm")])
+def test_rule_decides_without_an_entry(table, m, kernel):
+    for n, kind in ((512, table), (256, "NVIDIA Unknown")):
+        choice = dataflow.choose(m, n, 128, kind=kind)
+        assert (choice.kernel, choice.source) == (kernel, "rule")
+
+
+def test_linear_runs_the_choice(table, monkeypatch):
+    monkeypatch.setattr(dataflow, "device_kind", lambda: table)
+    x = jax.random.normal(jax.random.key(0), (8, 128), jnp.bfloat16)
+    w = jax.random.normal(jax.random.key(1), (256, 128), jnp.bfloat16)
+    call = partial(dataflow.linear, residual=jnp.ones((8, 256), jnp.bfloat16))
+    y = modes.run(call, x, w)
+    expected = np.asarray(products.reference(x, w) + 1)
+    error = np.linalg.norm(y.astype(jnp.float32) - expected) / np.linalg.norm(expected)
+    assert error <= 4e-3
+    with pytest.raises(NotImplementedError, match="XLA is faster"):
+        dataflow.linear(jnp.zeros((256, 128), jnp.bfloat16), w)
+
+
+def test_inflection_points():
+    def entry(kernel, us, xla_us):
+        return {"kernel": kernel, "us": us, "xla_us": xla_us}
+
+    rows = {
+        8: entry("flat_gemm", 5, 6),
+        64: entry("flat_gemm", 6, 7),
+        128: entry("dense_gemm", 9, 9),
+    }
+    assert inflection_points(rows) == {"m1": 1, "m2": 128}
+    rows[8]["xla_us"] = 4
+    assert inflection_points(rows) == {"m1": 64, "m2": 128}
+    rows[64]["xla_us"] = 5
+    assert inflection_points(rows) == {"m1": None, "m2": 8}
+
+
+@pytest.mark.parametrize("file", sorted(dataflow.TUNED.glob("*.json")), ids=lambda f: f.stem)
+def test_shipped_tables_are_whole(file):
+    table = json.loads(file.read_text())
+    assert dataflow.slug(table["gpu"]) == file.stem
+    for product in table["products"]:
+        for m in (1, 8, 100, 3000):
+            n, k, gated = product["n"], product["k"], product["gated"]
+            choice = dataflow.choose(m, n, k, gated=gated, pallas_only=True, kind=table["gpu"])
+            assert choice.source == "table"
+            assert choice.kernel in ("flat_gemm", "dense_gemm")
