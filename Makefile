@@ -2,7 +2,7 @@
 PY := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu lint format box-model goldens env env-test clean
+.PHONY: help demo test test-gpu sass lint format box-model goldens env env-test clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -15,6 +15,9 @@ test: env-test  ## run the CPU tests
 
 test-gpu: env-test  ## run the numeric tests on a GPU (needs jpd[cuda12] or jpd[cuda13] in .venv)
 	JAX_PLATFORMS=cuda $(PY) -m pytest tests/test_parity.py tests/engine tests/ops $(ARGS)
+
+sass: .venv-sass/.jpd  ## compile the GPU kernels for an H200, without one; none may spill registers
+	.venv-sass/bin/python -m tests.pallas_kernels.sass $(ARGS)
 
 lint: env-test  ## check style, format and the import contract; all three, whichever fails
 	failed=0; \
@@ -39,6 +42,13 @@ env:
 env-test:
 	@.ci/setup test
 
-clean:  ## remove .venv and caches
-	rm -rf .venv .pytest_cache .ruff_cache .import_linter_cache .hypothesis build dist
+# ptxas and the compiler of the CUDA plugin, without the libraries that only a GPU needs.
+.venv-sass/.jpd: .ci/constraints.txt
+	python=$$(.ci/find-python) && "$$python" -m venv --clear .venv-sass
+	.venv-sass/bin/python -m pip install -c $< jax jaxlib numpy pytest
+	.venv-sass/bin/python -m pip install -c $< --no-deps jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvcc
+	touch $@
+
+clean:  ## remove .venv, .venv-sass and caches
+	rm -rf .venv .venv-sass .pytest_cache .ruff_cache .import_linter_cache .hypothesis build dist
 	find jpd pallas_kernels native tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -99,9 +99,11 @@ def choose(
     """
     table = load_table(kind or device_kind())
     entries = (table or {}).get((n, k, gated), {})
-    if not entries:
-        return rule(m, n, k, gated)
-    entry = entries[min((rows for rows in entries if rows >= m), default=max(entries))]
+    entry = entries.get(
+        min((rows for rows in entries if rows >= m), default=max(entries, default=0))
+    )
+    if entry is None or (m > max(entries) and entry["kernel"] == "flat_gemm"):
+        return rule(m, n, k, gated)  # a table of few rows says nothing about many
     xla_us = entry.get("xla_us")
     if not pallas_only and xla_us is not None and xla_us * XLA_GAIN < entry["us"]:
         return Choice("xla", None, "table")

@@ -9,7 +9,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax.experimental.mosaic import gpu as mgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import memref
+from jaxlib.mlir.dialects import memref, scf
 
 WARPGROUP = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup)
 HOPPER_SMS = 132
@@ -57,7 +57,10 @@ def take_ticket(counter: Any, slot: Any, *, interpret: Any = None) -> jax.Array:
         i32 = ir.IntegerType.get_signless(32)
         utils = mgpu.utils
         utils.warpgroup_barrier()
-        with utils.single_thread(scope=utils.ThreadSubset.WARPGROUP):
+        # Not `utils.single_thread`: it keeps its state in a global, and where two threads lower
+        # kernels at once (jax 0.11.2) one of them loses the predicate: four warps draw tickets.
+        first = scf.IfOp(utils.single_thread_predicate(utils.ThreadSubset.WARPGROUP))
+        with ir.InsertionPoint(first.then_block):
             old = utils.inline_ptx(
                 "atom.acq_rel.gpu.global.add.u32 $0, [$1], 1;",
                 utils.memref_ptr(counter_ref),
@@ -65,6 +68,7 @@ def take_ticket(counter: Any, slot: Any, *, interpret: Any = None) -> jax.Array:
                 has_side_effects=True,
             )
             memref.store(old, slot_ref, [utils.c(0, ir.IndexType.get())])
+            scf.YieldOp([])
         utils.warpgroup_barrier()
         number = memref.load(slot_ref, [utils.c(0, ir.IndexType.get())])
         return mgpu.FragmentedArray.splat(number, (), is_signed=True)
@@ -73,20 +77,32 @@ def take_ticket(counter: Any, slot: Any, *, interpret: Any = None) -> jax.Array:
 
 
 def wait_for_previous(interpret: Any = None) -> None:
-    """Blocks until the kernels before this one are complete and their writes visible.
+    """Waits until the kernels before this one are complete and their writes visible.
 
     Every kernel of this package calls it in every block and warpgroup before it reads what an
     earlier kernel may have written and before it writes anything to GMEM; weights may be read
-    before. With it in the kernel, the launch carries CUDA's programmatic stream serialization.
+    before. The launch then carries CUDA's programmatic stream serialization.
     """
     if interpret is None:
         plgpu.griddepcontrol_wait()
 
 
 def let_next_start(interpret: Any = None) -> None:
-    """Allows the next kernel's blocks to be launched while this one runs (they wait for it)."""
+    """Lets the next kernel's blocks come to the SMs while this one runs; they wait for its end.
+
+    A product does so at once: what follows it brings its first weights to shared memory meanwhile.
+    The small kernels between products do so after their own wait: before it, the product after
+    them would take its place while the one before them still needs the SM (a Llama-2-7B decode
+    step of one sequence took 4.46 instead of 3.95 ms on an H200).
+    """
     if interpret is None:
         plgpu.griddepcontrol_launch_dependents()
+
+
+def take_turn(interpret: Any = None) -> None:
+    """`wait_for_previous`, then `let_next_start`."""
+    wait_for_previous(interpret)
+    let_next_start(interpret)
 
 
 def store(ref: Any, value: jax.Array) -> None:

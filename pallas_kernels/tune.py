@@ -50,10 +50,10 @@ def _xla(x, w, gated):
 
 
 class Product:
-    """One [N, K] with weights to time it on; `alone` is held while the GPU is timed."""
+    """One [N, K] with weights to time it on."""
 
-    def __init__(self, n: int, k: int, gated: bool, alone: AbstractContextManager[Any]) -> None:
-        self.n, self.k, self.gated, self.alone = n, k, gated, alone
+    def __init__(self, n: int, k: int, gated: bool) -> None:
+        self.n, self.k, self.gated = n, k, gated
         count = max(2, min(_CALLS, -(-_ROTATED_BYTES // (2 * n * k))))
         make = jax.jit(lambda key: jax.random.normal(key, (n, k), jnp.bfloat16) * k**-0.5)
         made = [make(key) for key in jax.random.split(jax.random.key(n + k), count)]
@@ -85,7 +85,8 @@ class Product:
 
         # The library's own choice for XLA: a search of XLA's would take seconds for every shape.
         options = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
-        lowered = jax.jit(lambda x, ws: [call(x, w) for w in ws]).lower(self.x(rows), self.weights)
+        x = jax.ShapeDtypeStruct((rows, self.k), jnp.bfloat16)
+        lowered = jax.jit(lambda x, ws: [call(x, w) for w in ws]).lower(x, self.weights)
         return lowered, STREAM_OPTIONS | (options if kernel == "xla" else {})
 
     def x(self, rows: int) -> jax.Array:
@@ -104,33 +105,39 @@ class Product:
         if not error <= _MOST_ERROR:
             raise ArithmeticError(f"relative error {error}")
         calls = len(self.weights)
-        with self.alone:
-            return median_us(program, args, calls, samples=3) / calls
+        return median_us(program, args, calls, samples=3) / calls
 
 
-def tune(product: Product, row_counts: Iterable[int]) -> dict[str, Any]:
-    """The entry of one product: the best Pallas kernel for every number of rows, and XLA's time."""
+def tune(
+    product: Product, row_counts: Iterable[int], alone: AbstractContextManager[Any]
+) -> dict[str, Any]:
+    """The entry of one product: the best Pallas kernel for every number of rows, and XLA's time.
+
+    `alone` is held while anything runs on the GPU: processes that share it take turns, and a kernel
+    would be timed with another's.
+    """
     entries = {}
     for rows in row_counts:
         found, xla_us = [], None
         cases = list(product.candidates(rows))
-        expected = products.reference(product.x(rows), product.weights[-1], gated=product.gated)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             compiled = []
             for case in cases:  # lowered one by one: only the compiler is safe to run in threads
                 lowered, options = product.lower(rows, *case)
                 compiled.append(pool.submit(lowered.compile, options))
             wait(compiled)
-        for (kernel, config), future in zip(cases, compiled, strict=True):
-            try:
-                us = product.time(rows, future.result(), expected)
-            except Exception as error:  # one candidate that fails must not lose the others
-                print(f"  {rows} {kernel} {config}: {type(error).__name__}: {error}"[:300])
-                continue
-            if kernel == "xla":
-                xla_us = us
-            else:
-                found.append((us, kernel, config))
+        with alone:
+            expected = products.reference(product.x(rows), product.weights[-1], gated=product.gated)
+            for (kernel, config), future in zip(cases, compiled, strict=True):
+                try:
+                    us = product.time(rows, future.result(), expected)
+                except Exception as error:  # one candidate that fails must not lose the others
+                    print(f"  {rows} {kernel} {config}: {type(error).__name__}: {error}"[:300])
+                    continue
+                if kernel == "xla":
+                    xla_us = us
+                else:
+                    found.append((us, kernel, config))
         us, kernel, config = min(found, key=lambda case: case[0])
         best = {
             name: min((f[0] for f in found if f[1] == name), default=None)
@@ -144,12 +151,9 @@ def tune(product: Product, row_counts: Iterable[int]) -> dict[str, Any]:
             **{f"{name}_us": value and round(value, 2) for name, value in best.items()},
             "rule_us": round(found[0][0], 2),
         }
-        rate = 2 * product.n * product.k / us / 1e6
-        print(
-            f"  M={rows}: {kernel} {us:.2f} us, {rate:.2f} TB/s of weights, XLA {xla_us}, "
-            f"rule {found[0][0]:.2f}, {config}",
-            flush=True,
-        )
+        shape = f"{product.n}x{product.k}{' gated' if product.gated else ''} M={rows}"
+        others = f"XLA {xla_us or 0:.2f}, rule {found[0][0]:.2f}"
+        print(f"{shape}: {kernel} {us:.2f} us ({others}), {config}", flush=True)
     return {
         "n": product.n,
         "k": product.k,
@@ -177,9 +181,11 @@ def inflection_points(entries: dict[int, dict[str, Any]]) -> dict[str, int | Non
 
 def _tune_shape(shape: tuple[int, int, bool], row_counts: list[int], lock: Any) -> dict[str, Any]:
     n, k, gated = shape
-    print(f"{n}x{k}{' gated' if gated else ''}", flush=True)
     few = [rows for rows in row_counts if rows <= 256 or n * rows <= 2**27]
-    return tune(Product(n, k, gated, lock), few)
+    with lock:
+        product = Product(n, k, gated)
+        jax.block_until_ready(product.weights)
+    return tune(product, few, lock)
 
 
 def main() -> None:

@@ -30,7 +30,7 @@ class DecodeConfig:
 
     blocks_per_sm: int = 2
     buffers: int = 6
-    min_tiles: int = 1
+    min_tiles: int = 2
     blocks: int | None = None
     merge: int = 4
 

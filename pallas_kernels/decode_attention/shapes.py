@@ -53,5 +53,5 @@ def sass_cases() -> list[tuple[str, Callable[..., Any], tuple[jax.ShapeDtypeStru
 
         else:
             function = functools.partial(decode_attention, **options)
-        cases.append((name, function, shapes))
+        cases.append((f"decode_attention {name}", function, shapes))
     return cases

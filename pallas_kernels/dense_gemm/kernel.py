@@ -293,13 +293,13 @@ def _finish(g: dict, work: _Work, top, left, bias: list[jax.Array], sums) -> Non
 def _body(*refs: Any, names: list[str], work: _Work, k_major: bool, interpret: Any) -> None:
     """One block: each of its three warpgroups walks the same items."""
     g = dict(zip(names, refs, strict=True))
-    mosaic.let_next_start(interpret)
     member = lax.axis_index("pair") if work.config.cluster else 0
 
     def each_item(visit, carry):
         loop = plgpu.nd_loop((work.items,), collective_axes="block", init_carry=carry)
         return loop(lambda info, carry: visit(info.index[0], carry))
 
+    mosaic.let_next_start(interpret)
     rest = {"k_major": k_major, "interpret": interpret}
 
     @pl.when(lax.axis_index("wg") == _LOADER)

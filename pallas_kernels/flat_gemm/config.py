@@ -78,7 +78,8 @@ def candidates(rows: int, outputs: int, inputs: int, gated: bool = False) -> tup
         for tile_n, tile_k in tiles:
             config = _deepest(tile_n, tile_k, rows, gated, blocks_per_sm)
             if config is not None and not (gated and tile_n > 64 and rows > 32):
-                for split in _splits(-(-outputs // tile_n)):
+                splits = _splits(-(-outputs // tile_n)) if blocks_per_sm == 2 else (None,)
+                for split in splits:
                     found[replace(config, split=split)] = None
     return tuple(found)
 

@@ -124,15 +124,12 @@ def _body(
     def store(tile, sums):
         here = (every_row, pl.ds(tile * tile_n, tile_n))
         turned = y_s.transpose((1, 0))
-        if "residual" in g:
-            plgpu.copy_gmem_to_smem(g["residual"].at[*here], y_s, g["residual_loaded"])
         sums = [biased(half, tile, value) for half, value in enumerate(sums)]
         out = sums[0]
         if halves == 2:
             out = out / (1.0 + jnp.exp(-out)) * sums[1]
         out = plgpu.layout_cast(out, plgpu.Layout.WGMMA_TRANSPOSED)
         if "residual" in g:
-            plgpu.barrier_wait(g["residual_loaded"])
             before = plgpu.load(turned, layout=plgpu.Layout.WGMMA_TRANSPOSED)
             out = out + before.astype(jnp.float32)
         turned[...] = out.astype(y.dtype)
@@ -178,9 +175,14 @@ def _body(
 
     def segment(tile, _):
         low, high = jnp.maximum(begin, tile * steps), jnp.minimum(end, (tile + 1) * steps)
+        if "residual" in g:  # into the output's place, where it is added to
+            here = g["residual"].at[every_row, pl.ds(tile * tile_n, tile_n)]
+            plgpu.copy_gmem_to_smem(here, y_s, g["residual_loaded"])
         shape = plgpu.ACC((tile_n, rows), jnp.float32)
         sums = pl.run_scoped(functools.partial(multiply, low, high), *[shape] * halves)
         reload(high - 1)
+        if "residual" in g:
+            plgpu.barrier_wait(g["residual_loaded"])
         if schedule.most_shares == 1:
             store(tile, sums)
         else:

@@ -122,8 +122,7 @@ def attend(
             o_s = q_s
         q_full, q_free, k_full, k_free, v_full, v_free, *p_s = scratch
         block, wg = lax.axis_index("block"), lax.axis_index("wg")
-        mosaic.let_next_start(interpret)
-        mosaic.wait_for_previous(interpret)
+        mosaic.take_turn(interpret)
 
         rounds = -(-items // blocks)
         if size <= 128:  # larger heads have no register for it, and go through the unused slots

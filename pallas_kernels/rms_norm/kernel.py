@@ -56,10 +56,9 @@ def _rms_norm(x, weight, *, eps, config, interpret):
     layout = plgpu.Layout.WG_STRIDED((width,), vec_size=config.vector)
 
     def body(x_ref, weight_ref, y_ref):
-        mosaic.let_next_start(interpret)
         row = lax.axis_index("row")
         scale = plgpu.load(weight_ref, layout=layout, optimized=False)
-        mosaic.wait_for_previous(interpret)
+        mosaic.take_turn(interpret)
         values = plgpu.load(x_ref.at[row], layout=layout, optimized=False).astype(jnp.float32)
         mean = jnp.sum(values * values) * (1 / width)
         normed = (values * lax.rsqrt(mean + eps)).astype(x.dtype)

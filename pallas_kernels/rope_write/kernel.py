@@ -123,11 +123,10 @@ def _rope_write(
 
     def body(*refs):
         qkv_ref, cos_ref, sin_ref, slots_ref, *norm_refs, k_ref, v_ref, q_ref = refs
-        mosaic.let_next_start(interpret)
         # One axis: the others of a CUDA grid end at 65535.
         block = lax.axis_index("block")
         token, part = lax.div(block, blocks), lax.rem(block, blocks)
-        mosaic.wait_for_previous(interpret)
+        mosaic.take_turn(interpret)
 
         def load(first, count):
             """Left and right halves `[count, D / 2]` of heads that start at `first`."""

@@ -39,7 +39,7 @@ def operands(m, n, k, *, dtype=BF16, bias=False, residual=False, gated=False, w_
 
 
 def sass_cases():
-    """Name, function and operands of what is compiled to sm_90a: no register may spill."""
+    """Name, function and arguments of what is compiled to sm_90a: no register may spill."""
     cases = []
     for n, k in SHAPES:
         gated = n in (22016, 28672)
@@ -53,7 +53,7 @@ def sass_cases():
     found = []
     for name, m, n, k, config, extra in cases:
         static = {"gated": extra.get("gated", False), "config": config}
-        found.append((name, functools.partial(_call, **static), operands(m, n, k, **extra)))
+        found.append((name, functools.partial(_call, **static), (operands(m, n, k, **extra),)))
     return found
 
 

@@ -47,14 +47,14 @@ def _call(given, **static):
 
 
 def sass_cases():
-    """Name, function and operands of what is compiled to sm_90a: no register may spill."""
+    """Name, function and arguments of what is compiled to sm_90a: no register may spill."""
     found = []
     for outputs, k, gated in SHAPES:
         for m in (1, 16, 32, 64, 128):
             for config in candidates(m, outputs, k, gated)[:: 1 if m == 128 else 3]:
                 given = operands(m, outputs, k, gated=gated, residual=not gated, bias=k == 3584)
                 call = functools.partial(_call, gated=gated, config=config)
-                found.append((f"flat_gemm-{m}x{outputs}x{k}-{config}", call, given))
+                found.append((f"flat_gemm-{m}x{outputs}x{k}-{config}", call, (given,)))
     return found
 
 

@@ -18,13 +18,13 @@ WIDTHS = (896, 1024, 2048, 3584, 4096, 5120, 8192, 16384)
 """Hidden sizes of the models, and the widest row."""
 
 
-def sass_cases() -> list[tuple[str, Callable, list[jax.ShapeDtypeStruct]]]:
+def sass_cases() -> list[tuple[str, Callable, tuple[jax.ShapeDtypeStruct, ...]]]:
     """What is compiled for the GPU: a name, the function and its argument shapes."""
     return [
         (
             f"rms_norm-{width}-{dtype}",
             partial(rms_norm, eps=1e-5),
-            [jax.ShapeDtypeStruct(shape, dtype) for shape in ((3, width), (width,))],
+            tuple(jax.ShapeDtypeStruct(shape, dtype) for shape in ((3, width), (width,))),
         )
         for width in WIDTHS
         for dtype in ("bfloat16", "float16")
@@ -68,7 +68,7 @@ def test_a_row_of_zeros_gives_zeros() -> None:
 @pytest.mark.parametrize(
     ("fn", "shapes"), [pytest.param(fn, shapes, id=name) for name, fn, shapes in sass_cases()]
 )
-def test_lowers_for_the_gpu(fn: Callable, shapes: list[jax.ShapeDtypeStruct]) -> None:
+def test_lowers_for_the_gpu(fn: Callable, shapes: tuple[jax.ShapeDtypeStruct, ...]) -> None:
     text = modes.lower(fn, *shapes)
     assert text.count("mosaic_gpu_v2") == 1
 

@@ -56,7 +56,7 @@ def _with_norms(qkv, cos, sin, k_pages, v_pages, slots, q_norm, k_norm, *, num_h
     )
 
 
-def sass_cases() -> list[tuple[str, Callable, list[jax.ShapeDtypeStruct]]]:
+def sass_cases() -> list[tuple[str, Callable, tuple[jax.ShapeDtypeStruct, ...]]]:
     """What is compiled for the GPU: a name, the function and its argument shapes."""
     cases = []
     for heads, kv_heads, size, normed in HEADS:
@@ -67,7 +67,7 @@ def sass_cases() -> list[tuple[str, Callable, list[jax.ShapeDtypeStruct]]]:
                 fn = partial(_with_norms, num_heads=heads)
                 shapes += [jax.ShapeDtypeStruct((size,), dtype)] * 2
             name = f"rope_write-{heads}-{kv_heads}-{size}{'-norm' * normed}-{dtype}"
-            cases.append((name, fn, shapes))
+            cases.append((name, fn, tuple(shapes)))
     return cases
 
 
@@ -144,7 +144,9 @@ def test_padded_rows_may_share_a_slot() -> None:
 @pytest.mark.parametrize(
     ("fn", "shapes"), [pytest.param(fn, shapes, id=name) for name, fn, shapes in sass_cases()]
 )
-def test_lowers_for_the_gpu_in_place(fn: Callable, shapes: list[jax.ShapeDtypeStruct]) -> None:
+def test_lowers_for_the_gpu_in_place(
+    fn: Callable, shapes: tuple[jax.ShapeDtypeStruct, ...]
+) -> None:
     text = modes.lower(fn, *shapes, donate_argnums=(3, 4))
     assert text.count("mosaic_gpu_v2") == 1
     assert text.count("#stablehlo.output_operand_alias<") == 2  # both pools, where they are
