@@ -81,10 +81,8 @@ class Body:
             raise AttributeError(name) from None
 
     def run(self) -> None:
-        warpgroup = lax.axis_index("warpgroup")
-        if self.interpret is None:
-            pl.when(warpgroup == 1)(self.fetch_ahead)
         take_turn(self.interpret)
+        warpgroup = lax.axis_index("warpgroup")
         pl.when(warpgroup == 0)(self.consume)
         pl.when(warpgroup == 1)(self.produce)
 
@@ -138,31 +136,6 @@ class Body:
         )
         self.q_s.transpose((1, 0))[...] = q
         plgpu.commit_smem()
-
-    def fetch_ahead(self) -> None:
-        """Brings the block's first tiles to L2 before its turn, while the memory has nothing to do.
-
-        In a decode step lengths and page tables are long complete, and all tokens but the newest.
-        Where they are not, whatever they hold does no harm: indices are kept inside their arrays,
-        the number of tiles is fixed, and L2 sees what is written later.
-        """
-        rows, width = self.table.shape
-        total = self.ends[rows - 1]
-        active = plans.active_blocks(total, self.spec.blocks, self.spec.config.min_tiles)
-        row = jnp.clip(self.starts[self.block], 0, rows - 1)
-        length = self.lengths[row]
-        begin = self.ends[row] - plans.tiles_of(length, self.spec.window)
-        done = jnp.maximum(lax.div(self.block * total, jnp.maximum(active, 1)) - begin, 0)
-        first = (plans.first_tile(length, self.spec.window) + done) * self.pages_per_tile
-        number = self.spec.config.buffers // 2 * self.pages_per_tile
-        for i in range(number):
-            at = jnp.clip(first + i, 0, width - 1)
-
-            @pl.when((self.block < active) & (at * self.spec.page_size < length))
-            def _(at: Any = at) -> None:
-                page = jnp.clip(self.table[row, at], 0, self.k.shape[0] - 1)
-                for pool in (self.k, self.v):
-                    plgpu.async_prefetch(pool.at[page, :, self.head, :])
 
     def produce(self) -> None:
         buffers = self.spec.config.buffers

@@ -155,9 +155,7 @@ def _body(
                 return mosaic.load(at, plgpu.Layout.WGMMA)
 
             most, ahead = schedule.most_shares, max(2, 128 * _ACCUMULATORS // (tile_n * rows))
-            if (
-                most <= ahead
-            ):  # all loads at once, those past the last part again and without weight
+            if most <= ahead:  # all at once; past the last part, that part without weight
                 parts = [part(jnp.minimum(i, last - owner)) for i in range(1, most)]
                 out = part(0, 1)
                 for i, value in enumerate(parts, 1):
