@@ -92,7 +92,8 @@ def test_every_page_array_leaves_the_step_where_it_came_in(
     memory = compiled.memory_analysis()
     kv_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(executor.kv))
     assert memory.alias_size_in_bytes == kv_bytes + executor.history.nbytes
-    assert memory.temp_size_in_bytes < jax.tree.leaves(executor.kv)[0].nbytes
+    cublas = (32 << 20) if jax.default_backend() == "gpu" else 0  # its own work space
+    assert memory.temp_size_in_bytes - cublas < jax.tree.leaves(executor.kv)[0].nbytes
 
 
 def test_serving_never_moves_the_pages(engine: Engine) -> None:
