@@ -322,7 +322,7 @@ def run_shares(report: Report, daemon: MpsDaemon | None, args: argparse.Namespac
             model = result["model"]
             if model is None and status is None:
                 model = {"error": "hung"}
-            whole = whole or model  # the first share is all of them
+            whole = model if share == 100 else whole
             row = compare_model(case_name(MODEL, share), model, whole, share=share)
             report.extend([row])
     report.summary |= summarise(report.rows, hangs, cublas_hangs)

@@ -83,7 +83,7 @@ class KernelConfig:
     gated_linear: str = "auto"
     """Product with gate and up weights, and silu(gate) * up."""
     rms_norm: str = "auto"
-    """Root-mean-square norm of rows."""
+    """Root-mean-square norm of rows; a norm before a product is part of the product's op."""
     rope_write: str = "auto"
     """Rotation of queries and keys, and store of new keys and values into their pages."""
     decode_attention: str = "auto"

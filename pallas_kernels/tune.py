@@ -126,6 +126,7 @@ def tune(
                 lowered, options = product.lower(rows, *case)
                 compiled.append(pool.submit(lowered.compile, options))
             wait(compiled)
+        chosen = dataflow.rule(rows, product.n, product.k, product.gated)
         with alone:
             expected = products.reference(product.x(rows), product.weights[-1], gated=product.gated)
             for (kernel, config), future in zip(cases, compiled, strict=True):
@@ -138,7 +139,11 @@ def tune(
                     xla_us = us
                 else:
                     found.append((us, kernel, config))
+        if not found:
+            print(f"{product.n}x{product.k} M={rows}: no candidate was right; no entry", flush=True)
+            continue
         us, kernel, config = min(found, key=lambda case: case[0])
+        rule_us = next((f[0] for f in found if f[1:] == (chosen.kernel, chosen.config)), None)
         best = {
             name: min((f[0] for f in found if f[1] == name), default=None)
             for name in ("flat_gemm", "dense_gemm")
@@ -149,17 +154,16 @@ def tune(
             "us": round(us, 2),
             "xla_us": xla_us and round(xla_us, 2),
             **{f"{name}_us": value and round(value, 2) for name, value in best.items()},
-            "rule_us": round(found[0][0], 2),
+            "rule_us": rule_us and round(rule_us, 2),
         }
         shape = f"{product.n}x{product.k}{' gated' if product.gated else ''} M={rows}"
-        others = f"XLA {xla_us or 0:.2f}, rule {found[0][0]:.2f}"
+        others = f"XLA {xla_us or 0:.2f}, rule {rule_us or 0:.2f}"
         print(f"{shape}: {kernel} {us:.2f} us ({others}), {config}", flush=True)
     return {
         "n": product.n,
         "k": product.k,
         "gated": product.gated,
-        **inflection_points(entries),
-        "rows": entries,
+        "rows": {str(rows): entry for rows, entry in entries.items()},
     }
 
 
@@ -191,7 +195,8 @@ def _tune_shape(shape: tuple[int, int, bool], row_counts: list[int], lock: Any) 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m pallas_kernels.tune", description=__doc__)
     parser.add_argument("--models", nargs="+", choices=[*MODELS], default=[*MODELS])
-    parser.add_argument("--rows", nargs="+", type=int, help="numbers of rows [all]")
+    all_rows = sorted({*FLAT_ROWS, *DENSE_ROWS})
+    parser.add_argument("--rows", nargs="+", type=int, choices=all_rows, help="[all]")
     parser.add_argument("--jobs", type=int, default=4, help="processes that compile [4]")
     parser.add_argument("--out", type=Path, help="file [tuned/<gpu>.json of the package]")
     args = parser.parse_args()
@@ -199,25 +204,31 @@ def main() -> None:
         sys.exit("python -m pallas_kernels.tune needs a GPU that jax sees")
     kind = dataflow.device_kind()
     out = args.out or dataflow.TUNED / f"{dataflow.slug(kind)}.json"
+    kept = json.loads(out.read_text()) if out.exists() else {"products": [], "commands": []}
+    products = {(p["n"], p["k"], p["gated"]): p for p in kept["products"]}
     table = {
         "gpu": kind,
         "sms": mosaic.sm_count(),
         "jax": jax.__version__,
-        "command": "python -m pallas_kernels.tune " + " ".join(sys.argv[1:]),
-        "products": [],
+        "commands": [*kept["commands"], "python -m pallas_kernels.tune " + " ".join(sys.argv[1:])],
     }
-    row_counts = args.rows or sorted({*FLAT_ROWS, *DENSE_ROWS})
+    row_counts = args.rows or all_rows
     plain = dict.fromkeys(itertools.chain.from_iterable(MODELS[m] for m in args.models))
     shapes = [(*shape, False) for shape in plain] + [(*s, True) for s in plain if s in _GATED]
     out.parent.mkdir(parents=True, exist_ok=True)
     # Compiling takes the most time, and one process compiles little more than one at a time.
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the processes share the GPU's memory
     spawn = multiprocessing.get_context("spawn")
     with spawn.Manager() as manager, ProcessPoolExecutor(args.jobs, mp_context=spawn) as pool:
         lock = manager.Lock()
         for done in pool.map(
             _tune_shape, shapes, itertools.repeat(row_counts), itertools.repeat(lock)
         ):
-            table["products"].append(done)
+            key = done["n"], done["k"], done["gated"]
+            old = products.get(key, {"rows": {}})["rows"]
+            done["rows"] = {int(rows): entry for rows, entry in (old | done["rows"]).items()}
+            products[key] = done | inflection_points(done["rows"])
+            table["products"] = list(products.values())
             out.write_text(json.dumps(table, indent=1) + "\n")  # a cut run keeps what it has
     print(f"wrote {out}")
 

@@ -47,8 +47,8 @@ class Dropped(nnx.Module):
     def __init__(self, inner: Callable[..., jax.Array], rate: float, key: jax.Array):
         self.inner, self.rate, self.key = inner, rate, key
 
-    def __call__(self, *args: Any, residual: jax.Array | None = None) -> jax.Array:
-        out = self.inner(*args)
+    def __call__(self, *args: Any, residual: jax.Array | None = None, **options: Any) -> jax.Array:
+        out = self.inner(*args, **options)
         keep = jax.random.bernoulli(self.key, 1.0 - self.rate, out.shape)
         out = jnp.where(keep, out / (1.0 - self.rate), 0.0).astype(out.dtype)
         return out if residual is None else residual + out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -127,13 +128,15 @@ def check_kernels(
         return
     shapes = shape_table(config)
     batches = shapes.batches
-    decode = sorted({batches[0], batches[len(batches) // 2], batches[-1]})
+    # Up to 8 rows a product does the norm before it: the fewest and the most of them.
+    few = max((batch for batch in batches if batch <= 8), default=batches[0])
+    decode = sorted({batches[0], few, batches[len(batches) // 2], batches[-1]})
     rows = [*decode, shapes.mixed_batches[-1] + shapes.tokens[-1]]
     layer = params["layers"][0]
     attention, mlp = layer["attention"], layer["mlp"]
     head = params["embed"] if model.tie_embeddings else params["lm_head"]
 
-    def product(name: str, layer: Params, rows: list[int], **options: bool) -> self_check.Product:
+    def product(name: str, layer: Params, rows: list[int], **options: Any) -> self_check.Product:
         return self_check.Product(name, layer["weight"], rows, layer.get("bias"), **options)
 
     checked = self_check.run(
@@ -150,9 +153,11 @@ def check_kernels(
         ),
         config.kernels,
         [
-            product("qkv", attention["qkv"], rows),
+            product("qkv", attention["qkv"], rows, norm=layer["attention_norm"]["weight"]),
             product("out", attention["out"], rows, residual=True),
-            product("gate and up", mlp["gate_up"], rows, gated=True),
+            product(
+                "gate and up", mlp["gate_up"], rows, gated=True, norm=layer["mlp_norm"]["weight"]
+            ),
             product("down", mlp["down"], rows, residual=True),
             product("logits", head, decode),
         ],

@@ -17,6 +17,7 @@ import jax
 from jpd.config import KernelConfig
 from jpd.ops import registry
 from jpd.ops.attention import DecodeAttention
+from jpd.ops.norm import Norm
 from jpd.ops.registry import register
 from jpd.ops.rope import HeadNorms
 
@@ -110,7 +111,7 @@ def describe() -> dict[str, str]:
     }
 
 
-def _linear(x, weight, *, bias, residual, gated):
+def _linear(x, weight, *, bias, residual, norm, gated):
     interpret = _interpret()
     from pallas_kernels import dataflow
 
@@ -119,20 +120,24 @@ def _linear(x, weight, *, bias, residual, gated):
         weight,
         bias=bias,
         residual=residual,
+        norm=norm,
         gated=gated,
         pallas_only=registry.selection().pallas_only,
         interpret=interpret,
     )
 
 
-def linear_pallas(x, weight, *, bias=None, residual=None):
-    """Flat GEMM, dense GEMM or, unless `pallas_only`, a refusal in favour of XLA: by the table."""
-    return _linear(x, weight, bias=bias, residual=residual, gated=False)
+def linear_pallas(x, weight, *, bias=None, residual=None, norm: Norm | None = None):
+    """Flat GEMM, dense GEMM or, unless `pallas_only`, a refusal in favour of XLA: by the table.
+
+    A norm is part of the flat GEMM of at most 8 rows, else a launch before the product.
+    """
+    return _linear(x, weight, bias=bias, residual=residual, norm=norm, gated=False)
 
 
-def gated_linear_pallas(x, weight, *, bias=None):
+def gated_linear_pallas(x, weight, *, bias=None, norm: Norm | None = None):
     """The same with the activation in the epilogue."""
-    return _linear(x, weight, bias=bias, residual=None, gated=True)
+    return _linear(x, weight, bias=bias, residual=None, norm=norm, gated=True)
 
 
 def rms_norm_pallas(x, weight, eps):

@@ -23,7 +23,7 @@ from jpd.errors import KernelError
 from jpd.ops import registry
 from jpd.ops.attention import decode_attention, prefill_attention
 from jpd.ops.linear import gated_linear, linear
-from jpd.ops.norm import rms_norm
+from jpd.ops.norm import Norm, rms_norm
 from jpd.ops.rope import HeadNorms, rope_write
 
 MAX_RELATIVE_ERROR = 1e-2
@@ -60,6 +60,8 @@ class Product:
     bias: jax.Array | None = None
     residual: bool = False
     gated: bool = False
+    norm: jax.Array | None = None
+    """`[K]`, weight of the norm before the layer, which the product does."""
 
 
 Draw = Callable[..., jax.Array]
@@ -128,7 +130,7 @@ def _cases(widths: Widths, products: Sequence[Product]) -> Iterator[_Case]:
 
     for product in products:
         for rows in product.rows:
-            yield _product_case(product, rows, draw)
+            yield _product_case(widths, product, rows, draw)
     for rows in {rows for product in products for rows in product.rows}:
         yield _norm_case(widths, draw, rows)
     yield _rope_case(widths, draw, rng)
@@ -140,8 +142,9 @@ def _cases(widths: Widths, products: Sequence[Product]) -> Iterator[_Case]:
         yield pages.prefill_case()
 
 
-def _product_case(product: Product, rows: int, draw: Draw) -> _Case:
+def _product_case(widths: Widths, product: Product, rows: int, draw: Draw) -> _Case:
     weight, bias, gated = product.weight, product.bias, product.gated
+    norm, eps = product.norm, widths.eps
     outputs, width = weight.shape[0] // (1 + gated), weight.shape[1]
     columns = np.unique(np.linspace(0, outputs - 1, _COLUMNS).astype(int))
     some = np.unique(np.linspace(0, rows - 1, _ROWS).astype(int))
@@ -149,7 +152,10 @@ def _product_case(product: Product, rows: int, draw: Draw) -> _Case:
     residual = draw(rows, outputs) if product.residual else None
 
     def multiply(columns: np.ndarray) -> np.ndarray:
-        y = _float(x[some]) @ _float(weight[columns]).T
+        rows = _float(x[some])
+        if norm is not None:
+            rows = _normed(rows, _float(norm), eps)
+        y = rows @ _float(weight[columns]).T
         return y if bias is None else y + _float(bias[columns])
 
     def want(got: jax.Array) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -161,14 +167,16 @@ def _product_case(product: Product, rows: int, draw: Draw) -> _Case:
         yield _float(got[some][:, columns]), y
         yield _all_finite(got)
 
-    def run(x: jax.Array, weight: jax.Array, bias: Any, residual: Any) -> jax.Array:
+    def run(x: jax.Array, weight: jax.Array, bias: Any, residual: Any, norm: Any) -> jax.Array:
+        norm = None if norm is None else Norm(norm, eps)
         if gated:
-            return gated_linear(x, weight, bias=bias)
-        return linear(x, weight, bias=bias, residual=residual)
+            return gated_linear(x, weight, bias=bias, norm=norm)
+        return linear(x, weight, bias=bias, residual=residual, norm=norm)
 
     op = "gated_linear" if gated else "linear"
-    name = f"{op} {product.name} {x.dtype}{list(x.shape)} x {list(weight.shape)}"
-    return _Case(name, run, (x, weight, bias, residual), want)
+    first = "" if norm is None else "norm and "
+    name = f"{op} {first}{product.name} {x.dtype}{list(x.shape)} x {list(weight.shape)}"
+    return _Case(name, run, (x, weight, bias, residual, norm), want)
 
 
 def _all_finite(got: jax.Array) -> tuple[np.ndarray, np.ndarray]:

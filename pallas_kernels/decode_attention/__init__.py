@@ -172,6 +172,8 @@ def _check(q, k_pages, v_pages, page_table, lengths, window, soft_cap, softmax) 
         raise ValueError(f"soft_cap is {soft_cap}, expected more than 0")
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"dtype {q.dtype}; supported are bfloat16 and float16")
+    if batch > configs.MAX_BATCH:
+        raise NotImplementedError(f"{batch} rows; supported are up to {configs.MAX_BATCH}")
     if size not in configs.HEAD_SIZES:
         raise NotImplementedError(f"head size {size}; supported are {configs.HEAD_SIZES}")
     if page not in configs.PAGE_SIZES:

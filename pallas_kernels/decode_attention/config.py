@@ -11,6 +11,8 @@ TILE = 64
 HEAD_SIZES = (64, 96, 128, 256)
 PAGE_SIZES = (16, 32, 64)
 MAX_GROUP = 16
+MAX_BATCH = 1024
+"""Rows; a block lists in shared memory those that it must recompute."""
 SM_SMEM_BYTES = 228 * 1024
 """Shared memory of a Hopper SM, of which every resident block takes 1 KB for itself."""
 MAX_BUFFERS = 12

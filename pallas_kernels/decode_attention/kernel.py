@@ -457,6 +457,9 @@ class Body:
     def recompute_bad(self) -> None:
         """Bad rows again, with synchronized softmax, when the ring is idle."""
         plgpu.commit_smem()
+        # What was stored of a bad row must be complete before its place is written again.
+        bad = self.list_s[NUMBER] > 0
+        pl.when(bad)(lambda: plgpu.wait_smem_to_gmem(0, wait_read_only=False))
 
         def step(i: Any, _: None) -> None:
             self.recompute(self.list_s[FIRST + i])

@@ -126,11 +126,13 @@ def _order(m: int, n: int, tile_m: int, tile_n: int, sms: int) -> tuple[Literal[
     return "m", width
 
 
-def _ranked(m: int, n: int, k: int, sms: int) -> list[DenseConfig]:
+def _ranked(m: int, n: int, k: int, sms: int, gated: bool) -> list[DenseConfig]:
     """Every tile and split that suits the shape, cheapest by `cycles` first."""
     found = []
-    for tile_m, tile_n, dimension in _TILES:
-        if tile_m > 64 and tile_m >= 2 * m:
+    tiles = [tile for tile in _TILES if _fits_gate(*tile[1:]) or not gated]
+    least = min(tile_m for tile_m, *_ in tiles)
+    for tile_m, tile_n, dimension in tiles:
+        if tile_m > least and tile_m >= 2 * m:
             continue
         minor, width = _order(m, n, tile_m, tile_n, sms)
         for split in _SPLITS:
@@ -161,12 +163,16 @@ def default(m: int, n: int, k: int, sms: int, *, gated: bool = False) -> DenseCo
       sms: SMs to fill.
       gated: whether w holds a gate and an up projection.
     """
-    return next(c for c in _ranked(m, n, k, sms) if suits(c, gated=gated))
+    return _ranked(m, n, k, sms, gated)[0]
+
+
+def _fits_gate(tile_n: int, wg_dimension: str) -> bool:
+    return wg_dimension == "m" and tile_n % 128 == 0
 
 
 def suits(config: DenseConfig, *, gated: bool) -> bool:
     """Whether `config` can run: gate and up columns must meet in one warpgroup's registers."""
-    return not gated or (config.wg_dimension == "m" and config.tile_n % 128 == 0)
+    return not gated or _fits_gate(config.tile_n, config.wg_dimension)
 
 
 def candidates(
@@ -177,7 +183,7 @@ def candidates(
     The five cheapest tiles and splits by the rule, then the best two of them again with pairs of
     blocks (`clusters`) and with other walking orders.
     """
-    ranked = [c for c in _ranked(m, n, k, sms) if suits(c, gated=gated)]
+    ranked = _ranked(m, n, k, sms, gated)
     tried = ranked[:5]
     pairs = ("m", "n") if clusters else ()
     for base in ranked[:2]:

@@ -6,8 +6,11 @@ import functools
 from dataclasses import dataclass, replace
 
 from pallas_kernels import mosaic
+from pallas_kernels.rms_norm.config import MAX_WIDTH
 
 MAX_ROWS = 128
+NORM_ROWS = 8
+"""Most rows whose norm can be part of the product."""
 _LEAST_WEIGHTS = 48 * 1024
 """Bytes of weights that a block should have in flight."""
 _RESERVED = 2048
@@ -32,6 +35,17 @@ class FlatConfig:
 def padded_rows(rows: int) -> int:
     """Rows of a tile: wgmma's N is a multiple of 8."""
     return -(-rows // 8) * 8
+
+
+def norm_refusal(rows: int, inputs: int, config: FlatConfig) -> str | None:
+    """Why a product cannot norm its rows; None if it can."""
+    if rows > NORM_ROWS:
+        return f"M = {rows}: the rows of a product with a norm are at most {NORM_ROWS}"
+    if inputs % 128 or inputs > MAX_WIDTH:
+        return f"K = {inputs}: with a norm, multiples of 128 up to {MAX_WIDTH} are supported"
+    if inputs % config.tile_k:
+        return f"K = {inputs}: with a norm it must be a multiple of tile_k = {config.tile_k}"
+    return None
 
 
 def smem_bytes(config: FlatConfig, rows: int, gated: bool, itemsize: int = 2) -> int:

@@ -19,9 +19,12 @@ from jax import lax
 
 from pallas_kernels import mosaic
 from pallas_kernels.flat_gemm.config import FlatConfig, padded_rows
+from pallas_kernels.rms_norm.config import default_config as norm_config
 
 _ACCUMULATORS = 64
 """Registers a thread may spend on partial sums in flight."""
+_ROW_REGISTERS = 64
+"""Registers a thread may spend on rows of x in flight, of whose squares the mean is taken."""
 
 
 def _divide(number, by: int):
@@ -53,8 +56,33 @@ class Schedule:
         return max(self.owner(s + self.steps - 1) - self.owner(s) + 1 for s in starts)
 
 
+def _put_row_factors(x: Any, factors: Any, eps: float) -> None:
+    """1 / sqrt(mean(x^2) + eps) of every row of x to shared memory; 0 past the last row.
+
+    Every block does so for all rows, which it finds in the L2 cache; several are loaded at once.
+    """
+    rows, width = x.shape
+    vector = norm_config(width, x.dtype.itemsize).vector
+    layout = plgpu.Layout.WG_STRIDED((width,), vec_size=vector)
+    at_once = max(1, _ROW_REGISTERS * 128 * 4 // (width * x.dtype.itemsize))
+    for first in range(0, rows, at_once):
+        some = range(first, min(first + at_once, rows))
+        for row, values in [(row, mosaic.load(x.at[row], layout)) for row in some]:
+            values = values.astype(jnp.float32)
+            factors[row] = lax.rsqrt(jnp.sum(values * values) * (1 / width) + eps)
+    for row in range(rows, factors.shape[0]):
+        factors[row] = jnp.float32(0)
+    plgpu.commit_smem()
+
+
 def _body(
-    *refs: Any, config: FlatConfig, schedule: Schedule, names: tuple[str, ...], k_major, interpret
+    *refs: Any,
+    config: FlatConfig,
+    schedule: Schedule,
+    names: tuple[str, ...],
+    k_major: bool,
+    eps: float | None,
+    interpret: Any,
 ):
     """One block. Weights are asked for before the kernel before this one is complete."""
     g = dict(zip(names, refs, strict=True))
@@ -94,14 +122,33 @@ def _body(
     mosaic.wait_for_previous(interpret)
     for i in range(x_stages):
         when_due(load_x, begin + i)
+    if "norm" in g:
+        _put_row_factors(x, g["factors"], eps)
+
+    def norm_weight(step):
+        """The norm's weight for the inputs of a step, one number for each row of x_s^T."""
+        k = pl.ds(lax.rem(step, steps) * tile_k, tile_k)
+        return mosaic.load(g["norm"].at[k], plgpu.Layout.WGMMA_TRANSPOSED.reduce(1))
+
+    def weigh(tile, weight):
+        """Multiplies the norm's weight onto a tile of x, in its place."""
+        turned = tile.transpose((1, 0))
+        value = plgpu.load(turned, layout=plgpu.Layout.WGMMA_TRANSPOSED).astype(jnp.float32)
+        weight = lax.broadcast_in_dim(weight.astype(jnp.float32), value.shape, [0])
+        turned[...] = (value * weight).astype(x.dtype)
+        plgpu.commit_smem()
 
     def multiply(low, high, *accumulators):
         """Sums of the steps from `low` to `high`, all of one tile."""
 
         def step(i, _):
             slot, x_slot = lax.rem(i - begin, stages), lax.rem(i - begin, x_stages)
-            plgpu.barrier_wait(w_loaded.at[slot])
+            # Asked for before the waits, so that they hide its latency.
+            weight = norm_weight(i) if "norm" in g else None
             plgpu.barrier_wait(x_loaded.at[x_slot])
+            if weight is not None:
+                weigh(x_s.at[x_slot], weight)
+            plgpu.barrier_wait(w_loaded.at[slot])
             for half, acc in enumerate(accumulators):
                 tile = w_s.at[slot, half]
                 tile = tile if k_major else tile.transpose((1, 0))
@@ -114,6 +161,12 @@ def _body(
         plgpu.wgmma_wait(0)
         return tuple(acc[...] for acc in accumulators)
 
+    def normed(sums):
+        if "norm" not in g:
+            return sums
+        factors = plgpu.load(g["factors"], layout=plgpu.Layout.WGMMA.reduce(0))
+        return sums * lax.broadcast_in_dim(factors, sums.shape, [1])
+
     def biased(half, tile, sums):
         if "bias" not in g:
             return sums
@@ -124,7 +177,7 @@ def _body(
     def store(tile, sums):
         here = (every_row, pl.ds(tile * tile_n, tile_n))
         turned = y_s.transpose((1, 0))
-        sums = [biased(half, tile, value) for half, value in enumerate(sums)]
+        sums = [biased(half, tile, normed(value)) for half, value in enumerate(sums)]
         out = sums[0]
         if halves == 2:
             out = out / (1.0 + jnp.exp(-out)) * sums[1]
@@ -199,7 +252,7 @@ def schedule_of(config: FlatConfig, outputs: int, inputs: int) -> Schedule:
     return Schedule(tiles, steps, blocks)
 
 
-def run(x, w, bias, residual, counters, *, config, gated, k_major, interpret):
+def run(x, w, bias, residual, norm, counters, *, config, gated, k_major, eps, interpret):
     """Launches the kernel; arguments are checked by the caller."""
     rows, halves = padded_rows(x.shape[0]), 1 + gated
     outputs = w.shape[0 if k_major else 1] // halves
@@ -209,7 +262,7 @@ def run(x, w, bias, residual, counters, *, config, gated, k_major, interpret):
         mosaic.tiled(x.dtype, minor) for minor in (config.tile_k, weight_tile[1], config.tile_n)
     )
     cut = schedule.most_shares > 1
-    operands = {"x": x, "w": w, "bias": bias, "residual": residual}
+    operands = {"x": x, "w": w, "bias": bias, "residual": residual, "norm": norm}
     operands["counters"] = counters if cut else None
     operands = {name: value for name, value in operands.items() if value is not None}
     results = {"y": jax.ShapeDtypeStruct((x.shape[0], outputs), x.dtype)}
@@ -226,6 +279,8 @@ def run(x, w, bias, residual, counters, *, config, gated, k_major, interpret):
     }
     if residual is not None:
         scratch["residual_loaded"] = plgpu.Barrier()
+    if norm is not None:
+        scratch["factors"] = plgpu.SMEM((rows,), jnp.float32)
     if cut:
         scratch["ticket"] = plgpu.SMEM((1,), jnp.int32)
     out = plgpu.kernel(
@@ -235,6 +290,7 @@ def run(x, w, bias, residual, counters, *, config, gated, k_major, interpret):
             schedule=schedule,
             names=(*operands, *results, *scratch),
             k_major=k_major,
+            eps=eps,
             interpret=interpret,
         ),
         out_type=tuple(results.values()),

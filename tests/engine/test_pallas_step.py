@@ -203,7 +203,9 @@ def test_the_compiled_step_is_a_chain_of_kernels(shape: StepShape) -> None:
         options = step_options(ONLY)
         text = compile_for_h200(fn, inputs, donate=(1, 2), options=options).as_text()
     text = re.sub(r'module = "[^"]*"', "", text)  # the kernels' own code
-    assert text.count('custom_call_target="mosaic_gpu_v2"') >= 3 * 8 + 2
+    # In a decoding step of few rows the norms are part of the products after them.
+    in_layer = 6 if shape.tokens == 0 else 8
+    assert text.count('custom_call_target="mosaic_gpu_v2"') >= 3 * in_layer + 2
     assert not _FOREIGN.search(text)
     assert not re.search(r"= \S+ (dot|convolution)\(", text)
     pages = ",".join(map(str, executor.kv[0][0].shape))
@@ -211,10 +213,10 @@ def test_the_compiled_step_is_a_chain_of_kernels(shape: StepShape) -> None:
     if shape.tokens == 0:
         entry = text[text.index("ENTRY") :]
         run = re.findall(r"^\s+(?:ROOT )?\S+ = .*? (fusion|custom-call|copy|while)\(", entry, re.M)
-        # Eight kernels a layer: from the second's first to the third's attention, after which the
+        # Six kernels a layer: from the second's first to the third's attention, after which the
         # counts of recomputed rows are summed.
         kernels = [i for i, kind in enumerate(run) if kind == "custom-call"]
-        assert kernels[18] - kernels[8] == 10, run
+        assert kernels[14] - kernels[6] == 8, run
 
 
 def test_the_reader_sees_what_xla_would_do() -> None:
@@ -230,10 +232,8 @@ def test_a_step_clears_its_counters_once() -> None:
     for layers in (1, 3):
         _, executor = make_executor(layers=layers)
         text = lowered_for_gpu(executor, shape).as_text()
-        counts.append(
-            len(re.findall(r"tensor<32768xi32>\) -> tensor|dense<0> : tensor<32768", text))
-        )
-    assert counts[0] == counts[1]
+        counts.append(len(re.findall(r"broadcast_in_dim .*-> tensor<32768xi32>", text)))
+    assert counts == [1, 1]
 
 
 def test_float32_has_no_kernels() -> None:
