@@ -90,13 +90,17 @@ class KernelConfig:
     """Attention of one new token per sequence over paged KV."""
     prefill_attention: str = "auto"
     """Causal attention of prompt chunks over paged KV."""
+    self_check: bool = True
+    """Compare what the steps run with a reference on the host before anything is served. An
+    implementation of your own that computes something else on purpose needs False."""
     pallas_only: bool = False
     """Refuse XLA's implementation of every op: a compiled step then holds no call of cuBLAS, cuDNN
     or Triton, and what no kernel takes is an error."""
 
     def __post_init__(self) -> None:
-        value = self.pallas_only
-        require(isinstance(value, bool), "kernels.pallas_only", value, "True or False")
+        for name in ("self_check", "pallas_only"):
+            value = getattr(self, name)
+            require(isinstance(value, bool), f"kernels.{name}", value, "True or False")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -61,12 +61,18 @@ def device_kind() -> str:
 
 
 @functools.cache
-def load_table(kind: str) -> dict[tuple[int, int, bool], dict[int, dict[str, Any]]] | None:
-    """Entries by (N, K, gated), then by rows; None without a file for this GPU."""
+def load_table(
+    kind: str, sms: int
+) -> dict[tuple[int, int, bool], dict[int, dict[str, Any]]] | None:
+    """Entries by (N, K, gated), then by rows; None without a file for this GPU and SM count.
+
+    Under an MPS share a process sees fewer SMs: what was fastest on all of them says little there.
+    """
     file = TUNED / f"{slug(kind)}.json"
-    if not file.exists():
+    table = json.loads(file.read_text()) if file.exists() else None
+    if table is None or table["sms"] != sms:
         return None
-    products = json.loads(file.read_text())["products"]
+    products = table["products"]
     return {
         (p["n"], p["k"], p["gated"]): {int(rows): entry for rows, entry in p["rows"].items()}
         for p in products
@@ -76,7 +82,7 @@ def load_table(kind: str) -> dict[tuple[int, int, bool], dict[int, dict[str, Any
 def table_name() -> str | None:
     """File name of the table in use; None if a rule decides everything."""
     kind = device_kind()
-    return None if load_table(kind) is None else f"{slug(kind)}.json"
+    return None if load_table(kind, mosaic.sm_count()) is None else f"{slug(kind)}.json"
 
 
 def rule(m: int, n: int, k: int, gated: bool = False) -> Choice:
@@ -99,7 +105,7 @@ def choose(
       pallas_only: XLA is no choice.
       kind: device kind of the GPU; the one in use when not given.
     """
-    table = load_table(kind or device_kind())
+    table = load_table(kind or device_kind(), mosaic.sm_count())
     entries = (table or {}).get((n, k, gated), {})
     entry = entries.get(
         min((rows for rows in entries if rows >= m), default=max(entries, default=0))

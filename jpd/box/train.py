@@ -27,9 +27,16 @@ from tokenizers import Tokenizer
 
 from jpd import box, ops
 from jpd.box import corpus, export
-from jpd.config import KernelConfig
 from jpd.layers.attention import causal_attend
-from jpd.models import ModelConfig, Params, bind, config_from_hf, init_params, logits
+from jpd.models import (
+    DENSE_KERNELS,
+    ModelConfig,
+    Params,
+    bind,
+    config_from_hf,
+    init_params,
+    logits,
+)
 
 PROMPTS = (
     "It is a truth universally acknowledged, that",
@@ -261,8 +268,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     config = config_from_hf(hf)
     begin = time.perf_counter()
-    # The only implementations with gradients.
-    with ops.using(KernelConfig(linear="xla", gated_linear="xla", rms_norm="xla")):
+    with ops.using(DENSE_KERNELS):
         params, curve = train(args, config, data)
         seconds = time.perf_counter() - begin
         samples = [continue_text(config, params, tokenizer, p, args.seed) for p in PROMPTS]

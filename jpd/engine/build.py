@@ -126,6 +126,9 @@ def check_kernels(
     }
     if device.platform != "gpu" and not selected - {"xla", "pallas"}:
         return
+    if not config.kernels.self_check:
+        logger.warning("kernels.self_check=False: nothing compared this machine's kernels")
+        return
     shapes = shape_table(config)
     batches = shapes.batches
     # Up to 8 rows a product does the norm before it: the fewest and the most of them.

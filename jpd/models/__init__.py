@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jpd import ops
+from jpd.config import KernelConfig
 from jpd.errors import ConfigError
 from jpd.layers.attention import causal_attend
 from jpd.models import llama, mistral, qwen2, qwen3
@@ -19,6 +21,7 @@ from jpd.models.decoder import Params, abstract_params, bind, init_params
 from jpd.models.family import Family
 
 __all__ = [
+    "DENSE_KERNELS",
     "Family",
     "ModelConfig",
     "Params",
@@ -54,12 +57,20 @@ def family_of(config: ModelConfig) -> Family:
     return _FAMILIES[config.family]
 
 
+DENSE_KERNELS = KernelConfig(linear="xla", gated_linear="xla", rms_norm="xla")
+"""The implementations that have gradients: what a model without an engine runs on."""
+
+
 @partial(jax.jit, static_argnums=0)
 def _logits(config: ModelConfig, params: Params, tokens: jax.Array) -> jax.Array:
     attend = causal_attend(config)
-    return bind(config, params)(tokens, jnp.arange(tokens.shape[0]), attend)
+    with ops.using(DENSE_KERNELS):
+        return bind(config, params)(tokens, jnp.arange(tokens.shape[0]), attend)
 
 
 def logits(config: ModelConfig, params: Params, tokens: Any) -> jax.Array:
-    """Logits `[T, V]` float32 of one whole sequence of token ids `[T]`, without a KV cache."""
+    """Logits `[T, V]` float32 of one whole sequence of token ids `[T]`, without a KV cache.
+
+    Every op is XLA's, so that gradients exist.
+    """
     return _logits(config, params, jnp.asarray(tokens, jnp.int32))

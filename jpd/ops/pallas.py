@@ -107,7 +107,7 @@ def describe() -> dict[str, str]:
         "kernels": "used",
         "gpu": jax.local_devices(backend="gpu")[0].device_kind,
         "streaming multiprocessors seen": str(mosaic.sm_count()),
-        "dataflow table": dataflow.table_name() or "none for this GPU: a rule decides",
+        "dataflow table": dataflow.table_name() or "none for this GPU and SM count: a rule decides",
     }
 
 

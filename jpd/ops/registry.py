@@ -9,6 +9,7 @@ is none, and what no kernel takes is an error that names op and shapes.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -19,7 +20,10 @@ import jax
 from jpd.config import KernelConfig
 from jpd.errors import ConfigError
 
+logger = logging.getLogger(__name__)
+
 _OPS: dict[str, Op] = {}
+_WARNED: set[tuple[str, str]] = set()
 _CHOICES: Counter[tuple[str, str]] = Counter()
 _SELECTION: ContextVar[KernelConfig | None] = ContextVar("jpd_kernels", default=None)
 _PLATFORM: ContextVar[str | None] = ContextVar("jpd_platform", default=None)
@@ -46,6 +50,8 @@ class Op:
                 errors.append(error.with_traceback(None))
                 continue
             _CHOICES[self.name, candidate] += 1
+            if errors and platform() == "gpu":
+                self._warn(candidate, "; ".join(map(str, errors)))
             return out
         if selected.pallas_only:
             reasons = "; ".join(map(str, errors)) or "none is registered"
@@ -54,6 +60,12 @@ class Op:
                 f"{self.name}({_describe(args, kwargs)}): {reasons}"
             )
         raise ExceptionGroup(f"no implementation of {self.name!r} takes these arguments", errors)
+
+    def _warn(self, taken: str, reasons: str) -> None:
+        """Says once for each reason that a kernel was passed over."""
+        if (self.name, reasons) not in _WARNED:
+            _WARNED.add((self.name, reasons))
+            logger.warning("%s runs on %r: %s", self.name, taken, reasons)
 
     def candidates(self, name: str, *, pallas_only: bool = False) -> list[str]:
         """The implementations that a selection by `name` tries, in their order.

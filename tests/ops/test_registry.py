@@ -47,7 +47,7 @@ def counted(call: Callable[[], object]) -> dict[tuple[str, str], int]:
 
 def test_every_op_has_an_xla_implementation_and_a_field_in_the_config() -> None:
     names = ops.implementations()
-    fields = {f.name for f in dataclasses.fields(KernelConfig)} - {"pallas_only"}
+    fields = {f.name for f in dataclasses.fields(KernelConfig)} - {"pallas_only", "self_check"}
     assert set(names) == fields
     for name, known in names.items():
         assert known == ["pallas", "xla"]
@@ -144,3 +144,14 @@ def test_pallas_only_has_no_substitute_and_names_op_and_shapes() -> None:
         ops.check(KernelConfig(pallas_only=True, linear="xla"))
     with pytest.raises(ConfigError, match=r"kernels.pallas_only='yes'"):
         KernelConfig(pallas_only="yes")
+
+
+def test_a_kernel_that_is_passed_over_on_a_gpu_is_said_once(caplog) -> None:
+    linear = registry._OPS["linear"]
+    linear.implementations = {"kernel": unwilling, "xla": linear.implementations["xla"]}
+    ops.linear(X, WEIGHT)
+    assert not caplog.records
+    with ops.using(KernelConfig(), platform="gpu"):
+        ops.linear(X, WEIGHT)
+        ops.linear(X, WEIGHT)
+    assert [r.getMessage() for r in caplog.records] == ["linear runs on 'xla': no kernel for K=3"]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import dataflow, products
+from pallas_kernels import dataflow, mosaic, products
 from pallas_kernels.dense_gemm import DenseConfig
 from pallas_kernels.flat_gemm import FlatConfig
 from pallas_kernels.rms_norm.reference import rms_norm as norm_reference
@@ -35,7 +35,7 @@ def table(tmp_path, monkeypatch):
         {"n": 256, "k": 128, "gated": False, "m1": 1, "m2": 256, "rows": rows},
         {"n": 384, "k": 128, "gated": False, "m1": 1, "m2": None, "rows": few},
     ]
-    (tmp_path / "nvidia_toy.json").write_text(json.dumps({"products": products}))
+    (tmp_path / "nvidia_toy.json").write_text(json.dumps({"sms": 132, "products": products}))
     monkeypatch.setattr(dataflow, "TUNED", tmp_path)
     dataflow.load_table.cache_clear()
     yield "NVIDIA Toy"
@@ -56,6 +56,13 @@ def table(tmp_path, monkeypatch):
 def test_table_decides(table, m, only, kernel, config):
     choice = dataflow.choose(m, 256, 128, pallas_only=only, kind=table)
     assert choice == dataflow.Choice(kernel, config, "table")
+
+
+def test_a_share_of_the_sms_gets_the_rule(table, monkeypatch):
+    assert dataflow.choose(65, 256, 128, kind=table).kernel == "xla"
+    monkeypatch.setattr(mosaic, "sm_count", lambda: 66)
+    choice = dataflow.choose(65, 256, 128, kind=table)
+    assert (choice.kernel, choice.source) == ("dense_gemm", "rule")
 
 
 @pytest.mark.parametrize(("m", "kernel"), [(1, "flat_gemm"), (64, "flat_gemm"), (65, "dense_gemm")])
