@@ -88,7 +88,7 @@ def table_name() -> str | None:
 def rule(m: int, n: int, k: int, gated: bool = False) -> Choice:
     """The choice where no table has the shape."""
     if m <= FLAT_ROWS:
-        return Choice("flat_gemm", default_flat(m, n // (1 + gated), k, gated), "rule")
+        return Choice("flat_gemm", default_flat(m, n // (1 + gated), gated), "rule")
     return Choice("dense_gemm", default_dense(m, n, k, mosaic.sm_count(), gated=gated), "rule")
 
 

@@ -63,7 +63,7 @@ class Product:
         """Names of kernels with a configuration each."""
         if rows in FLAT_ROWS:
             outputs = self.n // (1 + self.gated)
-            for config in flat_gemm.candidates(rows, outputs, self.k, self.gated):
+            for config in flat_gemm.candidates(rows, outputs, self.gated):
                 yield "flat_gemm", config
         if rows in DENSE_ROWS:
             sms = mosaic.sm_count()

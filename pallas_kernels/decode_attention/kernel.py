@@ -27,6 +27,7 @@ from pallas_kernels.decode_attention.config import (
 from pallas_kernels.decode_attention.spec import Spec
 from pallas_kernels.mosaic import (
     WARPGROUP,
+    store,
     take_ticket,
     take_turn,
     tiled,
@@ -51,14 +52,6 @@ def across(value: Any, shape: tuple[int, ...]) -> Any:
 
 def by_head(size: int, value: float) -> Any:
     return plgpu.layout_cast(jnp.full((size,), value, jnp.float32), BY_HEAD)
-
-
-def store(ref: Any, value: Any) -> None:
-    """Registers to memory; from jax 0.12 an uncoalesced store must say that it is meant."""
-    if hasattr(plgpu, "store"):
-        plgpu.store(ref, value, optimized=False)
-    else:
-        ref[...] = value
 
 
 class Body:

@@ -81,7 +81,7 @@ def flat_gemm(
             f"(gated: 128)"
         )
     outputs = n // 2 if gated else n
-    config = config or default(m, outputs, k, gated)
+    config = config or default(m, outputs, gated)
     if not 2 <= config.x_stages <= config.stages:
         raise NotImplementedError(f"2 <= x_stages <= stages is needed: {config}")
     weight, eps = norm or (None, None)

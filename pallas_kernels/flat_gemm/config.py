@@ -75,7 +75,7 @@ def _splits(tiles: int) -> tuple[int | None, ...]:
 
 
 @functools.cache
-def candidates(rows: int, outputs: int, inputs: int, gated: bool = False) -> tuple[FlatConfig, ...]:
+def candidates(rows: int, outputs: int, gated: bool = False) -> tuple[FlatConfig, ...]:
     """Configurations worth timing, the rule's choice first.
 
     Two blocks fit an SM, one of them the next kernel's, which loads its first weights while this
@@ -98,6 +98,6 @@ def candidates(rows: int, outputs: int, inputs: int, gated: bool = False) -> tup
     return tuple(found)
 
 
-def default(rows: int, outputs: int, inputs: int, gated: bool = False) -> FlatConfig:
+def default(rows: int, outputs: int, gated: bool = False) -> FlatConfig:
     """The rule: tiles as narrow as they can be, equal shares of all steps for every SM."""
-    return candidates(rows, outputs, inputs, gated)[0]
+    return candidates(rows, outputs, gated)[0]

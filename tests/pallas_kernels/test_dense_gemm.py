@@ -71,15 +71,16 @@ def error(m, n, k, config, *, gated=False, w_layout="nk", dtype=BF16, **extra):
     }
     given["w"] = (given["w"].astype(jnp.float32) / k**0.5).astype(dtype)
     rest = {"gated": gated, "w_layout": w_layout}
-    # The interpreter knows no atomics: blocks that meet at a counter look like a race to it.
     call = functools.partial(_call, **rest, config=config)
-    out = modes.run(call, given, races=config.split_k == 1)
+    out = modes.run(call, given)
     assert out.dtype == dtype
     expected = reference(**given, **rest)
     assert out.shape == expected.shape
     return jnp.linalg.norm(out.astype(jnp.float32) - expected) / jnp.linalg.norm(expected)
 
 
+LAST_TO_COME = "compute_item.<locals>._)"
+"""Where the last block of a split tile clears the counter that all of them drew from."""
 CASES = {
     "ragged": (200, 256, 320, SMALL, {}),
     "fewer-rows-than-a-tile": (65, 192, 256, SMALL, {"bias": True, "w_layout": "kn"}),
@@ -148,7 +149,7 @@ CASES = {
 def test_equals_the_reference_without_races(name, capfd):
     m, n, k, config, extra = CASES[name]
     assert error(m, n, k, config, **extra) <= 4e-3
-    assert "RACE DETECTED" not in "".join(capfd.readouterr())
+    assert not modes.unexplained_races(capfd.readouterr().out, LAST_TO_COME)
 
 
 @pytest.mark.parametrize("residual", [False, True])
@@ -156,7 +157,7 @@ def test_one_block_walks_many_tiles_without_races(residual, monkeypatch, capfd):
     monkeypatch.setattr("pallas_kernels.mosaic.sm_count", lambda: 2)
     config = DenseConfig(tile_m=64, tile_n=256, wg_dimension="n", stages=3, grid_tile_width=2)
     assert error(200, 320, 256, config, residual=residual) <= 4e-3
-    assert "RACE DETECTED" not in "".join(capfd.readouterr())
+    assert not modes.unexplained_races(capfd.readouterr().out, LAST_TO_COME)
 
 
 def test_one_block_adds_up_all_parts(monkeypatch):

@@ -81,13 +81,13 @@ def sass_cases():
     found = []
     for outputs, k, gated in SHAPES:
         for m in (1, 16, 32, 64, 128):
-            for config in candidates(m, outputs, k, gated)[:: 1 if m == 128 else 3]:
+            for config in candidates(m, outputs, gated)[:: 1 if m == 128 else 3]:
                 given = operands(m, outputs, k, gated=gated, residual=not gated, bias=k == 3584)
                 call = functools.partial(_call, gated=gated, config=config)
                 found.append((f"flat_gemm-{m}x{outputs}x{k}-{config}", call, (given,)))
     for outputs, k, gated in NORMED:
         for m in (1, 5, 8):
-            every = candidates(m, outputs, k, gated)
+            every = candidates(m, outputs, gated)
             for config in {c.tile_k: c for c in every}.values():
                 options = {"gated": gated, "bias": k == 3584}
                 given = operands(m, outputs, k, norm=True, **options)
@@ -105,20 +105,6 @@ def draw(shapes, seed):
     given["w"] = (given["w"].astype(jnp.float32) / shapes["x"].shape[1] ** 0.5).astype(BF16)
     given["w"] = given["w"].astype(shapes["w"].dtype)
     return given
-
-
-def unexplained_races(printed):
-    """Reports of races other than where blocks meet: interpret mode knows no atomics.
-
-    What blocks do to each other's memory stands in `share`, in the ticket and in the loads and
-    stores of parts.
-    """
-    places = ("(take_ticket)", "mosaic.py", "share.<locals>")
-    return [
-        line
-        for line in printed.splitlines()
-        if line.startswith(("  read of", "  write of")) and not any(p in line for p in places)
-    ]
 
 
 NORM = {"norm": True}
@@ -166,7 +152,7 @@ def test_equals_reference(name, monkeypatch, capfd):
     error = np.linalg.norm(out.astype(jnp.float32) - expected) / np.linalg.norm(expected)
     assert error <= 4e-3
     assert not left.any(), "counters must be left at zero"
-    assert not unexplained_races(capfd.readouterr().out)
+    assert not modes.unexplained_races(capfd.readouterr().out, "share.<locals>")
 
 
 @pytest.mark.parametrize(
@@ -199,7 +185,7 @@ def test_lowers_for_hopper(shape):
 def test_lowers_for_hopper_with_a_norm(shape):
     outputs, k, gated = shape
     for m in (1, 5, 8):
-        for config in {c.tile_k: c for c in candidates(m, outputs, k, gated)}.values():
+        for config in {c.tile_k: c for c in candidates(m, outputs, gated)}.values():
             given = operands(m, outputs, k, gated=gated, norm=True)
             text = modes.lower(functools.partial(_call, gated=gated, config=config), given)
             assert text.count("mosaic_gpu_v2") == 1
@@ -214,14 +200,14 @@ def test_rows_of_any_size_are_normed(capfd):
     expected = np.asarray(expected_of(given))
     errors = np.linalg.norm(out - expected, axis=1)
     assert (errors <= 4e-3 * np.linalg.norm(expected, axis=1)).all()
-    assert not unexplained_races(capfd.readouterr().out)
+    assert not modes.unexplained_races(capfd.readouterr().out, "share.<locals>")
 
 
 def test_candidates_fit_shared_memory():
-    for outputs, k, gated in SHAPES:
+    for outputs, _, gated in SHAPES:
         for m in (1, 16, 32, 64, 128):
-            found = candidates(m, outputs, k, gated)
-            assert found[0] == default(m, outputs, k, gated)
+            found = candidates(m, outputs, gated)
+            assert found[0] == default(m, outputs, gated)
             assert len(set(found)) == len(found)
             assert all(smem_bytes(c, m, gated) <= mosaic.SMEM_BYTES for c in found)
             assert smem_bytes(found[0], m, gated) <= mosaic.SMEM_BYTES // 2
