@@ -2,7 +2,7 @@
 
 bf16 weights `[N, K]` of the layers of Llama-2-7B, Llama-3.1-8B, Llama-3-70B split in four, and
 Qwen2.5-7B. ``jpd`` is what the table of `pallas_kernels.dataflow` chooses for the shape (column
-`choice`), as in the models; where it does not import, `flat_gemm` with its own default. Peers:
+`choice`), as in the models. Peers:
 ``cublas`` (`torch.nn.functional.linear`), ``xla`` (`jpd.ops.linear.linear_xla`, for the rows of
 ``--xla-m`` only: XLA tunes each product for seconds), ``gemlite`` with ``--gemlite``.
 
@@ -78,12 +78,6 @@ def main() -> None:
     on_cpu = jax.default_backend() != "gpu"
     rate = device_time.copy_bytes_per_s((1 << 26) if args.quick else (1 << 32))
     impl = args.impl
-    if impl == "table":
-        try:
-            from pallas_kernels.dataflow import choose  # noqa: F401
-        except ImportError as error:
-            print(f"no table ({error}): flat_gemm with its own default")
-            impl = "flat_gemm"
     gemm_runs.run(
         report,
         cases,

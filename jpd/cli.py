@@ -277,6 +277,8 @@ class Calibrate(_Command):
         folder = checkpoint.resolve_folder(self.model)
         tokenizer = Tokenizer.load(folder)
         texts = [tokenizer.encode(line) for line in lines if line.strip()]
+        if not any(texts):
+            raise ConfigError(f"{self.prompts} has no prompt: a line with text is needed")
         config, params = checkpoint.load(folder, dtype=self.dtype)
         limit = min(self.max_tokens, config.max_position)
         observed = calibrate.observe(config, params, [ids[:limit] for ids in texts])

@@ -1,16 +1,18 @@
 """Which kernel computes a product: the heuristic dataflow of FlashDecoding++ (section 5).
 
-For every [N, K] there are two inflection points: below M1 rows a GEMV wins, from M1 the flat GEMM,
-from M2 the dense one. `python -m pallas_kernels.tune` finds them and each kernel's configuration on
-a GPU and stores them in `tuned/<gpu>.json`; the choice is made while a program is traced. A GPU or
-a shape without a table entry gets a rule, and `Choice.source` says so.
+In the paper every [N, K] has two inflection points: below M1 rows a GEMV wins, from M1 the flat
+GEMM, from M2 the dense one. Here `python -m pallas_kernels.tune` times the flat and the dense GEMM
+and XLA at some numbers of rows and stores the best kernel and configuration of each in
+`tuned/<gpu>.json`, with M1 and M2 for readers; there is no GEMV of our own. The choice is made
+while a program is traced, by the entry of the next larger number of rows. A GPU, an SM count or a
+shape without an entry gets a rule, and `Choice.source` says so.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +44,6 @@ class Choice:
     """None for XLA."""
     source: str
     """`table` or `rule`."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {**asdict(self), "config": self.config and asdict(self.config)}
 
 
 def slug(device_kind: str) -> str:

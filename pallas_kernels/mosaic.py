@@ -92,8 +92,7 @@ def let_next_start(interpret: Any = None) -> None:
 
     A product does so at once: what follows it brings its first weights to shared memory meanwhile.
     The small kernels between products do so after their own wait: before it, the product after
-    them would take its place while the one before them still needs the SM (a Llama-2-7B decode
-    step of one sequence took 4.46 instead of 3.95 ms on an H200).
+    them would take its place while the one before them still needs the SM.
     """
     if interpret is None:
         plgpu.griddepcontrol_launch_dependents()

@@ -28,7 +28,7 @@ the end of the one before, and programmatic dependent launch is lost."""
 _LAUNCHES = 200
 """Launches of one sample; the driver queues about a thousand before it makes the host wait."""
 _HOST_US = 40
-"""More than the host needs for a launch (XLA's calls of cuBLAS take it longest)."""
+"""More than the host needs for a launch."""
 
 
 def nanoseconds() -> jax.Array:

@@ -2,6 +2,7 @@
 
 `python -m pallas_kernels.tune` times every candidate of every kernel for the products of common
 models, with weights that rotate through more than the L2 holds, and writes `tuned/<gpu>.json`.
+XLA is timed without its own search for the fastest product, which would take seconds a shape.
 """
 
 from __future__ import annotations

@@ -33,7 +33,9 @@ def test_the_ranges_are_those_of_the_rows_log_sum_exps(folder: Path) -> None:
     assert (observed.prompts, observed.tokens) == (2, 73)
 
     low, high = np.full(shape, np.inf), np.full(shape, -np.inf)
-    seen_scores = np.zeros(config.num_layers, int)
+    edges = calibrate.HISTOGRAM_EDGES
+    counts = np.zeros((config.num_layers, len(edges) - 1), int)
+    on_an_edge = np.zeros(config.num_layers, int)
     for prompt in prompts:
 
         def look(layer: int, scores: jnp.ndarray, seen: jnp.ndarray) -> None:
@@ -43,7 +45,9 @@ def test_the_ranges_are_those_of_the_rows_log_sum_exps(folder: Path) -> None:
                 lse = np.log(np.exp(rows[:, row, mask[row]]).sum(-1))
                 low[layer] = np.minimum(low[layer], lse)
                 high[layer] = np.maximum(high[layer], lse)
-            seen_scores[layer] += mask.sum() * config.num_heads
+            seen_scores = rows[:, mask]
+            counts[layer] += np.histogram(np.clip(seen_scores, -128, 127.9), edges)[0]
+            on_an_edge[layer] += (np.abs(seen_scores - np.round(seen_scores)) < 1e-5).sum()
 
         bind(config, params).hidden(
             jnp.asarray(prompt), jnp.arange(len(prompt)), causal_attend(config, look)
@@ -51,14 +55,10 @@ def test_the_ranges_are_those_of_the_rows_log_sum_exps(folder: Path) -> None:
     np.testing.assert_allclose(observed.lse_min, low, atol=1e-4)
     np.testing.assert_allclose(observed.lse_max, high, atol=1e-4)
     np.testing.assert_allclose(observed.phi(), (low + high) / 2, atol=1e-4)
-    np.testing.assert_array_equal(observed.counts.sum(1), seen_scores)
-
-
-def test_scores_are_counted_in_the_bin_that_holds_them() -> None:
-    edges = calibrate.HISTOGRAM_EDGES
-    assert edges[0] == -128
-    assert edges[-1] == 128
-    assert np.all(np.diff(edges) == 1)
+    # Two compilations may round a score to either side of an edge; every other has its bin.
+    np.testing.assert_array_equal(observed.counts.sum(1), counts.sum(1))
+    assert np.all(np.abs(observed.counts - counts).sum(1) <= 2 * on_an_edge)
+    assert on_an_edge.sum() <= 10
 
 
 def test_no_prompt_is_an_error(folder: Path) -> None:
@@ -163,3 +163,11 @@ def test_the_plot(folder: Path, tmp_path: Path) -> None:
     else:
         assert calibrate.plot(observed, path)
         assert "<svg" in path.read_text()
+
+
+def test_values_that_are_not_finite_are_not_written(folder: Path) -> None:
+    phi = np.zeros((2, 2), np.float32)
+    phi[1, 1] = np.inf
+    with pytest.raises(ConfigError, match="not finite"):
+        checkpoint.save_phi(folder, phi, {})
+    assert not (folder / phi_file.FILE).exists()

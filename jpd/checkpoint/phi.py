@@ -53,8 +53,10 @@ def save_phi(folder: str | Path, phi: np.ndarray, observed: dict[str, Any]) -> P
       observed: what it was made from, kept for readers.
 
     Raises:
-      ConfigError: the folder cannot be written to.
+      ConfigError: a value is not finite, or the folder cannot be written to.
     """
+    if not np.isfinite(phi).all():
+        raise ConfigError("the scores of these prompts are not finite: a wider dtype may hold them")
     path = Path(folder) / FILE
     content = {"checkpoint_sha256": fingerprint(folder), "phi": phi.tolist(), **observed}
     try:

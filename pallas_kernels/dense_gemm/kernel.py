@@ -13,6 +13,7 @@ from jax import lax
 
 from pallas_kernels import mosaic
 from pallas_kernels.dense_gemm.config import TILE_K, DenseConfig
+from pallas_kernels.products import pad_rows
 from pallas_kernels.workspace import counters
 
 _CHUNK = 64
@@ -374,8 +375,7 @@ def run(x, w, bias, residual, *, config: DenseConfig, gated, w_layout, sms, inte
     m, k = x.shape
     over = -m % _ROWS
     if over:
-        x = jnp.pad(x, ((0, over), (0, 0)))
-        residual = None if residual is None else jnp.pad(residual, ((0, over), (0, 0)))
+        x, residual = pad_rows(x), None if residual is None else pad_rows(residual)
     outputs = w.shape[0 if w_layout == "nk" else 1] // (1 + gated)
     tiles_m, tiles_n, parts = _Work(config, m + over, outputs, k, gated).padded
     arrivals = counters(tiles_m * tiles_n * parts) if config.split_k > 1 else None

@@ -53,8 +53,8 @@ def flat_gemm(
     then a product have, but x times weight must be within the range of the dtype.
 
     Args:
-      x: `[M, K]` bf16 or fp16, M from 1 to 128, K a multiple of 64. An M above 8 that is not one
-        of 8 costs a padded copy of x and residual, and one of y.
+      x: `[M, K]` bf16 or fp16, M from 1 to 128, K a multiple of 64. An M above 8 that is no
+        multiple of 8 costs a padded copy of x and residual, and one of y.
       w: `[N, K]` (`w_layout="nk"`) or `[K, N]` ("kn"), N a multiple of 64. Gated: N = 2F, first the
         gate's F, then the up projection's; F a multiple of 64. It may be read before the kernels
         ahead of this one are complete, so it must not be one of their results.

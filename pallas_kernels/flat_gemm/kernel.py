@@ -1,9 +1,8 @@
 """The flat GEMM kernel: weights stream through shared memory once, the batch is wgmma's N.
 
-An SM of an H200 reads at most some 40 GB/s, little more than its even share of the memory's rate.
-So the work is cut evenly to the last pipeline step: the steps of all tiles form one sequence, and
-each block takes one contiguous part of it (stream-K). A tile that is cut between blocks is summed
-by the last of them to arrive.
+So that no SM has more to read than another, the work is cut evenly to the last pipeline step: the
+steps of all tiles form one sequence, and each block takes one contiguous part of it (stream-K). A
+tile that is cut between blocks is summed by the last of them to arrive.
 """
 
 from __future__ import annotations
