@@ -51,7 +51,11 @@ class InFlight:
         self._out = out
         self._recomputed = recomputed
         for leaf in jax.tree.leaves((out, recomputed)):
-            leaf.copy_to_host_async()
+            # A CPU's results are on the host already. Asking for a copy there would leave a
+            # callback that takes Python's lock after the result was read: jax 0.11 aborts a
+            # process that ends before it ran.
+            if leaf.device.platform != "cpu":
+                leaf.copy_to_host_async()
 
     def result(self) -> StepResult:
         """Blocks until the device is done."""
@@ -83,7 +87,7 @@ def shape_table(config: EngineConfig) -> ShapeTable:
 
 
 def _finish(newest: list[InFlight]) -> None:
-    """Waits for a step: jax 0.11 aborts a process that ends while results are copied."""
+    """Waits for a step: its arrays must not go, nor Python end, while the device works on it."""
     for step_in_flight in newest:
         step_in_flight.result()
 
