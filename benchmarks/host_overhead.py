@@ -26,8 +26,8 @@ from benchmarks.report import Report, add_arguments
 from benchmarks.workloads import azure_conv
 from jpd import SamplingParams, box
 from jpd.engine import batch as batches
-from jpd.engine.executor import StepResult
 from jpd.engine.output import append_token, make_request
+from jpd.engine.plan import StepResult
 from jpd.engine.scheduler import Scheduler
 from jpd.engine.sequence import Sequence
 from jpd.engine.shapes import ShapeTable

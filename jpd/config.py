@@ -17,6 +17,7 @@ from jpd.errors import ConfigError, UnknownArgumentError
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 LoadFormat = Literal["auto", "safetensors", "orbax", "dummy"]
 SchedulingPolicy = Literal["fcfs", "priority"]
+PrefillPolicy = Literal["mixed", "first"]
 
 MAX_STEP_TOKENS = 65_536
 
@@ -138,6 +139,10 @@ class EngineConfig:
     """Reuse the KV pages of equal prompt prefixes."""
     scheduling_policy: SchedulingPolicy = "fcfs"
     """"priority" serves requests of lower `priority` first; "fcfs" takes none."""
+    prefill_policy: PrefillPolicy = "mixed"
+    """Where one executor computes both phases: "mixed" lets prompt chunks ride along with decoding
+    rows (chunked prefill); "first" computes prompts alone, and decodes when none can be computed
+    (vLLM's old default)."""
     async_scheduling: bool = True
     """Launch the next step before the tokens of the running one are read."""
     batch_buckets: tuple[int, ...] | None = None
@@ -203,6 +208,7 @@ class EngineConfig:
             ("dtype", Dtype),
             ("load_format", LoadFormat),
             ("scheduling_policy", SchedulingPolicy),
+            ("prefill_policy", PrefillPolicy),
         ):
             value = getattr(self, name)
             require(value in allowed.__args__, name, value, f"one of {list(allowed.__args__)}")

@@ -16,6 +16,7 @@ from jpd.engine import memory
 from jpd.engine.compile import use_cache_dir
 from jpd.engine.coordinator import Coordinator
 from jpd.engine.executor import Executor, shape_table
+from jpd.engine.lane import OneExecutor
 from jpd.errors import ConfigError
 from jpd.models import ModelConfig, Params
 from jpd.ops import self_check
@@ -225,5 +226,6 @@ def build(config: EngineConfig, device: jax.Device | None = None) -> Engine:
     executor = Executor(config, model, params, device, eos_token_ids, phi)
     executor.compile_ahead()
     check_memory(executor, model_bytes, limit)
-    coordinator = Coordinator(config, model, executor, tokenizer, eos_token_ids)
+    topology = OneExecutor(executor, config.max_num_seqs, depth=1 + config.async_scheduling)
+    coordinator = Coordinator(config, model, topology, tokenizer, eos_token_ids)
     return Engine(config, model, tokenizer, executor, coordinator)

@@ -1,7 +1,8 @@
-"""The engine's loop: plan -> launch -> commit, with one step in flight.
+"""The engine's loop: plan -> launch -> commit, for each lane of the topology.
 
-The coordinator owns requests, pages and the executor. `step` plans and launches the next step
-before it reads the tokens of the one that runs, so the device does not wait for the host.
+The coordinator owns requests, pages and the topology with its executors. `step` plans and launches
+the next step before it reads the tokens of the one that runs, so the device does not wait for the
+host.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ import numpy as np
 
 from jpd.config import EngineConfig
 from jpd.engine import output as outputs
-from jpd.engine.executor import Executor, InFlight, StepResult
+from jpd.engine.lane import ExecutorLostError, Lane, OneExecutor, Topology
 from jpd.engine.metrics import EngineStats
 from jpd.engine.output import Request
-from jpd.engine.plan import Committed
+from jpd.engine.plan import Committed, StepPlan, StepResult
 from jpd.engine.sampler_inputs import sequence_key
 from jpd.engine.scheduler import Scheduler
 from jpd.engine.sequence import Sequence
@@ -28,12 +29,12 @@ from jpd.types import MAX_STOP_TOKEN_IDS, Delta, FinishReason, RequestOutput, Sa
 
 
 class Coordinator:
-    """Serves requests on one executor.
+    """Serves requests on the executors of a topology.
 
     Args:
       config: resolved engine configuration.
       model: the model.
-      executor: runs the steps.
+      topology: runs the steps.
       tokenizer: None serves token ids only.
       eos_token_ids: tokens that end a sequence.
       clock: seconds, monotonic.
@@ -43,7 +44,7 @@ class Coordinator:
         self,
         config: EngineConfig,
         model: ModelConfig,
-        executor: Executor,
+        topology: Topology,
         tokenizer: Tokenizer | None,
         eos_token_ids: tuple[int, ...],
         clock: Callable[[], float] = time.monotonic,
@@ -57,16 +58,16 @@ class Coordinator:
             page_size=config.page_size,
             max_stop_ids=MAX_STOP_TOKEN_IDS + len(eos_token_ids),
             enable_prefix_caching=config.enable_prefix_caching,
+            one_executor=isinstance(topology, OneExecutor),
         )
         self._stats = EngineStats()
         self.clock = clock
         self._config = config
         self._vocab_size = model.vocab_size
-        self._executor = executor
+        self._topology = topology
         self._tokenizer = tokenizer
         self._eos_token_ids = eos_token_ids
         self._requests: dict[str, Request] = {}
-        self._in_flight: InFlight | None = None
         self._arrivals = 0
         self._cause: BaseException | None = None
         self._seeds = np.random.default_rng(config.seed)
@@ -76,7 +77,7 @@ class Coordinator:
     @property
     def has_work(self) -> bool:
         """A request is unfinished or a step is running."""
-        return self._in_flight is not None or self.scheduler.has_work
+        return self.scheduler.has_work or any(lane.in_flight for lane in self._topology.lanes)
 
     def stats(self) -> EngineStats:
         """A snapshot of the counters."""
@@ -86,7 +87,8 @@ class Coordinator:
             preemptions=scheduler.stats.preemptions,
             prompt_tokens=scheduler.stats.prompt_tokens,
             cached_tokens=scheduler.stats.cached_tokens,
-            recompiles=self._executor.compiled.recompiles,
+            requeued=scheduler.stats.requeued,
+            recompiles=self._topology.recompiles,
             running=scheduler.num_running,
             waiting=scheduler.num_waiting,
             free_pages=scheduler.pool.num_free,
@@ -208,7 +210,7 @@ class Coordinator:
     # ---- the loop
 
     def step(self) -> list[Delta]:
-        """Launches the next step, then reads and delivers the tokens of the one before it.
+        """Launches the next step of each lane, then delivers the tokens of one that has run.
 
         Raises:
           EngineDeadError: an earlier step failed, or the engine was closed. What fails in the
@@ -225,31 +227,75 @@ class Coordinator:
             raise
 
     def close(self) -> None:
-        """Ends all requests, waits for the device and lets go of its memory."""
+        """Ends all requests, waits for the devices and lets go of their memory."""
         for request_id in list(self._requests):
             self.abort(request_id)
         while self.has_work and self._cause is None:
             self.step()
         self._cause = self._cause or RuntimeError("it was closed")
-        self._executor.release()
+        self._topology.close()
 
     def _step(self) -> list[Delta]:
-        plan = self.scheduler.plan()
-        launched = None
-        if plan is not None:
-            for _, sequence in plan.admitted:
-                self._admitted(sequence)
-            launched = self._executor.launch(plan)
-            self._stats.steps += 1
-            self._stats.step_tokens += plan.num_tokens
-        finished = self._in_flight if self._config.async_scheduling else launched
-        self._in_flight = launched if self._config.async_scheduling else None
-        if finished is None:
+        self._topology.tend()
+        lanes = self._topology.lanes
+        launched = [self._launch(lane) for lane in lanes if lane.may_launch]
+        # A lane with room is filled before anything is waited for.
+        if any(launched) and not any(len(lane.in_flight) == lane.depth for lane in lanes):
             return []
-        result = finished.result()
+        if not self.has_work:
+            return []
+        lane = self._topology.wait()
+        if lane is None:
+            return []
+        finished = lane.in_flight[0]
+        try:
+            result = finished.result()
+        except ExecutorLostError as error:
+            self._lost(lane, error)
+            return []
+        lane.in_flight.popleft()
         self._stats.softmax_recomputed_rows += result.softmax_recomputed_rows
         committed = self.scheduler.commit(finished.plan, result.tokens)
         return self._deliver(committed, result)
+
+    def _plan(self, lane: Lane) -> StepPlan | None:
+        scheduler = self.scheduler
+        # Each phase runs in the order of its plans: never in two lanes at once, also when it moves.
+        others = [other for other in self._topology.lanes if other is not lane]
+        prefill = lane.prefill and not any(other.has_chunks for other in others)
+        decode = lane.decode and not any(other.has_rows for other in others)
+        if self._config.prefill_policy == "first" and prefill:
+            plan = scheduler.plan(decode=False)
+            if plan is not None or not decode:
+                return plan
+            return scheduler.plan(prefill=False)
+        return scheduler.plan(prefill=prefill, decode=decode)
+
+    def _launch(self, lane: Lane) -> bool:
+        """Plans and launches the next step of a lane, if there is one."""
+        plan = self._plan(lane)
+        if plan is None:
+            return False
+        for sequence in plan.admitted:
+            self._admitted(sequence)
+        try:
+            lane.launch(plan, [self.scheduler.admission(row) for row in lane.unknown_rows(plan)])
+        except ExecutorLostError as error:
+            self._lost(lane, error, plan)
+            return False
+        self._stats.steps += 1
+        self._stats.step_tokens += plan.num_tokens
+        return True
+
+    def _lost(self, lane: Lane, error: ExecutorLostError, *unlaunched: StepPlan) -> None:
+        """Takes back what an executor that is gone was to compute."""
+        self._stats.executors_lost += 1
+        self._topology.lost(lane, error)
+        plans = [*(step.plan for step in lane.in_flight), *unlaunched]
+        lane.in_flight.clear()
+        lane.executor = None
+        for plan in plans:
+            self.scheduler.lost(plan)
 
     def _admitted(self, sequence: Sequence) -> None:
         metrics = self._requests[sequence.request_id].output.metrics

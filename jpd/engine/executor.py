@@ -7,7 +7,7 @@ result is read later, when the next step is already under way.
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,25 +19,13 @@ from jpd import ops
 from jpd.config import EngineConfig
 from jpd.engine import batch as batches
 from jpd.engine.compile import CompiledSteps, step_options
-from jpd.engine.plan import StepPlan
+from jpd.engine.plan import StepPlan, StepResult, TokenLogprobs
 from jpd.engine.sampler import Sampled
 from jpd.engine.sampler_inputs import SamplingInputs, SamplingTable
 from jpd.engine.shapes import ShapeTable, StepShape
 from jpd.engine.step import step
 from jpd.models import ModelConfig, Params
 from jpd.types import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
-
-
-@dataclass(frozen=True, slots=True)
-class StepResult:
-    """What a step sampled, on the host; one row for each decoding row, then for each chunk."""
-
-    tokens: np.ndarray
-    """`[R]` int32."""
-    sampled: Sampled | None
-    """Log-probabilities as NumPy arrays; None after a greedy step."""
-    softmax_recomputed_rows: int = 0
-    """Rows of asynchronous softmax that left its range and were computed again."""
 
 
 class InFlight:
@@ -68,8 +56,9 @@ class InFlight:
 
         recomputed = 0 if self._recomputed is None else int(self._recomputed)
         if isinstance(self._out, Sampled):
-            sampled = jax.tree.map(used, self._out)
-            return StepResult(sampled.tokens, sampled, recomputed)
+            out = jax.tree.map(used, self._out)
+            logprobs = TokenLogprobs(out.logprobs, out.ranks, out.top_tokens, out.top_logprobs)
+            return StepResult(out.tokens, logprobs, recomputed)
         return StepResult(used(self._out), None, recomputed)
 
 
@@ -154,6 +143,11 @@ class Executor:
         with ops.using(config.kernels, self._device.platform):
             return jax.jit(fn, donate_argnums=(1, 2)).lower(*abstract)
 
+    @property
+    def recompiles(self) -> int:
+        """Step shapes that were compiled while requests waited."""
+        return self.compiled.recompiles
+
     def compile_ahead(self) -> None:
         """Compiles every step shape and the history update."""
         self.compiled.compile_ahead(
@@ -212,11 +206,11 @@ class Executor:
 
     def launch(self, plan: StepPlan) -> InFlight:
         """Starts a step on the device and returns without waiting for it."""
-        for row, sequence in plan.admitted:
-            self._sampling.set(row, sequence.params, sequence.key, self._eos_token_ids)
-            self._prompt_lengths[row] = sequence.prompt_length
-            if sequence.params.uses_penalties:
-                self.load_history(row, sequence.tokens)
+        for new in plan.admissions:
+            self._sampling.set(new.row, new.params, new.key, self._eos_token_ids)
+            self._prompt_lengths[new.row] = new.prompt_length
+            if new.tokens is not None:
+                self.load_history(new.row, new.tokens)
         shape = self.shapes.pick(
             len(plan.rows),
             sum(len(c.tokens) for c in plan.chunks),

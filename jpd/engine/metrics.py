@@ -15,6 +15,11 @@ class EngineStats:
     requests_finished: int = 0
     requests_aborted: int = 0
     preemptions: int = 0
+    """Sequences that gave their pages up to others and are computed again."""
+    requeued: int = 0
+    """Sequences that are computed again because an executor was lost in their prefill."""
+    executors_lost: int = 0
+    """Executors that failed or were killed while others went on."""
     prompt_tokens: int = 0
     """Prompt tokens of admitted sequences, computed or found in the prefix cache."""
     cached_tokens: int = 0

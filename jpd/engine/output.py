@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from jpd.engine.executor import StepResult
+from jpd.engine.plan import StepResult
 from jpd.engine.sequence import Sequence
 from jpd.text import IncrementalDetokenizer, Tokenizer
 from jpd.types import (
@@ -125,10 +125,10 @@ def end(
 def _append_logprobs(
     completion: CompletionOutput, count: int, token: int, row: int, result: StepResult
 ) -> None:
-    sampled = result.sampled
-    logprob = float(sampled.logprobs[row])
-    entry = {token: Logprob(logprob, int(sampled.ranks[row]))}
-    top = zip(sampled.top_tokens[row, :count], sampled.top_logprobs[row, :count], strict=True)
+    found = result.logprobs
+    logprob = float(found.logprobs[row])
+    entry = {token: Logprob(logprob, int(found.ranks[row]))}
+    top = zip(found.top_tokens[row, :count], found.top_logprobs[row, :count], strict=True)
     for rank, (other, value) in enumerate(top, start=1):
         if other >= 0:
             entry.setdefault(int(other), Logprob(float(value), rank))

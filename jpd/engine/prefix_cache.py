@@ -47,12 +47,24 @@ class PrefixCache:
             pages.append(page)
         return pages
 
-    def insert(self, name: bytes, page: int) -> None:
-        """Makes a full, held page findable; the first page of a name stays the one."""
-        if name not in self._page_of:
-            self._page_of[name] = page
-            self._name_of[page] = name
-            self._pool.keep(page)
+    def insert(self, name: bytes, page: int) -> bool:
+        """Makes a full, held page findable; the first page of a name stays the one.
+
+        Returns:
+          Whether it is this page.
+        """
+        if name in self._page_of:
+            return False
+        self._page_of[name] = page
+        self._name_of[page] = name
+        self._pool.keep(page)
+        return True
+
+    def remove(self, page: int) -> None:
+        """Forgets a page: what its name promised was never computed."""
+        if page in self._name_of:
+            self._pool.drop(page)
+            self._forget(page)
 
     def clear(self) -> None:
         """Forgets every page; those that nobody holds become empty."""

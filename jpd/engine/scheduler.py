@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from jpd.engine.fence import PageFence
 from jpd.engine.pages import PagePool
-from jpd.engine.plan import Chunk, Committed, StepPlan
+from jpd.engine.plan import Admission, Chunk, Committed, StepPlan
 from jpd.engine.prefix_cache import PrefixCache, extend_hashes
 from jpd.engine.sequence import Sequence, SequenceTable, State
 from jpd.types import FinishReason
@@ -31,6 +32,8 @@ class SchedulerStats:
     """Prompt tokens of admitted sequences, computed or found in the prefix cache."""
     cached_tokens: int = 0
     """Those found in the prefix cache."""
+    requeued: int = 0
+    """Sequences to compute again because an executor ended while it had a chunk of them."""
 
 
 class Scheduler:
@@ -45,6 +48,8 @@ class Scheduler:
       page_size: tokens a page holds.
       max_stop_ids: stop token ids a sequence may have.
       enable_prefix_caching: share pages between equal beginnings.
+      one_executor: all steps run in one order. Then a row may decode in the step after its last
+        chunk, with its token still on the device, and freed pages are free at once.
     """
 
     def __init__(
@@ -58,9 +63,11 @@ class Scheduler:
         page_size: int,
         max_stop_ids: int,
         enable_prefix_caching: bool,
+        one_executor: bool = True,
     ) -> None:
         self.page_size = page_size
         self.pool = PagePool(num_pages)
+        self._fence = None if one_executor else PageFence(self.pool)
         self.cache = PrefixCache(self.pool) if enable_prefix_caching else None
         self.table = SequenceTable(max_num_seqs, max_model_len, page_size, max_stop_ids)
         self.stats = SchedulerStats()
@@ -93,9 +100,10 @@ class Scheduler:
         self._enqueue(sequence)
 
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
-        """Ends a sequence in any state; its pages are free at once.
+        """Ends a sequence in any state.
 
-        A launched step may still write to them; a step that reuses them runs after it.
+        A launched step may still write to its pages. Where all steps run in one order they are free
+        at once, since a step that reuses them runs after it; else they are free when it has run.
         """
         if sequence.state is State.RUNNING:
             self._remove(sequence)
@@ -119,27 +127,23 @@ class Scheduler:
 
     # ---- plan
 
-    def plan(self) -> StepPlan | None:
-        """The next step, or None if nothing can be computed now."""
+    def plan(self, *, prefill: bool = True, decode: bool = True) -> StepPlan | None:
+        """The next step, or None if nothing can be computed now.
+
+        Args:
+          prefill: the step may hold prompt chunks. Chunks find each other's pages as soon as they
+            are planned, so steps that hold chunks must run in the order of their plans.
+          decode: the step may hold decoding rows; so must steps that hold them.
+        """
         table = self.table
         preemptions = self.stats.preemptions
-        rows = self._decode_rows()
-        budget = self._max_tokens - len(rows)
-        chunks: list[Chunk] = []
-        for sequence in list(self._prefilling):
-            if budget == 0 or len(chunks) == self._max_chunks:
-                break
-            chunks.append(self._chunk(sequence, budget))
-            budget -= len(chunks[-1].tokens)
-        admitted: list[tuple[int, Sequence]] = []
-        if self.stats.preemptions == preemptions:
-            while budget > 0 and len(chunks) < self._max_chunks:
-                sequence = self._admit()
-                if sequence is None:
-                    break
-                admitted.append((sequence.row, sequence))
-                chunks.append(self._chunk(sequence, budget))
-                budget -= len(chunks[-1].tokens)
+        rows = self._decode_rows() if decode else np.zeros(0, np.int32)
+        chunks, admitted = [], []
+        # What was just preempted must not come back in the same step.
+        if prefill:
+            chunks, admitted = self._chunks(
+                self._max_tokens - len(rows), admit=self.stats.preemptions == preemptions
+            )
         if len(rows) == 0 and not chunks:
             return None
 
@@ -163,9 +167,25 @@ class Scheduler:
                 table.plain_greedy[rows].all()
                 and all(table.plain_greedy[c.row] for c in chunks if c.last)
             ),
+            ticket=0 if self._fence is None else self._fence.begin(),
         )
         table.computed[rows] += 1
         return plan
+
+    def admission(self, row: int) -> Admission:
+        """What an executor must know of a running row."""
+        table, sequence = self.table, self.table.sequences[row]
+        tokens = None
+        if sequence.params.uses_penalties:
+            tokens = table.tokens[row, : table.known[row]].copy()
+        return Admission(
+            row,
+            int(table.serial[row]),
+            sequence.params,
+            sequence.key,
+            sequence.prompt_length,
+            tokens,
+        )
 
     def _decode_rows(self) -> np.ndarray:
         """Rows that decode a token, each with a page for it; preempts where pages run out."""
@@ -177,14 +197,19 @@ class Scheduler:
                 (table.sequences[row] for row in needy.tolist()), key=lambda s: s.order
             ):
                 self._grow(sequence)
-            rows = rows[table.decoding[rows]]
+            rows = rows[table.decoding[rows] & (table.computed[rows] < table.capacity[rows])]
         return rows.astype(np.int32)
 
     def _grow(self, sequence: Sequence) -> None:
-        """Gives a running sequence one more page, or preempts it when it is the last in order."""
+        """Gives a running sequence one more page, or preempts it when it is the last in order.
+
+        While freed pages wait for a step to end, so does the sequence.
+        """
         while sequence.state is State.RUNNING:
             if self.pool.num_free:
                 self.table.add_page(sequence.row, self.pool.allocate(1)[0])
+                return
+            if self._fence:
                 return
             running = (s for s in self.table.sequences if s is not None)
             self._preempt(max(running, key=lambda s: s.order))
@@ -201,7 +226,8 @@ class Scheduler:
         if sequence in self._prefilling:
             self._prefilling.remove(sequence)
         # The end of a sequence is the least likely to be shared, so it is given up first.
-        self.pool.release(reversed(sequence.pages))
+        holder = self.pool if self._fence is None else self._fence
+        holder.release(sequence.pages[::-1])
         sequence.pages = []
 
     def _enqueue(self, sequence: Sequence) -> None:
@@ -241,6 +267,24 @@ class Scheduler:
         self._prefilling.append(sequence)
         return sequence
 
+    def _chunks(self, budget: int, *, admit: bool) -> tuple[list[Chunk], list[Sequence]]:
+        """Prompt chunks of at most `budget` tokens, and the sequences that begin with them."""
+        chunks: list[Chunk] = []
+        admitted: list[Sequence] = []
+        for sequence in list(self._prefilling):
+            if budget == 0 or len(chunks) == self._max_chunks:
+                break
+            chunks.append(self._chunk(sequence, budget))
+            budget -= len(chunks[-1].tokens)
+        while admit and budget > 0 and len(chunks) < self._max_chunks:
+            sequence = self._admit()
+            if sequence is None:
+                break
+            admitted.append(sequence)
+            chunks.append(self._chunk(sequence, budget))
+            budget -= len(chunks[-1].tokens)
+        return chunks, admitted
+
     def _chunk(self, sequence: Sequence, budget: int) -> Chunk:
         """The next prompt tokens of an admitted sequence."""
         table, row = self.table, sequence.row
@@ -250,21 +294,31 @@ class Scheduler:
         last = end == known
         if last:
             self._prefilling.remove(sequence)
-            table.decoding[row] = True
-        self._name_pages(sequence, start, end)
+            # Another executor may decode the row when its first token is known.
+            table.decoding[row] = self._fence is None
         return Chunk(
-            sequence, row, int(table.serial[row]), start, table.tokens[row, start:end].copy(), last
+            sequence,
+            row,
+            int(table.serial[row]),
+            start,
+            table.tokens[row, start:end].copy(),
+            last,
+            self._name_pages(sequence, start, end),
         )
 
-    def _name_pages(self, sequence: Sequence, start: int, end: int) -> None:
+    def _name_pages(self, sequence: Sequence, start: int, end: int) -> list[int]:
         """Makes the pages that a planned chunk fills findable, for later chunks of this step too.
 
-        Steps run in order, and each stores its keys and values before it reads any.
+        Steps with chunks run in order, and each stores its keys and values before it reads any.
         """
         if self.cache is None or not sequence.findable:
-            return
-        for page in range(start // self.page_size, end // self.page_size):
-            self.cache.insert(sequence.page_names[page], sequence.pages[page])
+            return []
+        filled = range(start // self.page_size, end // self.page_size)
+        return [
+            sequence.pages[i]
+            for i in filled
+            if self.cache.insert(sequence.page_names[i], sequence.pages[i])
+        ]
 
     # ---- commit
 
@@ -279,6 +333,8 @@ class Scheduler:
           The tokens of sequences that still exist; `finish_reason` of those is up to date.
         """
         table, batch = self.table, len(plan.rows)
+        if self._fence is not None:
+            self._fence.end(plan.ticket)
         alive = table.serial[plan.rows] == plan.serials
         done = Committed([], [], [])
         if alive.all():
@@ -297,6 +353,7 @@ class Scheduler:
             if not chunk.last:
                 continue
             if table.serial[chunk.row] == chunk.serial:
+                table.decoding[chunk.row] = True
                 self._append(np.array([chunk.row], np.int32), tokens[i : i + 1], [chunk.sequence])
                 done.sequences.append(chunk.sequence)
                 done.tokens.append(int(tokens[i]))
@@ -340,10 +397,39 @@ class Scheduler:
         elif len(sequence.tokens) >= sequence.max_length:
             self.finish(sequence, FinishReason.LENGTH)
 
+    # ---- loss
+
+    def lost(self, plan: StepPlan) -> None:
+        """Takes back a step whose executor ended before its tokens were known.
+
+        Decoding rows decode the same token again. Sequences that had a chunk in the step wait to be
+        computed again: nobody knows which of their pages were filled. Steps that were in flight
+        together are taken back in the order of their launch, when the executor is really gone.
+        """
+        assert self._fence is not None, "an executor that is the only one cannot be lost"
+        table = self.table
+        alive = table.serial[plan.rows] == plan.serials
+        table.computed[plan.rows[alive]] -= 1
+        gone = [plan.sequences[i] for i in np.flatnonzero(~alive).tolist()]
+        for chunk in plan.chunks:
+            for page in chunk.named:
+                self.cache.remove(page)
+            if table.serial[chunk.row] == chunk.serial:
+                self._remove(chunk.sequence)
+                chunk.sequence.state = State.WAITING
+                self.stats.requeued += 1
+                self._enqueue(chunk.sequence)
+            if chunk.last:
+                gone.append(chunk.sequence)
+        for sequence in gone:
+            sequence.token_in_flight = False
+        self._fence.end(plan.ticket)
+
     def check_integrity(self) -> None:
         """Asserts that pages are conserved and that no page still to be written to is shared."""
         running = [s for s in self.table.sequences if s is not None]
-        self.pool.check_integrity(s.pages for s in running)
+        held = [] if self._fence is None else self._fence.held()
+        self.pool.check_integrity([*(s.pages for s in running), *held])
         writable = [
             page
             for s in running

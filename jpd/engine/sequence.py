@@ -64,7 +64,8 @@ class SequenceTable:
 
     For a row: `known` tokens are on the host, `computed` have their KV in the pages or in a
     launched step. A decoding row has `known == computed + 1`, or `known == computed` while its
-    newest token is still on the device.
+    newest token is still on the device. A row neither decodes nor has prompt left while its first
+    token is on the way from an executor that does not decode.
     """
 
     def __init__(self, rows: int, max_model_len: int, page_size: int, max_stop_ids: int) -> None:
@@ -122,9 +123,7 @@ class SequenceTable:
         """Takes the row back; `sequence.tokens` then holds everything known."""
         row = sequence.row
         sequence.tokens = self.tokens[row, : self.known[row]].copy()
-        sequence.token_in_flight = bool(
-            self.decoding[row] and self.known[row] <= self.computed[row]
-        )
+        sequence.token_in_flight = bool(self.known[row] <= self.computed[row])
         sequence.row = -1
         self.sequences[row] = None
         self.serial[row] = 0

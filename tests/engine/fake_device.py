@@ -9,13 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cache
-from types import SimpleNamespace
 
 import numpy as np
 
 from jpd.engine import batch as batches
-from jpd.engine.executor import StepResult
-from jpd.engine.plan import StepPlan
+from jpd.engine.plan import StepPlan, StepResult
 from jpd.engine.sequence import Sequence
 from jpd.engine.shapes import ShapeTable
 
@@ -81,7 +79,7 @@ class FakeDevice:
     shapes: ShapeTable
     params_version: int = 0
     """Counts up when the parameters are swapped; each KV remembers by which it was made."""
-    compiled: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(recompiles=0))
+    recompiles: int = 0
     chains: np.ndarray = field(init=False)
     versions: np.ndarray = field(init=False)
     history: np.ndarray = field(init=False)
@@ -94,8 +92,18 @@ class FakeDevice:
 
     def launch(self, plan: StepPlan) -> FakeStep:
         """Runs the step from its packed form."""
-        for _, sequence in plan.admitted:
+        self.admit(plan)
+        batch, work = self.unpack(plan)
+        self.write(work)
+        return FakeStep(plan, self.sample(plan, batch, work))
+
+    def admit(self, plan: StepPlan) -> None:
+        """Remembers by which parameters the KV of a new row is made."""
+        for sequence in plan.admitted:
             self.admitted_at[sequence] = self.params_version
+
+    def unpack(self, plan: StepPlan) -> tuple[batches.Batch, list]:
+        """The step by its packed form; page table, first position and tokens of each row."""
         counts = [len(c.tokens) for c in plan.chunks]
         shape = self.shapes.pick(len(plan.rows), sum(counts), plan.context_tokens, False)
         packed = batches.pack(
@@ -123,13 +131,15 @@ class FakeDevice:
         assert (batch.positions[len(plan.rows) :] == -1).all()
         if plan.chunks:
             assert (batch.chunk_positions[sum(counts) :] == -1).all()
+        return batch, work
 
+    def write(self, work: list) -> None:
+        """Stores the "KV" of all rows."""
         written: list[int] = []
         for _, table, first, tokens in work:
             written += self._write(table, first, tokens)
         assert len(written) == len(set(written)), "two rows write to the same place"
         assert min(written) >= self.page_size, "page 0 belongs to the padding"
-        return FakeStep(plan, self._sample(plan, batch, work))
 
     def _slots(self, table: np.ndarray, stop: int) -> np.ndarray:
         at = np.arange(stop)
@@ -143,7 +153,7 @@ class FakeDevice:
             self.versions[slots[position]] = self.params_version
         return slots[first:]
 
-    def _sample(self, plan: StepPlan, batch: batches.Batch, work: list) -> np.ndarray:
+    def sample(self, plan: StepPlan, batch: batches.Batch, work: list) -> np.ndarray:
         """Looks at all that each row sees, after all of them have written."""
         sampled = []
         for i, (sequence, table, first, tokens) in enumerate(work):

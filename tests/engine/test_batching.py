@@ -105,8 +105,8 @@ def serve(coordinator: Coordinator, work: list[Work], seen: Counter[str]) -> lis
     """Runs the workload; counts in `seen` what happened on the way."""
     plan = coordinator.scheduler.plan
 
-    def counting():
-        step = plan()
+    def counting(**phases):
+        step = plan(**phases)
         if step is not None:
             seen["chunks that end no prompt"] += sum(not c.last for c in step.chunks)
             seen["mixed steps"] += bool(len(step.rows) and step.chunks)

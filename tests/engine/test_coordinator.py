@@ -13,14 +13,14 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from jpd.config import EngineConfig
 from jpd.engine.coordinator import Coordinator
-from jpd.engine.executor import StepResult, shape_table
-from jpd.engine.plan import StepPlan
+from jpd.engine.executor import shape_table
+from jpd.engine.plan import StepPlan, StepResult
 from jpd.engine.sequence import State
 from jpd.errors import PromptTooLongError, RequestError
 from jpd.text import Tokenizer
 from jpd.types import Delta, FinishReason, SamplingParams
 from tests.engine.fake_device import VOCAB, FakeDevice, output_alone
-from tests.engine.tiny_engine import drain
+from tests.engine.tiny_engine import drain, one_executor
 
 LETTERS = "abcdefgh"
 MAX_LEN = 32
@@ -57,7 +57,9 @@ def make(eos: tuple[int, ...] = (), tokenizer: Tokenizer | None = None, **option
     )
     clock = itertools.count(1).__next__
     model = SimpleNamespace(vocab_size=VOCAB)
-    return Coordinator(config, model, device, tokenizer, eos, clock=lambda: float(clock()))
+    return Coordinator(
+        config, model, one_executor(config, device), tokenizer, eos, clock=lambda: float(clock())
+    )
 
 
 def sequences_of(coordinator: Coordinator, request_id: str):
@@ -93,7 +95,7 @@ def test_an_abort_in_any_state_ends_one_request_and_no_other(
     while stage(coordinator, "2") != wanted:
         assert coordinator.has_work
         coordinator.step()
-    assert (coordinator._in_flight is not None) == (asynchronous and wanted != "waiting")
+    assert bool(coordinator._topology.lanes[0].in_flight) == (asynchronous and wanted != "waiting")
     before = list(outputs[2].outputs[0].token_ids)
     (delta,) = coordinator.abort("2")
     assert delta == Delta("2", 0, "", [], FinishReason.ABORT)
@@ -285,6 +287,37 @@ def test_the_next_step_is_launched_before_the_tokens_of_the_last_are_read(
     coordinator.add("a", None, [1, 2, 3], SamplingParams(temperature=0, max_tokens=3))
     drain(coordinator)
     assert events == want
+
+
+@pytest.mark.parametrize(
+    ("policy", "want"),
+    [
+        ("mixed", [(0, 1), (1, 0), (1, 15), (1, 15), (3, 0)]),
+        ("first", [(0, 1), (1, 0), (0, 16), (0, 14), (3, 0)]),
+    ],
+)
+def test_prompts_ride_along_with_decoding_rows_or_go_first(
+    policy: str, want: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    coordinator = make(prefill_policy=policy)
+    steps: list[tuple[int, int]] = []
+    launch = FakeDevice.launch
+
+    def recording(device: FakeDevice, plan: StepPlan):
+        steps.append((len(plan.rows), sum(len(c.tokens) for c in plan.chunks)))
+        return launch(device, plan)
+
+    monkeypatch.setattr(FakeDevice, "launch", recording)
+    params = SamplingParams(temperature=0, max_tokens=2 + 16)
+    outputs = [coordinator.add("a", None, [1], params)]
+    coordinator.step()
+    coordinator.step()
+    prompt = [2, 3] * 15
+    outputs.append(coordinator.add("b", None, prompt[:-2], SamplingParams(max_tokens=2)))
+    outputs.append(coordinator.add("c", None, prompt[:2], SamplingParams(max_tokens=2)))
+    drain(coordinator)
+    assert steps[: len(want)] == want
+    assert outputs[0].outputs[0].token_ids == alone([1], 18)
 
 
 # ---- order, limits and counters

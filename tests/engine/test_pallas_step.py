@@ -28,7 +28,7 @@ from jpd.errors import ConfigError
 from jpd.models import config_from_hf, init_params
 from pallas_kernels import mosaic
 from tests.aot import compile_for_h200, needs_wheels
-from tests.engine.tiny_engine import greedy, run
+from tests.engine.tiny_engine import greedy, one_executor, run
 
 ONLY = KernelConfig(pallas_only=True)
 FAMILIES = {
@@ -99,7 +99,7 @@ def run_op_by_op(executor: Executor) -> None:
 
 def serve(config: EngineConfig, executor: Executor) -> tuple[list[dict[int, float]], Coordinator]:
     """Log-probabilities of every token that two requests get, and the coordinator."""
-    coordinator = Coordinator(config, executor._model, executor, None, ())
+    coordinator = Coordinator(config, executor._model, one_executor(config, executor), None, ())
     prompts = [list(range(3, 23)), [9, 8, 7]]
     params = greedy(max_tokens=2, ignore_eos=True, logprobs=5)
     outputs = run(coordinator, prompts, params)

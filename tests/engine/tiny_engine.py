@@ -12,6 +12,7 @@ from typing import Any
 from jpd.config import EngineConfig
 from jpd.engine.build import Engine, build
 from jpd.engine.coordinator import Coordinator
+from jpd.engine.lane import OneExecutor
 from jpd.types import RequestOutput, SamplingParams
 
 MODEL = "llama32_v5"
@@ -34,12 +35,18 @@ def tiny_engine(folder: Path, **changes: Any) -> Engine:
     return build(EngineConfig(model=str(folder), **options))
 
 
+def one_executor(config: EngineConfig, executor: Any) -> OneExecutor:
+    """The topology that `build` makes."""
+    return OneExecutor(executor, config.max_num_seqs, depth=1 + config.async_scheduling)
+
+
 def fresh(engine: Engine, **changes: Any) -> Coordinator:
     """A coordinator without requests; `changes` may only lower what the executor was built for."""
+    config = engine.config.replace(**changes)
     return Coordinator(
-        engine.config.replace(**changes),
+        config,
         engine.model_config,
-        engine.executor,
+        one_executor(config, engine.executor),
         engine.tokenizer,
         engine.model_config.eos_token_ids,
     )

@@ -97,7 +97,7 @@ class World:
         assert len(rows) == len(set(rows)) <= self.rows
         waiting = [s.order for s in self.in_state(State.WAITING)]
         if plan.admitted and waiting:
-            assert max(s.order for _, s in plan.admitted) < min(waiting), "served out of order"
+            assert max(s.order for s in plan.admitted) < min(waiting), "served out of order"
         return plan
 
     def step(self) -> Committed | None:

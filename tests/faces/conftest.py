@@ -7,6 +7,7 @@ import pytest
 from jpd import AsyncLLM, EngineConfig
 from jpd.engine.build import build
 from jpd.engine.coordinator import Coordinator
+from tests.engine.tiny_engine import one_executor
 from tests.faces.tiny import SHAPES, make_model
 
 
@@ -36,7 +37,7 @@ def built(engine, folder, monkeypatch):
         coordinator = Coordinator(
             engine.config,
             engine.model_config,
-            engine.executor,
+            one_executor(engine.config, engine.executor),
             engine.tokenizer,
             engine.model_config.eos_token_ids,
         )

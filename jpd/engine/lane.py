@@ -1,0 +1,173 @@
+"""A lane: one executor at a time, what it is to compute, and its steps in flight.
+
+A topology is the lanes of an engine and what stands behind them: one executor in this process, or
+several in processes of their own that come and go. No jax here.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Protocol
+
+import numpy as np
+
+from jpd.engine.plan import Admission, StepPlan, StepResult
+
+
+class ExecutorLostError(Exception):
+    """An executor ended, or failed, with its steps unfinished; others can go on."""
+
+
+class StepInFlight(Protocol):
+    """A launched step."""
+
+    plan: StepPlan
+
+    def result(self) -> StepResult:
+        """Blocks until the step has run.
+
+        Raises:
+          ExecutorLostError: it never will.
+        """
+
+
+class StepExecutor(Protocol):
+    """Runs steps in the order of their launch."""
+
+    recompiles: int
+    """Step shapes that were compiled while requests waited."""
+
+    def launch(self, plan: StepPlan) -> StepInFlight:
+        """Starts a step and returns without waiting for it."""
+
+
+class Lane:
+    """Steps of one executor, in order.
+
+    Args:
+      executor: runs the steps; None while there is none.
+      num_rows: rows of the sequence table.
+      depth: steps that may be in flight.
+      prefill, decode: which phases its steps may hold.
+    """
+
+    def __init__(
+        self,
+        executor: StepExecutor | None,
+        num_rows: int,
+        *,
+        depth: int,
+        prefill: bool = True,
+        decode: bool = True,
+    ) -> None:
+        self.prefill = prefill
+        self.decode = decode
+        self.depth = depth
+        self.in_flight: deque[StepInFlight] = deque()
+        self._num_rows = num_rows
+        self.executor = executor
+
+    @property
+    def executor(self) -> StepExecutor | None:
+        """Who runs the next steps. Only a lane without steps in flight may get another."""
+        return self._executor
+
+    @executor.setter
+    def executor(self, executor: StepExecutor | None) -> None:
+        assert not self.in_flight, "the old executor has steps in flight"
+        self._executor = executor
+        self._known = np.zeros(self._num_rows, np.int64)
+
+    @property
+    def may_launch(self) -> bool:
+        """There is somebody to run another step."""
+        return self._executor is not None and len(self.in_flight) < self.depth
+
+    @property
+    def has_chunks(self) -> bool:
+        """A prompt chunk is in flight."""
+        return any(step.plan.chunks for step in self.in_flight)
+
+    @property
+    def has_rows(self) -> bool:
+        """A decoding row is in flight."""
+        return any(len(step.plan.rows) for step in self.in_flight)
+
+    def unknown_rows(self, plan: StepPlan) -> list[int]:
+        """Rows of a plan that the executor has not seen in their present life."""
+        rows = plan.rows[self._known[plan.rows] != plan.serials].tolist()
+        return rows + [c.row for c in plan.chunks if self._known[c.row] != c.serial]
+
+    def launch(self, plan: StepPlan, admissions: list[Admission]) -> None:
+        """Starts a step; `admissions` are those of `unknown_rows`."""
+        for admission in admissions:
+            self._known[admission.row] = admission.serial
+        plan.admissions = admissions
+        self.in_flight.append(self._executor.launch(plan))
+
+
+class Topology(Protocol):
+    """The lanes of an engine and the executors behind them."""
+
+    lanes: list[Lane]
+
+    @property
+    def recompiles(self) -> int:
+        """Step shapes that were compiled while requests waited."""
+
+    def tend(self) -> None:
+        """Called before each step: the moment to give a lane another executor or other phases."""
+
+    def wait(self) -> Lane | None:
+        """Blocks until the oldest step of some lane has run, or the executors changed.
+
+        Returns:
+          The lane, None if only the executors changed.
+        """
+
+    def lost(self, lane: Lane, error: ExecutorLostError) -> None:
+        """The executor of a lane failed.
+
+        On return it touches no memory any more. Who runs the lane's next steps, `tend` decides.
+
+        Raises:
+          ExecutorLostError: nothing can go on without it.
+        """
+
+    def close(self) -> None:
+        """Waits for the devices and lets go of everything."""
+
+
+class OneExecutor:
+    """One executor in this process, which computes both phases in the order of the plans.
+
+    Args:
+      executor: owned from now on.
+      num_rows: rows of the sequence table.
+      depth: steps that may be in flight: with 2, the next step is launched before the tokens of the
+        running one are read.
+    """
+
+    def __init__(self, executor: StepExecutor, num_rows: int, *, depth: int) -> None:
+        self.executor = executor
+        self.lanes = [Lane(executor, num_rows, depth=depth)]
+
+    @property
+    def recompiles(self) -> int:
+        """Step shapes that were compiled while requests waited."""
+        return self.executor.recompiles
+
+    def tend(self) -> None:
+        """Nothing ever changes."""
+
+    def wait(self) -> Lane | None:
+        """Its only lane, if a step is in flight; whoever reads the result waits."""
+        return self.lanes[0] if self.lanes[0].in_flight else None
+
+    def lost(self, lane: Lane, error: ExecutorLostError) -> None:
+        """There is no other."""
+        raise error
+
+    def close(self) -> None:
+        """Lets go of parameters and pages."""
+        self.executor.release()

@@ -1,0 +1,124 @@
+"""Two executors on one pool of pages, with no order between them, that come and go."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from dataclasses import dataclass, field
+
+from jpd.engine.lane import ExecutorLostError, Lane
+from jpd.engine.plan import StepPlan, StepResult
+from tests.engine.fake_device import FakeDevice
+
+
+@dataclass(slots=True)
+class LateStep:
+    """A step that runs when its result is asked for, and perhaps in part at its launch."""
+
+    plan: StepPlan
+    executor: LateExecutor
+
+    def result(self) -> StepResult:
+        """Runs the step, unless the executor dies now."""
+        if self.executor.dead:
+            raise ExecutorLostError("killed")
+        return StepResult(self.executor.run(self.plan), None)
+
+
+@dataclass(slots=True)
+class LateExecutor(FakeDevice):
+    """An executor in a process of its own: it has a history and knows rows of its own.
+
+    It touches the pages at any time from the launch of a step to its end.
+    """
+
+    random: random.Random = field(default_factory=random.Random)
+    dead: bool = False
+    serials: dict[int, int] = field(default_factory=dict)
+    queue: list[StepPlan] = field(default_factory=list)
+
+    def share_pages(self, other: FakeDevice) -> LateExecutor:
+        """Maps the pages of another."""
+        self.chains, self.versions, self.admitted_at = (
+            other.chains,
+            other.versions,
+            other.admitted_at,
+        )
+        return self
+
+    def launch(self, plan: StepPlan) -> LateStep:
+        """Takes a step in."""
+        if self.dead:
+            raise ExecutorLostError("killed before the launch")
+        self.admit(plan)
+        self.serials |= {a.row: a.serial for a in plan.admissions}
+        rows = [*zip(plan.rows.tolist(), plan.serials.tolist(), strict=True)]
+        for row, serial in rows + [(c.row, c.serial) for c in plan.chunks]:
+            assert self.serials[row] == serial, "a row that the executor was not told of"
+        self.queue.append(plan)
+        if self.queue[0] is plan and self.random.random() < 0.5:
+            self.write(self.unpack(plan)[1])
+        return LateStep(plan, self)
+
+    def run(self, plan: StepPlan):
+        """All of a step."""
+        assert self.queue.pop(0) is plan, "steps run in the order of their launch"
+        batch, work = self.unpack(plan)
+        self.write(work)
+        return self.sample(plan, batch, work)
+
+    def die(self) -> None:
+        """Its kernels may have done anything up to now, and do nothing from now on."""
+        if self.queue and self.random.random() < 0.5:
+            self.write(self.unpack(self.queue[0])[1])
+        self.queue.clear()
+
+
+class TwoLanes:
+    """A topology whose executors finish, die, are replaced and change phases at random."""
+
+    def __init__(self, sizes: dict, rng: random.Random, *, deaths: float, switches: float) -> None:
+        self.recompiles = 0
+        self.seen: Counter[str] = Counter()
+        self._random = rng
+        self._sizes = sizes
+        self._deaths, self._switches = deaths, switches
+        self._memory = FakeDevice(**sizes)
+        rows = sizes["rows"]
+        self.lanes = [
+            Lane(self._start(), rows, depth=2, decode=False),
+            Lane(self._start(), rows, depth=2, prefill=False),
+        ]
+
+    def _start(self) -> LateExecutor:
+        executor = LateExecutor(**self._sizes, random=self._random)
+        return executor.share_pages(self._memory)
+
+    def tend(self) -> None:
+        """Brings executors back, and switches those that are between steps."""
+        for lane in self.lanes:
+            if lane.executor is None and self._random.random() < 0.3:
+                lane.executor = self._start()
+            elif not lane.in_flight and self._random.random() < self._switches:
+                lane.executor = self._start()
+                self.seen["switched"] += 1
+        prefill, decode = self.lanes
+        prefill.decode, decode.prefill = decode.executor is None, prefill.executor is None
+
+    def wait(self) -> Lane | None:
+        """Any lane may be first."""
+        running = [lane for lane in self.lanes if lane.in_flight]
+        if not running:
+            return None
+        lane = self._random.choice(running)
+        if self._random.random() < self._deaths:
+            lane.executor.dead = True
+        return lane
+
+    def lost(self, lane: Lane, error: ExecutorLostError) -> None:
+        """Its last writes are done when this returns."""
+        self.seen["lost " + ("decode" if lane is self.lanes[1] else "prefill")] += 1
+        lane.executor.die()
+
+    def close(self) -> None:
+        """Nothing is left."""
