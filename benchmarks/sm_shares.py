@@ -28,9 +28,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import share_problems
-from benchmarks.mps import MpsDaemon, run_bounded
+from benchmarks.mps import run_bounded
 from benchmarks.report import Report, add_arguments
 from benchmarks.rows import failed_row, make_row
+from native.mps import Mps, MpsError
 
 SHARES = tuple(range(100, 5, -5))
 MODEL = "model step"
@@ -255,7 +256,7 @@ def summarise(rows: Sequence[dict[str, Any]], hangs: int, cublas_hangs: int) -> 
     return summary
 
 
-def run_shares(report: Report, daemon: MpsDaemon | None, args: argparse.Namespace) -> None:
+def run_shares(report: Report, daemon: Mps | None, args: argparse.Namespace) -> None:
     """Starts the children of all shares and collects what they found."""
     folder, quick = args.problems, args.quick
     problems = share_problems.QUICK_PROBLEMS if quick else share_problems.PROBLEMS
@@ -266,12 +267,12 @@ def run_shares(report: Report, daemon: MpsDaemon | None, args: argparse.Namespac
     with_model = set() if args.no_model else {100, *(args.model_shares or args.shares)}
 
     def start(kind: str, share: int, file: Path, timeout_s: float) -> tuple[int | None, str]:
-        env = daemon.env(share) if daemon else dict(os.environ)
+        env = os.environ | (daemon.environment(share) if daemon else {})
         # Several processes at a time take memory as they need it.
         env |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TF_CPP_MIN_LOG_LEVEL": "2"}
         command = [sys.executable, "-m", "benchmarks.sm_shares", kind, str(share), *options]
         command += ["--no-model"] * (share not in with_model)
-        return run_bounded([*command, "--json", str(file)], env, timeout_s)
+        return run_bounded([*command, "--json", str(file)], env, timeout_s, daemon)
 
     cublas_hangs = 0
     if not args.no_peers:  # nothing is timed: several at once
@@ -357,9 +358,9 @@ def main() -> None:
             run_shares(report, None, args)  # no GPU to share: the kernels are interpreted
         else:
             try:
-                with MpsDaemon() as daemon:
+                with Mps.start() as daemon:
                     run_shares(report, daemon, args)
-            except RuntimeError as error:
+            except MpsError as error:
                 report.fail("all", "jpd", error)
     report.finish()
     # cuBLAS is expected to fail here.

@@ -4,5 +4,6 @@ SM shares by MPS and memory shared between processes (semi-PD, arXiv 2504.19867)
 collectives on a second stream (FlashOverlap, arXiv 2504.19519). Code here knows pointers, streams
 and ranks, never models or requests, and imports neither `jpd` nor `pallas_kernels`.
 
-Nothing is here yet: jpd runs one executor in one process on one device.
+`mps` and `affinity` give processes shares of a GPU's SMs or of the CPUs; `memory` is blocks that
+several processes map. Both have twins for a CPU, so that all but the GPU itself runs without one.
 """

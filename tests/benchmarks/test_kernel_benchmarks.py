@@ -1,6 +1,7 @@
 """What the kernel benchmarks compute on the host: cases, ratios, summaries, references, timing."""
 
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,7 @@ from benchmarks.peers import run_peer
 from benchmarks.ratios import fill_bounds, geomean, speedups
 from benchmarks.report import Report
 from benchmarks.rows import failed_row, load, make_row
+from native.mps import MpsError
 
 ROOT = Path(benchmarks.__file__).parents[1]
 
@@ -391,27 +393,20 @@ def test_a_process_that_hangs_is_stopped():
     assert (status, text.strip()) == (1, "why")
 
 
-def test_without_mps_there_is_a_reason(monkeypatch):
-    monkeypatch.setattr(mps.shutil, "which", lambda name: None)
-    with pytest.raises(RuntimeError, match="not installed"), mps.MpsDaemon():
-        pass
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_client_that_hangs_loses_its_work_before_it_is_stopped(fails):
+    terminated = []
 
+    class Daemon:
+        def terminate_client(self, pid):
+            os.kill(pid, 0)
+            terminated.append(pid)
+            if fails:
+                raise MpsError("no answer")
 
-def test_the_daemon_is_stopped_and_its_folder_removed(tmp_path, monkeypatch):
-    log = tmp_path / "log"
-    control = tmp_path / mps.CONTROL
-    control.write_text(f'#!/bin/sh\necho "$1" >> {log}\n[ -n "$1" ] || cat >> {log}\n')
-    control.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    with mps.MpsDaemon() as daemon:
-        env = daemon.env(40)
-        folder = Path(env["CUDA_MPS_PIPE_DIRECTORY"])
-        assert folder.is_dir()
-        assert env["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] == "40"
-    assert not folder.exists()
-    assert log.read_text().split() == ["-d", "quit"]
-    with pytest.raises(RuntimeError, match="not running"):
-        daemon.env()
+    command = [sys.executable, "-c", "import time; time.sleep(60)"]
+    assert mps.run_bounded(command, {}, 0.5, Daemon())[0] is None
+    assert len(terminated) == 1
 
 
 @pytest.mark.parametrize("name", ["flat_gemm", "dense_gemm"])
