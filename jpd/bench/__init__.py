@@ -1,1 +1,1 @@
-"""Offline benchmarks of the whole engine, as `jpd bench` runs them."""
+"""Benchmarks of the whole engine, and what they are made of: workloads, a client, metrics."""

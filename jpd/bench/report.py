@@ -13,12 +13,10 @@ from rich.console import Console
 from rich.table import Table
 
 from jpd import RequestOutput
-from jpd.bench import environment
+from jpd.bench import environment, slo
 
 if TYPE_CHECKING:
     from jpd import LLM
-
-PERCENTILES = (50, 90, 99)
 
 _TIMES = {
     "ttft": "time to first token",
@@ -54,27 +52,13 @@ def summarize(outputs: Sequence[RequestOutput], duration_s: float) -> dict[str, 
     }
     inputs = sum(len(output.prompt_token_ids) for output in outputs)
     generated = sum(m.num_generated_tokens for m in metrics)
-    result: dict[str, Any] = {
-        "completed": len(outputs),
-        "duration": duration_s,
-        "total_input_tokens": inputs,
-        "total_output_tokens": generated,
-        "request_throughput": len(outputs) / duration_s,
-        "output_throughput": generated / duration_s,
-        "total_token_throughput": (inputs + generated) / duration_s,
-    }
-    for name, values in times.items():
-        result[f"mean_{name}_ms"] = 1e3 * float(np.mean(values)) if values else None
-        for p in PERCENTILES:
-            value = 1e3 * float(np.percentile(values, p)) if values else None
-            result[f"p{p}_{name}_ms"] = value
-    return result
+    return {**slo.rates(len(outputs), inputs, generated, duration_s), **slo.latencies(times)}
 
 
 def show(title: str, result: dict[str, Any]) -> None:
     """Prints what `summarize` found."""
     table = Table(title=title, title_justify="left")
-    for column in ("ms", "mean", *(f"p{p}" for p in PERCENTILES)):
+    for column in ("ms", "mean", *(f"p{p}" for p in slo.PERCENTILES)):
         table.add_column(column, justify="left" if column == "ms" else "right")
     for name, label in _TIMES.items():
         row = [result[f"{statistic}_{name}_ms"] for statistic in _statistics()]
@@ -92,4 +76,4 @@ def write(path: Path, llm: LLM, options: Any, result: dict[str, Any]) -> None:
 
 
 def _statistics() -> list[str]:
-    return ["mean", *(f"p{p}" for p in PERCENTILES)]
+    return ["mean", *(f"p{p}" for p in slo.PERCENTILES)]
