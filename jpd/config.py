@@ -18,6 +18,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 LoadFormat = Literal["auto", "safetensors", "orbax", "dummy"]
 SchedulingPolicy = Literal["fcfs", "priority"]
 PrefillPolicy = Literal["mixed", "first"]
+Topology = Literal["unified", "semi_pd"]
 
 MAX_STEP_TOKENS = 65_536
 
@@ -105,6 +106,62 @@ class KernelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SemiPDConfig:
+    """Prefill and decode in processes of their own (`topology="semi_pd"`; arXiv 2504.19867)."""
+
+    prefill_share: int = 100
+    """SM share of the prefill executor in percent, to begin with; the paper's x."""
+    decode_share: int = 100
+    """SM share of the decode executor in percent, to begin with; the paper's y. Both may sum to
+    more than 100: then the phases compete for the SMs that they have in common."""
+    sm_shares: bool = True
+    """Give processes their shares, by MPS on a GPU and by CPU affinity without one. With False
+    a GPU gives both processes slices of its time; both shares are 100 then."""
+    controller: Any = None
+    """Changes the shares while requests are served; an object with `decide`, see
+    `jpd.semi_pd.controller`. None keeps them."""
+    control_interval_s: float = 0.5
+    """Seconds between two questions to the controller."""
+    check_ownership: bool = False
+    """Debugging: every executor checks before and after each step that no page of the step was
+    given to another sequence meanwhile. A page that was ends the engine with an error."""
+    kept_shares: tuple[tuple[int, int], ...] = ()
+    """(prefill, decode) shares whose executors are kept ready beside those that serve, so that a
+    switch to them is a hand-over between two steps. Each costs a process and its work space."""
+
+    def __post_init__(self) -> None:
+        for name in ("prefill_share", "decode_share"):
+            value = getattr(self, name)
+            ok = _is_int(value) and 1 <= value <= 100
+            require(ok, f"semi_pd.{name}", value, "an int of percent, 1 to 100")
+        for name in ("sm_shares", "check_ownership"):
+            value = getattr(self, name)
+            require(isinstance(value, bool), f"semi_pd.{name}", value, "True or False")
+        value = self.control_interval_s
+        ok = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+        require(ok, "semi_pd.control_interval_s", value, "a number of seconds above 0")
+        kept = self.kept_shares
+        ok = isinstance(kept, list | tuple) and all(
+            isinstance(pair, list | tuple)
+            and len(pair) == 2
+            and all(_is_int(share) and 1 <= share <= 100 for share in pair)
+            for pair in kept
+        )
+        require(ok, "semi_pd.kept_shares", kept, "pairs of ints of percent, 1 to 100")
+        object.__setattr__(self, "kept_shares", tuple(tuple(pair) for pair in kept))
+        ok = self.controller is None or callable(getattr(self.controller, "decide", None))
+        require(ok, "semi_pd.controller", self.controller, "None or an object with decide")
+        if not self.sm_shares:
+            full = self.prefill_share == self.decode_share == 100 and not self.kept_shares
+            require(
+                full and self.controller is None,
+                "semi_pd.sm_shares",
+                False,
+                "True with shares below 100, kept_shares or a controller",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """Everything that decides how an engine is built."""
 
@@ -158,6 +215,11 @@ class EngineConfig:
     """Progress bars for loading and compiling, on stderr."""
     kernels: KernelConfig = field(default_factory=KernelConfig)
     """Implementation of each op."""
+    topology: Topology = "unified"
+    """"unified" runs both phases on one executor in this process; "semi_pd" each on executors of
+    their own, which share one copy of weights and KV pages."""
+    semi_pd: SemiPDConfig = field(default_factory=SemiPDConfig)
+    """SM shares of the two phases."""
 
     def __post_init__(self) -> None:
         at_least = {
@@ -179,6 +241,14 @@ class EngineConfig:
                 require(isinstance(value, bool), f.name, value, "True or False")
         require(_is_int(self.seed), "seed", self.seed, "an int")
         require(isinstance(self.kernels, KernelConfig), "kernels", self.kernels, "a KernelConfig")
+        require(isinstance(self.semi_pd, SemiPDConfig), "semi_pd", self.semi_pd, "a SemiPDConfig")
+        apart = self.topology != "unified"
+        require(
+            not apart or self.prefill_policy == "mixed",
+            "prefill_policy",
+            self.prefill_policy,
+            "only with topology='unified'",
+        )
         tokens, seqs = self.max_num_batched_tokens, self.max_num_seqs
         if tokens is not None:
             require(
@@ -209,6 +279,7 @@ class EngineConfig:
             ("load_format", LoadFormat),
             ("scheduling_policy", SchedulingPolicy),
             ("prefill_policy", PrefillPolicy),
+            ("topology", Topology),
         ):
             value = getattr(self, name)
             require(value in allowed.__args__, name, value, f"one of {list(allowed.__args__)}")
@@ -235,10 +306,11 @@ class EngineConfig:
                     f"{name}={kwargs[name]!r} of vLLM is not supported by jpd: {_VLLM_NAMES[name]}"
                 )
         check_names(cls, kwargs)
-        kernels = kwargs.get("kernels")
-        if isinstance(kernels, dict):
-            check_names(KernelConfig, kernels)
-            kwargs["kernels"] = KernelConfig(**kernels)
+        for name, group in (("kernels", KernelConfig), ("semi_pd", SemiPDConfig)):
+            given = kwargs.get(name)
+            if isinstance(given, dict):
+                check_names(group, given)
+                kwargs[name] = group(**given)
         return cls(model=str(model), **kwargs)
 
     def replace(self, **changes: Any) -> EngineConfig:

@@ -7,9 +7,9 @@ from typing import Any
 
 from jpd import prompts as prompt_forms
 from jpd.config import EngineConfig
-from jpd.engine.build import build
 from jpd.engine.metrics import EngineStats
 from jpd.models import ModelConfig
+from jpd.semi_pd.build import build
 from jpd.text import Tokenizer
 
 

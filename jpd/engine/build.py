@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jpd import checkpoint, ops
 from jpd.config import EngineConfig, require
@@ -16,7 +17,7 @@ from jpd.engine import memory
 from jpd.engine.compile import use_cache_dir
 from jpd.engine.coordinator import Coordinator
 from jpd.engine.executor import Executor, shape_table
-from jpd.engine.lane import OneExecutor
+from jpd.engine.lane import OneExecutor, Topology
 from jpd.errors import ConfigError
 from jpd.models import ModelConfig, Params
 from jpd.ops import self_check
@@ -34,17 +35,30 @@ class Engine:
     config: EngineConfig
     model_config: ModelConfig
     tokenizer: Tokenizer | None
-    executor: Executor
+    topology: Topology
     coordinator: Coordinator
 
+    @property
+    def executor(self) -> Executor:
+        """The executor of an engine that runs in this process.
 
-def resolve(config: EngineConfig, model: ModelConfig, device: jax.Device) -> EngineConfig:
+        Raises:
+          ConfigError: they run in processes of their own.
+        """
+        if not isinstance(self.topology, OneExecutor):
+            raise ConfigError(
+                f"topology={self.config.topology!r} keeps parameters and pages in other processes; "
+                "topology='unified' has them in this one"
+            )
+        return self.topology.executor
+
+
+def resolve(config: EngineConfig, model: ModelConfig, *, on_cpu: bool) -> EngineConfig:
     """The config with every "auto" and None decided, but for `num_pages`.
 
     Raises:
       ConfigError: `max_model_len` exceeds the model's own limit.
     """
-    on_cpu = device.platform == "cpu"
     longest = config.max_model_len or model.max_position
     require(
         longest <= model.max_position,
@@ -170,32 +184,46 @@ def check_kernels(
     logger.info("kernels agree with their references: %s", "; ".join(checked))
 
 
-def build(config: EngineConfig, device: jax.Device | None = None) -> Engine:
-    """Loads the model and compiles its steps.
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Everything of an engine that needs no device."""
+
+    config: EngineConfig
+    """Resolved, with `num_pages`."""
+    model: ModelConfig
+    tokenizer: Tokenizer | None
+    eos_token_ids: tuple[int, ...]
+    model_bytes: int
+    phi: np.ndarray | None
+
+
+def prepare(config: EngineConfig, *, on_cpu: bool, limit: int, device: object) -> Prepared:
+    """Decides everything that is open and reads what is small.
+
+    Args:
+      config: as the user gave it.
+      on_cpu: steps run on a CPU.
+      limit: bytes of the device that weights, KV pages and work space share.
+      device: for messages.
 
     Raises:
       ConfigError: the configuration, the checkpoint or the machine does not allow it.
     """
     ops.check(config.kernels)
-    device = device or default_device()
     folder = checkpoint.resolve_folder(config.model, weights=config.load_format != "dummy")
     model = checkpoint.read_config(folder)
-    config = resolve(config.replace(model=str(folder)), model, device)
-    limit = memory.device_memory(device)
+    config = resolve(config.replace(model=str(folder)), model, on_cpu=on_cpu)
     model_bytes = checkpoint.param_bytes(model, config.dtype)
     memory.check_model_fits(model_bytes, limit, config.gpu_memory_utilization, device)
-    itemsize = jnp.dtype(config.dtype).itemsize
+    sizes = {
+        "limit": limit,
+        "model_bytes": model_bytes,
+        "itemsize": jnp.dtype(config.dtype).itemsize,
+    }
     if config.num_pages is None:
-        pages = memory.num_pages(
-            config,
-            model,
-            shape_table(config),
-            limit=limit,
-            model_bytes=model_bytes,
-            itemsize=itemsize,
-        )
+        pages = memory.num_pages(config, model, shape_table(config), **sizes)
         config = config.replace(num_pages=pages)
-    memory.check_pages_fit(config, model, limit=limit, model_bytes=model_bytes, itemsize=itemsize)
+    memory.check_pages_fit(config, model, **sizes)
     tokenizer = None
     if not config.skip_tokenizer_init:
         named = config.tokenizer
@@ -208,12 +236,25 @@ def build(config: EngineConfig, device: jax.Device | None = None) -> Engine:
                 f"{model.vocab_size}"
             )
     eos = set(model.eos_token_ids) | set(tokenizer.eos_token_ids if tokenizer else ())
-    eos_token_ids = tuple(sorted(eos))
+    # Random weights have scores of their own.
+    phi = None if config.load_format == "dummy" else checkpoint.load_phi(folder, model)
     logger.info("%s", config)
+    return Prepared(config, model, tokenizer, tuple(sorted(eos)), model_bytes, phi)
 
+
+def build(config: EngineConfig, device: jax.Device | None = None) -> Engine:
+    """Loads the model and compiles its steps, for one executor in this process.
+
+    Raises:
+      ConfigError: the configuration, the checkpoint or the machine does not allow it.
+    """
+    device = device or default_device()
+    limit = memory.device_memory(device)
+    prepared = prepare(config, on_cpu=device.platform == "cpu", limit=limit, device=device)
+    config, model = prepared.config, prepared.model
     use_cache_dir(config.compilation_cache_dir)
     _, params = checkpoint.load(
-        folder,
+        config.model,
         dtype=config.dtype,
         load_format=config.load_format,
         seed=config.seed,
@@ -221,11 +262,16 @@ def build(config: EngineConfig, device: jax.Device | None = None) -> Engine:
         device=device,
     )
     check_kernels(config, model, params, device)
-    # Random weights have scores of their own.
-    phi = None if config.load_format == "dummy" else checkpoint.load_phi(folder, model)
-    executor = Executor(config, model, params, device, eos_token_ids, phi)
+    executor = Executor(config, model, params, device, prepared.eos_token_ids, prepared.phi)
     executor.compile_ahead()
-    check_memory(executor, model_bytes, limit)
+    check_memory(executor, prepared.model_bytes, limit)
     topology = OneExecutor(executor, config.max_num_seqs, depth=1 + config.async_scheduling)
-    coordinator = Coordinator(config, model, topology, tokenizer, eos_token_ids)
-    return Engine(config, model, tokenizer, executor, coordinator)
+    return assemble(prepared, topology)
+
+
+def assemble(prepared: Prepared, topology: Topology) -> Engine:
+    """An engine on a topology that is ready."""
+    coordinator = Coordinator(
+        prepared.config, prepared.model, topology, prepared.tokenizer, prepared.eos_token_ids
+    )
+    return Engine(prepared.config, prepared.model, prepared.tokenizer, topology, coordinator)

@@ -19,6 +19,7 @@ from jpd.engine.lane import ExecutorLostError, Lane, OneExecutor, Topology
 from jpd.engine.metrics import EngineStats
 from jpd.engine.output import Request
 from jpd.engine.plan import Committed, StepPlan, StepResult
+from jpd.engine.recent import Recent, RecentSteps
 from jpd.engine.sampler_inputs import sequence_key
 from jpd.engine.scheduler import Scheduler
 from jpd.engine.sequence import Sequence
@@ -59,8 +60,10 @@ class Coordinator:
             max_stop_ids=MAX_STOP_TOKEN_IDS + len(eos_token_ids),
             enable_prefix_caching=config.enable_prefix_caching,
             one_executor=isinstance(topology, OneExecutor),
+            tag_pages=config.semi_pd.check_ownership,
         )
         self._stats = EngineStats()
+        self._recent = RecentSteps()
         self.clock = clock
         self._config = config
         self._vocab_size = model.vocab_size
@@ -93,6 +96,15 @@ class Coordinator:
             waiting=scheduler.num_waiting,
             free_pages=scheduler.pool.num_free,
         )
+
+    def recent(self) -> Recent:
+        """What happened since the last call; for whoever steers the topology."""
+        scheduler, recent = self.scheduler, self._recent.take()
+        recent.now_s = self.clock()
+        recent.waiting_requests, recent.waiting_tokens = scheduler.prefill_queue()
+        recent.decoding_requests = int(scheduler.table.decoding.sum())
+        recent.free_pages_fraction = scheduler.pool.num_free / scheduler.pool.num_usable
+        return recent
 
     def forget_prefixes(self) -> None:
         """Drops the prefix cache, because the parameters that made its pages changed."""
@@ -236,7 +248,7 @@ class Coordinator:
         self._topology.close()
 
     def _step(self) -> list[Delta]:
-        self._topology.tend()
+        self._topology.tend(self.recent)
         lanes = self._topology.lanes
         launched = [self._launch(lane) for lane in lanes if lane.may_launch]
         # A lane with room is filled before anything is waited for.
@@ -256,7 +268,7 @@ class Coordinator:
         lane.in_flight.popleft()
         self._stats.softmax_recomputed_rows += result.softmax_recomputed_rows
         committed = self.scheduler.commit(finished.plan, result.tokens)
-        return self._deliver(committed, result)
+        return self._deliver(finished.plan, committed, result)
 
     def _plan(self, lane: Lane) -> StepPlan | None:
         scheduler = self.scheduler
@@ -303,18 +315,24 @@ class Coordinator:
             metrics.first_scheduled_s = self.clock()
             metrics.num_cached_tokens = sequence.num_cached_tokens
 
-    def _deliver(self, committed: Committed, result: StepResult) -> list[Delta]:
+    def _deliver(self, plan: StepPlan, committed: Committed, result: StepResult) -> list[Delta]:
         now, deltas = self.clock(), []
+        self._recent.committed(plan, now)
         rows = zip(committed.sequences, committed.tokens, committed.result_rows, strict=True)
         for sequence, token, row in rows:
             request = self._requests[sequence.request_id]
+            metrics, before = request.output.metrics, request.output.metrics.first_token_s
             delta = outputs.append_token(request, sequence, token, row, result, now)
             deltas.append(delta)
+            if before is None:
+                self._recent.recent.ttft_s.append(metrics.ttft_s)
             if delta.finish_reason is not None:
                 self.scheduler.finish(sequence, delta.finish_reason)
-                request.output.metrics.num_preemptions += sequence.num_preemptions
+                metrics.num_preemptions += sequence.num_preemptions
                 if request.output.finished:
                     del self._requests[sequence.request_id]
                     self._stats.requests_finished += 1
+                    if metrics.tpot_s is not None:
+                        self._recent.recent.tpot_s.append(metrics.tpot_s)
         self._stats.generated_tokens += len(deltas)
         return deltas

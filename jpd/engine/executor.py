@@ -23,7 +23,7 @@ from jpd.engine.plan import StepPlan, StepResult, TokenLogprobs
 from jpd.engine.sampler import Sampled
 from jpd.engine.sampler_inputs import SamplingInputs, SamplingTable
 from jpd.engine.shapes import ShapeTable, StepShape
-from jpd.engine.step import step
+from jpd.engine.step import KVPages, step
 from jpd.models import ModelConfig, Params
 from jpd.types import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
 
@@ -62,8 +62,8 @@ class InFlight:
         return StepResult(used(self._out), None, recomputed)
 
 
-def shape_table(config: EngineConfig) -> ShapeTable:
-    """The step shapes of a resolved configuration."""
+def shape_table(config: EngineConfig, *, prefill: bool = True, decode: bool = True) -> ShapeTable:
+    """The step shapes of a resolved configuration, for executors of one phase or of both."""
     return ShapeTable(
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
@@ -72,6 +72,8 @@ def shape_table(config: EngineConfig) -> ShapeTable:
         batch_buckets=config.batch_buckets,
         token_buckets=config.token_buckets,
         context_buckets=config.context_buckets,
+        prefill=prefill,
+        decode=decode,
     )
 
 
@@ -91,6 +93,8 @@ class Executor:
       device: where everything lives.
       eos_token_ids: banned until a sequence has its `min_tokens`.
       phi: `[L, Hq]` float32, see `jpd.ops.decode_attention`; None takes the kernels' default.
+      kv: the KV pages, which jax may update in place; made here when not given.
+      shapes: what steps are padded to; for both phases when not given.
     """
 
     def __init__(
@@ -101,9 +105,11 @@ class Executor:
         device: jax.Device,
         eos_token_ids: tuple[int, ...],
         phi: np.ndarray | None = None,
+        kv: KVPages | None = None,
+        shapes: ShapeTable | None = None,
     ) -> None:
         self.params = params
-        self.shapes = shape_table(config)
+        self.shapes = shapes or shape_table(config)
         self.compiled = CompiledSteps(
             step_options(config.kernels) if ops.may_run(config.kernels, device.platform) else None
         )
@@ -125,7 +131,7 @@ class Executor:
         shape = (config.num_pages, *page)
         with jax.default_device(device):
             zeros = jax.jit(lambda: jnp.zeros(shape, config.dtype))
-            self.kv = [(zeros(), zeros()) for _ in range(model_config.num_layers)]
+            self.kv = kv or [(zeros(), zeros()) for _ in range(model_config.num_layers)]
             self.history = jnp.zeros((config.max_num_seqs + 1, config.max_model_len + 1), jnp.int32)
         self._set_history = jax.jit(
             lambda history, row, tokens: history.at[row].set(tokens), donate_argnums=0
@@ -221,5 +227,9 @@ class Executor:
         compiled = self.compiled.get(shape, self._lower)
         results = compiled(self.params, self.kv, self.history, *inputs)
         self.kv, self.history, out, recomputed = results
+        self._written(plan)
         self._newest[:] = [InFlight(plan, shape, out, recomputed)]
         return self._newest[0]
+
+    def _written(self, plan: StepPlan) -> None:
+        """Called when `kv` is what a step will have made of the pages."""

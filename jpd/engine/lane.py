@@ -7,11 +7,13 @@ several in processes of their own that come and go. No jax here.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
 
 from jpd.engine.plan import Admission, StepPlan, StepResult
+from jpd.engine.recent import Recent
 
 
 class ExecutorLostError(Exception):
@@ -63,6 +65,8 @@ class Lane:
         self.prefill = prefill
         self.decode = decode
         self.depth = depth
+        self.held = False
+        """No step is launched, so that those in flight come to an end."""
         self.in_flight: deque[StepInFlight] = deque()
         self._num_rows = num_rows
         self.executor = executor
@@ -81,7 +85,8 @@ class Lane:
     @property
     def may_launch(self) -> bool:
         """There is somebody to run another step."""
-        return self._executor is not None and len(self.in_flight) < self.depth
+        room = len(self.in_flight) < self.depth
+        return self._executor is not None and room and not self.held
 
     @property
     def has_chunks(self) -> bool:
@@ -115,8 +120,12 @@ class Topology(Protocol):
     def recompiles(self) -> int:
         """Step shapes that were compiled while requests waited."""
 
-    def tend(self) -> None:
-        """Called before each step: the moment to give a lane another executor or other phases."""
+    def tend(self, recent: Callable[[], Recent]) -> None:
+        """Called before each step: the moment to give a lane another executor or other phases.
+
+        Args:
+          recent: what happened to requests since it was last called.
+        """
 
     def wait(self) -> Lane | None:
         """Blocks until the oldest step of some lane has run, or the executors changed.
@@ -157,7 +166,7 @@ class OneExecutor:
         """Step shapes that were compiled while requests waited."""
         return self.executor.recompiles
 
-    def tend(self) -> None:
+    def tend(self, recent: Callable[[], Recent]) -> None:
         """Nothing ever changes."""
 
     def wait(self) -> Lane | None:

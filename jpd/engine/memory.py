@@ -20,6 +20,11 @@ def device_memory(device: jax.Device) -> int:
     stats = device.memory_stats()
     if stats is not None and "bytes_limit" in stats:
         return stats["bytes_limit"]
+    return host_memory()
+
+
+def host_memory() -> int:
+    """Bytes that are available on the host."""
     try:
         with open("/proc/meminfo") as file:
             fields = dict(line.split(":") for line in file)

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 
+import numpy as np
+
 
 class OutOfPagesError(Exception):
     """More pages were asked for than are free; nothing was handed out."""
@@ -27,6 +29,8 @@ class PagePool:
         self._empty = list(range(num_pages - 1, 0, -1))
         self._kept: OrderedDict[int, None] = OrderedDict()
         self._worth_keeping = [False] * num_pages
+        self.generations = np.zeros(num_pages, np.int64)
+        """How often each page was handed out; another such array may take its place."""
         self.on_evict: Callable[[int], None] = lambda page: None
         """Called with a kept page just before it is given to somebody else."""
 
@@ -57,6 +61,7 @@ class PagePool:
                 self._worth_keeping[page] = False
                 self.on_evict(page)
             self._references[page] = 1
+            self.generations[page] += 1
             pages.append(page)
         return pages
 

@@ -76,6 +76,11 @@ class StepPlan:
     """Rows that are new to the executor that the step goes to."""
     ticket: int = 0
     """Of the page fence; 0 without one."""
+    generations: np.ndarray | None = None
+    """`[B, W]` int64: for each entry of the page table, how often that page had been handed out.
+    While the step runs nobody else gets the page, so it must stay. Only for checks."""
+    chunk_generations: np.ndarray | None = None
+    """`[len(chunks), W]` int64."""
 
     @property
     def num_tokens(self) -> int:

@@ -48,6 +48,7 @@ class Scheduler:
       page_size: tokens a page holds.
       max_stop_ids: stop token ids a sequence may have.
       enable_prefix_caching: share pages between equal beginnings.
+      tag_pages: plans say how often each of their pages was handed out.
       one_executor: all steps run in one order. Then a row may decode in the step after its last
         chunk, with its token still on the device, and freed pages are free at once.
     """
@@ -64,6 +65,7 @@ class Scheduler:
         max_stop_ids: int,
         enable_prefix_caching: bool,
         one_executor: bool = True,
+        tag_pages: bool = False,
     ) -> None:
         self.page_size = page_size
         self.pool = PagePool(num_pages)
@@ -75,6 +77,7 @@ class Scheduler:
         self._max_chunks = max_prefills_per_step
         self._waiting: list[tuple[tuple[int, int], Sequence]] = []
         self._prefilling: list[Sequence] = []
+        self._tag_pages = tag_pages
         self._watermark = int(num_pages * _FREE_SHARE_ON_ADMISSION)
         self.num_waiting = 0
 
@@ -87,6 +90,14 @@ class Scheduler:
     def has_work(self) -> bool:
         """Some sequence is not finished."""
         return self.num_waiting > 0 or self.num_running > 0
+
+    def prefill_queue(self) -> tuple[int, int]:
+        """Sequences without a next token on the host, and their tokens still to be computed."""
+        table = self.table
+        waiting = [s for _, s in self._waiting if s.state is State.WAITING]
+        rows = np.flatnonzero(np.array([s is not None for s in table.sequences]) & ~table.decoding)
+        left = table.known[rows] - table.computed[rows]
+        return len(waiting) + len(rows), sum(len(s.tokens) for s in waiting) + int(left.sum())
 
     def pages_for(self, length: int) -> int:
         """Pages that a sequence of `length` tokens needs; its last token is never stored."""
@@ -170,6 +181,9 @@ class Scheduler:
             ticket=0 if self._fence is None else self._fence.begin(),
         )
         table.computed[rows] += 1
+        if self._tag_pages:
+            plan.generations = self.pool.generations[plan.page_table]
+            plan.chunk_generations = self.pool.generations[plan.chunk_page_table]
         return plan
 
     def admission(self, row: int) -> Admission:

@@ -53,6 +53,7 @@ class ShapeTable:
       max_model_len: longest context.
       page_size: contexts are rounded up to whole pages.
       batch_buckets, token_buckets, context_buckets: replace the defaults.
+      prefill, decode: the phases that steps hold as a rule; shapes of others are not in `all`.
     """
 
     def __init__(
@@ -65,6 +66,8 @@ class ShapeTable:
         batch_buckets: tuple[int, ...] | None = None,
         token_buckets: tuple[int, ...] | None = None,
         context_buckets: tuple[int, ...] | None = None,
+        prefill: bool = True,
+        decode: bool = True,
     ) -> None:
         longest = -(-max_model_len // page_size) * page_size
         contexts = context_buckets or powers(min(_SMALLEST_CONTEXT, longest), longest, 4)
@@ -72,10 +75,11 @@ class ShapeTable:
         self.batches = batch_buckets or powers(1, max_num_seqs, 2)
         most = max_num_batched_tokens
         self.tokens = token_buckets or powers(min(_SMALLEST_CHUNK, most), most, 4)
-        self.mixed_batches = tuple(
-            sorted({self._batch(min(_SMALLEST_MIXED_BATCH, max_num_seqs)), self.batches[-1]})
-        )
+        some = self._batch(min(_SMALLEST_MIXED_BATCH, max_num_seqs))
+        # Prompts alone need no rows, where that is the rule.
+        self.mixed_batches = (0,) * (not decode) + tuple(sorted({some, self.batches[-1]}))
         self._page_size = page_size
+        self._prefill, self._decode = prefill, decode
 
     def _batch(self, rows: int) -> int:
         return _round_up(rows, self.batches, 1)
@@ -91,5 +95,7 @@ class ShapeTable:
     def all(self) -> list[StepShape]:
         """Every shape that `pick` gives within the buckets, the largest first."""
         decode = itertools.product(self.batches, (0,), self.contexts, (True, False))
-        mixed = itertools.product(self.mixed_batches, self.tokens, self.contexts, (False,))
-        return sorted((StepShape(*s) for s in (*decode, *mixed)), reverse=True)
+        batches = self.mixed_batches if self._decode else (0,)
+        mixed = itertools.product(batches, self.tokens, self.contexts, (False,))
+        shapes = [*(decode if self._decode else ()), *(mixed if self._prefill else ())]
+        return sorted((StepShape(*s) for s in shapes), reverse=True)

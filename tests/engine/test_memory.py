@@ -121,7 +121,7 @@ def test_what_is_not_given_is_resolved_consistently(
     model: ModelConfig, given: dict[str, int], seqs: int, tokens: int
 ) -> None:
     device = jax.devices("cpu")[0]
-    config = resolve(EngineConfig(model="none", **given), model, device)
+    config = resolve(EngineConfig(model="none", **given), model, on_cpu=device.platform == "cpu")
     assert (config.max_num_seqs, config.max_num_batched_tokens) == (seqs, tokens)
     assert config.max_model_len == model.max_position
     assert config.dtype == model.dtype == "float32"

@@ -74,7 +74,7 @@ def make_executor(
         skip_tokenizer_init=True,
         kernels=kernels,
     )
-    config = resolve(config, model, device)
+    config = resolve(config, model, on_cpu=device.platform == "cpu")
     # Larger weights than a new model's, so that the layer changes what the embedding says.
     params = jax.tree.map(lambda p: 5 * p if p.ndim > 1 else p, init_params(model, dtype, 0))
     return config, Executor(config, model, params, device, ())

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from jpd.engine.lane import ExecutorLostError, Lane
 from jpd.engine.plan import StepPlan, StepResult
+from jpd.engine.recent import Recent
 from tests.engine.fake_device import FakeDevice
 
 
@@ -94,7 +96,7 @@ class TwoLanes:
         executor = LateExecutor(**self._sizes, random=self._random)
         return executor.share_pages(self._memory)
 
-    def tend(self) -> None:
+    def tend(self, recent: Callable[[], Recent]) -> None:
         """Brings executors back, and switches those that are between steps."""
         for lane in self.lanes:
             if lane.executor is None and self._random.random() < 0.3:

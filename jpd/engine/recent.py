@@ -1,0 +1,54 @@
+"""What happened to requests since somebody last looked; for those who steer an engine. No jax."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from jpd.engine.plan import StepPlan
+
+
+@dataclass(slots=True)
+class Recent:
+    """Of the time since the last look, and what is there now."""
+
+    ttft_s: list[float] = field(default_factory=list)
+    """TTFT of each request whose first token came."""
+    tpot_s: list[float] = field(default_factory=list)
+    """TPOT of each request that ended with two tokens or more."""
+    token_gap_s: list[float] = field(default_factory=list)
+    """For each decode step, the time since the one before it, where they have a row in common."""
+    prefill_tokens: int = 0
+    """Prompt tokens computed."""
+    now_s: float = 0.0
+    waiting_requests: int = 0
+    """Sequences without a first token: in the queue or in prefill."""
+    waiting_tokens: int = 0
+    """Tokens of those that are still to be computed."""
+    decoding_requests: int = 0
+    """Sequences that decode."""
+    free_pages_fraction: float = 1.0
+    """Pages that nobody holds, 0..1 of all."""
+
+
+class RecentSteps:
+    """Gathers a `Recent` while steps are committed."""
+
+    def __init__(self) -> None:
+        self.recent = Recent()
+        self._last_decode_s = 0.0
+        self._last_serials = np.zeros(0, np.int64)
+
+    def committed(self, plan: StepPlan, now_s: float) -> None:
+        """The tokens of a step are known."""
+        self.recent.prefill_tokens += sum(len(chunk.tokens) for chunk in plan.chunks)
+        if len(plan.rows):
+            if np.isin(plan.serials, self._last_serials).any():
+                self.recent.token_gap_s.append(now_s - self._last_decode_s)
+            self._last_serials, self._last_decode_s = plan.serials, now_s
+
+    def take(self) -> Recent:
+        """All since the last call."""
+        taken, self.recent = self.recent, Recent()
+        return taken

@@ -1,0 +1,84 @@
+"""Fills the weights block from a checkpoint, in a process that ends when that is done.
+
+A process of its own, so that what JAX takes for loading (compiled programs, its memory pool, a
+CUDA context) is given back, and so that the process that holds the memory needs no JAX. While it
+runs the device holds the weights twice: as they were loaded, and in the block.
+"""
+
+from __future__ import annotations
+
+import traceback
+from pathlib import Path
+from typing import Any
+
+from jpd.errors import ConfigError, EngineDeadError, JpdError
+from jpd.semi_pd.child import connect, spawn
+from jpd.semi_pd.layout import Layout
+from native.memory import Handle, open_block
+
+
+def run(folder: Path, options: dict[str, Any], weights: Handle, layout: Layout) -> None:
+    """Starts a loader and waits until the block is filled.
+
+    Args:
+      folder: A model folder.
+      options: Keywords of `jpd.checkpoint.load`, but for `device`.
+      weights: The block.
+      layout: Of the block.
+
+    Raises:
+      ConfigError: as `jpd.checkpoint.load` does; or its parameters are not those of `layout`.
+      EngineDeadError: the loader failed in another way.
+    """
+    child = spawn("jpd.semi_pd.loader", fds=weights.fds)
+    try:
+        child.connection.send((folder, options, weights, layout))
+        error = child.connection.recv()
+        child.wait()
+    except (EOFError, ConnectionError) as end:
+        raise EngineDeadError(f"the loader of {folder} ended, exit code {child.wait()}") from end
+    finally:
+        child.kill()
+    if error is not None:
+        raise error
+
+
+def _fill(folder: Path, options: dict[str, Any], weights: Handle, layout: Layout) -> None:
+    # Here and not above: JAX takes seconds to import, and `run` is called where there is none.
+    from jpd import checkpoint
+    from jpd.models.family import flatten
+
+    with open_block(weights) as block:
+        (device,) = block.jax_array(0, (1,), "uint8").devices()
+        _, params = checkpoint.load(folder, device=device, **options)
+        leaves = dict(flatten(params))
+        found = {path: (leaf.shape, str(leaf.dtype)) for path, leaf in leaves.items()}
+        wanted = {field.path: (field.shape, field.dtype) for field in layout.fields}
+        if found != wanted:
+            different = sorted(map(str, dict(found.items() ^ wanted.items())))
+            raise ConfigError(
+                f"{folder} has other parameters than room was made for: {', '.join(different)}"
+            )
+        for field in layout.fields:
+            block.write(field.offset, leaves[field.path])
+
+
+def _main() -> None:
+    connection = connect()
+    try:
+        task = connection.recv()
+    except EOFError:  # nobody waits for it any more
+        return
+    try:
+        _fill(*task)
+    except JpdError as error:
+        connection.send(error)
+    except Exception as error:
+        traceback.print_exc()
+        connection.send(EngineDeadError(f"the loader failed: {type(error).__name__}: {error}"))
+    else:
+        connection.send(None)
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,68 @@
+"""What the coordinator and an executor's process say to each other. Plain data, no jax."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from jpd.config import EngineConfig
+from jpd.engine.plan import StepResult
+from jpd.models import ModelConfig
+from jpd.semi_pd.layout import Layout
+from jpd.semi_pd.storage import Handles
+from native.memory import Handle
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSpec:
+    """The first message to an executor's process; then come `StepPlan`s until the end."""
+
+    config: EngineConfig
+    """Resolved."""
+    model: ModelConfig
+    eos_token_ids: tuple[int, ...]
+    phi: np.ndarray | None
+    weights: Layout
+    pages: Layout
+    handles: Handles
+    prefill: bool
+    """Prepare for steps with prompt chunks alone; it can run others, after it compiled them."""
+    decode: bool
+    """Prepare for steps with decoding rows alone."""
+    generations: Handle | None
+    """`[P]` int64 on the host, how often each page was handed out; None checks nothing."""
+
+    @property
+    def fds(self) -> tuple[int, ...]:
+        """File descriptors that the process must inherit."""
+        return (*self.handles.fds, *(() if self.generations is None else self.generations.fds))
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """The first answer: steps may come."""
+
+    units: int
+    """SMs, or CPUs without a GPU, that the process really got."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """A step has run and its keys and values are in the pages. Times are of `time.monotonic`."""
+
+    result: StepResult
+    recompiles: int
+    """Step shapes that this executor compiled while requests waited, up to now."""
+    begun_s: float
+    """When the device could begin: launch of the step, or end of the one before it."""
+    ended_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """The last message of an executor that cannot go on."""
+
+    text: str
+    fatal: bool = False
+    """A bug of the coordinator: nobody else should go on either."""

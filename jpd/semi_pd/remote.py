@@ -1,0 +1,128 @@
+"""The coordinator's side of an executor in another process."""
+
+from __future__ import annotations
+
+from collections import deque
+from multiprocessing.connection import Connection
+
+from jpd.engine.lane import ExecutorLostError
+from jpd.engine.plan import StepPlan, StepResult
+from jpd.semi_pd.child import Child
+from jpd.semi_pd.messages import Failure, Ready, StepReport
+
+
+class RemoteStep:
+    """A step that was sent to an executor."""
+
+    def __init__(self, plan: StepPlan, executor: RemoteExecutor) -> None:
+        self.plan = plan
+        self._executor = executor
+
+    def result(self) -> StepResult:
+        """Blocks until the executor reports it; reports come in the order of the launches.
+
+        Raises:
+          ExecutorLostError: it never will.
+        """
+        return self._executor.next_report().result
+
+
+class RemoteExecutor:
+    """Sends plans to a process and takes its reports.
+
+    Args:
+      child: the process, which was sent its `WorkerSpec`.
+      share: percent of the SMs that it was started with.
+    """
+
+    def __init__(self, child: Child, share: int) -> None:
+        self.share = share
+        self.ready: Ready | None = None
+        self.recompiles = 0
+        self.num_steps = 0
+        """Steps that it finished."""
+        self.busy_s = 0.0
+        """Time that its device had something to do."""
+        self._child = child
+        self._reports: deque[StepReport] = deque()
+        self._lost: str | None = None
+
+    @property
+    def connection(self) -> Connection:
+        """To wait on: readable when there is news, the end of the process included."""
+        return self._child.connection
+
+    @property
+    def pid(self) -> int:
+        """Process id."""
+        return self._child.process.pid
+
+    @property
+    def failure(self) -> str | None:
+        """Why it is lost, as far as that is known; None while it lives."""
+        return self._lost
+
+    @property
+    def has_report(self) -> bool:
+        """A report has come that nobody has taken."""
+        return bool(self._reports)
+
+    def launch(self, plan: StepPlan) -> RemoteStep:
+        """Sends a step.
+
+        Raises:
+          ExecutorLostError: the process is gone.
+        """
+        try:
+            self._child.connection.send(plan.without_sequences())
+        except OSError as error:
+            self._receive_all()  # perhaps it said why
+            raise self._lost_error() from error
+        return RemoteStep(plan, self)
+
+    def next_report(self) -> StepReport:
+        """The oldest report that nobody has taken; waits for it."""
+        while not self._reports:
+            self._receive()
+        return self._reports.popleft()
+
+    def poll(self) -> None:
+        """Takes in what has come, without waiting; `ready` and `failure` are up to date then."""
+        try:
+            while self._lost is None and self._child.connection.poll():
+                self._receive()
+        except ExecutorLostError:
+            pass  # `failure` says so
+
+    def kill(self) -> None:
+        """Ends the process, if it still runs, and waits until it is gone."""
+        self._lost = self._lost or "it was ended"
+        self._child.kill()
+
+    def _receive(self) -> None:
+        if self._lost is not None:
+            raise self._lost_error()
+        try:
+            message = self._child.connection.recv()
+        except (EOFError, OSError) as error:
+            self._lost = f"its process {self.pid} ended"
+            raise self._lost_error() from error
+        if isinstance(message, Ready):
+            self.ready = message
+        elif isinstance(message, Failure):
+            self._lost = message.text
+            if message.fatal:
+                raise RuntimeError(message.text)
+            raise self._lost_error()
+        else:
+            self._reports.append(message)
+            self.recompiles = message.recompiles
+            self.busy_s += message.ended_s - message.begun_s
+            self.num_steps += 1
+
+    def _receive_all(self) -> None:
+        self.poll()
+        self._lost = self._lost or f"its process {self.pid} takes no more steps"
+
+    def _lost_error(self) -> ExecutorLostError:
+        return ExecutorLostError(f"an executor on {self.share} % of the SMs: {self._lost}")

@@ -1,0 +1,226 @@
+"""semi-PD: one lane of prefill executors, one of decode executors, and who serves in each.
+
+arXiv 2504.19867 §4.3: a lane changes its executor at the end of its own step, whatever the other
+does, and serves on until the next executor is ready. Shares may sum to more than 100 %, so an old
+executor of one phase and a new one of the other may serve together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import wait as wait_for_any
+
+from jpd.engine.lane import ExecutorLostError, Lane
+from jpd.engine.recent import Recent
+from jpd.errors import EngineDeadError
+from jpd.semi_pd.controller import Controller, Observation, Shares
+from jpd.semi_pd.pool import ExecutorPool
+from jpd.semi_pd.remote import RemoteExecutor
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Switch:
+    """A lane changed its executor. Times are of the topology's clock."""
+
+    phase: str
+    old_share: int | None
+    """None after a loss."""
+    share: int
+    asked_s: float
+    """When this share was asked for, or the old executor was lost."""
+    held_s: float
+    """When the lane stopped launching steps on the old executor."""
+    done_s: float
+    """When it could launch on the new one."""
+
+
+class Seat:
+    """Who serves in a lane, who is to, and since when.
+
+    Args:
+      lane: of one phase.
+      pool: executors of that phase.
+      share: percent of the SMs to serve with.
+    """
+
+    def __init__(
+        self, lane: Lane, pool: ExecutorPool, share: int, clock: Callable[[], float]
+    ) -> None:
+        self.lane = lane
+        self.pool = pool
+        self.switches: list[Switch] = []
+        self._clock = clock
+        self._asked_s = clock()
+        self._held_s: float | None = None
+        self._share = share
+
+    @property
+    def share(self) -> int:
+        """Percent of the SMs to serve with as soon as it can be."""
+        return self._share
+
+    @share.setter
+    def share(self, share: int) -> None:
+        if share != self._share:
+            self._share, self._asked_s = share, self._clock()
+
+    @property
+    def executor(self) -> RemoteExecutor | None:
+        """Who serves."""
+        return self.lane.executor
+
+    def tend(self) -> None:
+        """Seats who is to serve, if the lane is between steps."""
+        if self.executor is not None and self.executor.num_steps:
+            self.pool.failures.clear()
+        if self.executor is not None and not self.lane.in_flight:
+            self.executor.poll()
+            if self.executor.failure is not None:
+                self.lost(self.executor.failure)
+                self.lane.executor = None
+        self.pool.tend(self.executor, self._share)
+        wanted = self.pool.get(self._share)
+        if self.executor is None:
+            # Anybody is better than nobody, until the wanted one is there.
+            wanted = wanted or self.pool.nearest(self._share)
+        if wanted is None or wanted is self.executor:
+            self.lane.held = False
+            self._held_s = None
+            return
+        if self._held_s is None:
+            self._held_s = self._clock()
+        if self.lane.in_flight:
+            self.lane.held = True
+            return
+        old = None if self.executor is None else self.executor.share
+        now_s = self._clock()
+        self.switches.append(
+            Switch(self.pool.phase, old, wanted.share, self._asked_s, self._held_s, now_s)
+        )
+        self.lane.executor = wanted
+        self.lane.held = False
+        self._held_s = None
+
+    def lost(self, reason: str) -> None:
+        """Ends the executor, which failed."""
+        self._asked_s = self._clock()
+        self.pool.remove(self.executor, reason)
+
+
+class SemiPD:
+    """The topology of semi-PD.
+
+    Args:
+      prefill, decode: pools of the two phases.
+      shares: to begin with.
+      num_rows: rows of the sequence table.
+      depth: steps that may be in flight in a lane.
+      controller: asked for shares; None keeps them.
+      control_interval_s: between two questions.
+      on_close: called when all executors have ended.
+    """
+
+    def __init__(
+        self,
+        prefill: ExecutorPool,
+        decode: ExecutorPool,
+        shares: Shares,
+        num_rows: int,
+        *,
+        depth: int,
+        controller: Controller | None,
+        control_interval_s: float,
+        on_close: Callable[[], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.lanes = [
+            Lane(None, num_rows, depth=depth, decode=False),
+            Lane(None, num_rows, depth=depth, prefill=False),
+        ]
+        self.prefill = Seat(self.lanes[0], prefill, shares.prefill, clock)
+        self.decode = Seat(self.lanes[1], decode, shares.decode, clock)
+        self._seats = (self.prefill, self.decode)
+        self._controller = controller
+        self._interval_s = control_interval_s
+        self._asked_s = clock()
+        self._clock = clock
+        self._prefill_busy_s = 0.0
+        self._on_close = on_close
+        self._closed = False
+
+    @property
+    def shares(self) -> Shares:
+        """What serves now; of a phase without an executor, what is to serve."""
+        prefill, decode = (
+            seat.share if seat.executor is None else seat.executor.share for seat in self._seats
+        )
+        return Shares(prefill, decode)
+
+    @shares.setter
+    def shares(self, shares: Shares) -> None:
+        self.prefill.share, self.decode.share = shares.prefill, shares.decode
+
+    @property
+    def recompiles(self) -> int:
+        """Step shapes that were compiled while requests waited."""
+        return sum(seat.pool.recompiles for seat in self._seats)
+
+    def tend(self, recent: Callable[[], Recent]) -> None:
+        """Asks the controller, and seats executors where a lane is between steps.
+
+        While the executor of a phase is replaced the phase waits: the other's executors would have
+        to compile steps of another kind first, which takes longer. Where one phase has been given
+        up, the other serves both.
+
+        Raises:
+          EngineDeadError: both were given up.
+        """
+        now_s = self._clock()
+        if self._controller is not None and now_s - self._asked_s >= self._interval_s:
+            self._asked_s = now_s
+            self.shares = self._controller.decide(self._observation(recent()), self.shares)
+        for seat in self._seats:
+            seat.tend()
+        prefill, decode = self._seats
+        if prefill.pool.given_up and decode.pool.given_up:
+            raise EngineDeadError(
+                f"no executor is left: the last prefill executor failed with "
+                f"{prefill.pool.failures[-1]!r}, the last decode executor with "
+                f"{decode.pool.failures[-1]!r}"
+            )
+        prefill.lane.decode, decode.lane.prefill = decode.pool.given_up, prefill.pool.given_up
+
+    def _observation(self, recent: Recent) -> Observation:
+        before_s, self._prefill_busy_s = self._prefill_busy_s, self.prefill.pool.busy_s
+        busy_s = self._prefill_busy_s - before_s
+        return Observation(prefill_busy_s=busy_s, **dataclasses.asdict(recent))
+
+    def wait(self) -> Lane | None:
+        """Waits for the oldest step of a lane, or for news of any executor."""
+        for lane in self.lanes:
+            if lane.in_flight and lane.executor.has_report:
+                return lane
+        connections = [c for seat in self._seats for c in seat.pool.connections()]
+        readable = wait_for_any(connections)
+        for lane in self.lanes:
+            if lane.in_flight and lane.executor.connection in readable:
+                return lane
+        return None
+
+    def lost(self, lane: Lane, error: ExecutorLostError) -> None:
+        """Ends the executor; another will be seated."""
+        self._seats[self.lanes.index(lane)].lost(str(error))
+
+    def close(self) -> None:
+        """Ends all executors. Does nothing the second time."""
+        if not self._closed:
+            self._closed = True
+            for seat in self._seats:
+                seat.pool.close()
+            self._on_close()

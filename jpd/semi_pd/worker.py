@@ -1,0 +1,154 @@
+"""An executor in a process of its own: maps weights and pages, compiles, runs the steps it is sent.
+
+    python -m jpd.semi_pd.worker    (by `jpd.semi_pd.remote`)
+
+The main thread launches steps as they come; another waits for their results and reports them, so
+that the device has its next step before the host has read the last one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import threading
+import time
+import traceback
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from jpd.semi_pd.child import connect
+from jpd.semi_pd.ownership import OwnershipCheck, OwnershipError
+from native import affinity
+
+if TYPE_CHECKING:
+    from jpd.engine.executor import Executor, InFlight
+    from jpd.engine.plan import StepPlan, StepResult
+    from jpd.semi_pd.messages import WorkerSpec
+
+
+class _Checked:
+    """An executor whose steps are checked for pages that changed hands."""
+
+    def __init__(self, executor: Executor, check: OwnershipCheck | None) -> None:
+        self.executor = executor
+        self._check = check
+
+    def launch(self, plan: StepPlan) -> InFlight:
+        if self._check is not None:
+            self._check.check(plan, "before it was launched")
+        return self.executor.launch(plan)
+
+    def result(self, step: InFlight) -> StepResult:
+        result = step.result()
+        if self._check is not None:
+            self._check.check(step.plan, "before it had run")
+        return result
+
+
+def _build(spec: WorkerSpec) -> tuple[_Checked, int]:
+    """The executor, compiled and checked, and the SMs or CPUs that it runs on."""
+    # Here and not above: jax reads the CPUs that it may use once, when it starts.
+    import jax
+
+    from jpd.engine.build import check_kernels
+    from jpd.engine.compile import use_cache_dir
+    from jpd.engine.executor import Executor, shape_table
+    from jpd.semi_pd import arrays
+    from jpd.semi_pd.host_pages import HostPagesExecutor
+    from native.memory import open_block
+
+    device = jax.devices()[0]
+    on_cpu = device.platform == "cpu"
+    weights, pages = open_block(spec.handles.weights), open_block(spec.handles.pages)
+    params = arrays.params(weights, spec.weights)
+    use_cache_dir(spec.config.compilation_cache_dir)
+    check_kernels(spec.config, spec.model, params, device)
+    options = {
+        "phi": spec.phi,
+        "shapes": shape_table(spec.config, prefill=spec.prefill, decode=spec.decode),
+    }
+    common = (spec.config, spec.model, params, device, spec.eos_token_ids)
+    if on_cpu:
+        executor = HostPagesExecutor(*common, block=pages, layout=spec.pages, **options)
+        units = affinity.visible_cpus()
+    else:
+        from native.mps import visible_sms
+
+        executor = Executor(*common, kv=arrays.kv_pages(pages, spec.pages), **options)
+        units = visible_sms()
+    executor.compile_ahead()
+    check = None
+    if spec.generations is not None:
+        counts = open_block(spec.generations).array(0, (spec.config.num_pages,), np.int64)
+        check = OwnershipCheck(counts)
+    return _Checked(executor, check), units
+
+
+def _report(
+    checked: _Checked,
+    steps: queue.SimpleQueue[tuple[InFlight, float] | None],
+    connection: Connection,
+) -> None:
+    """Reports steps in the order of their launch, each when it has run."""
+    from jpd.semi_pd.messages import StepReport
+
+    ended_s = 0.0
+    while (launched := steps.get()) is not None:
+        step, launched_s = launched
+        begun_s = max(launched_s, ended_s)
+        try:
+            result = checked.result(step)
+            ended_s = time.monotonic()
+            recompiles = checked.executor.recompiles
+            connection.send(StepReport(result, recompiles, begun_s, ended_s))
+        except BaseException as error:
+            _give_up(connection, error)
+
+
+def _give_up(connection: Connection, error: BaseException) -> None:
+    """Says why, and ends the process: after a failed step the device's state is unknown."""
+    from jpd.semi_pd.messages import Failure
+
+    traceback.print_exception(error)
+    with contextlib.suppress(OSError):  # the coordinator is gone
+        text, fatal = f"{type(error).__name__}: {error}", isinstance(error, OwnershipError)
+        connection.send(Failure(text, fatal))
+    os._exit(1)
+
+
+def _main() -> None:
+    connection = connect()
+    affinity.apply_environment()
+    spec = connection.recv()
+    from jpd.semi_pd.messages import Ready
+
+    try:
+        checked, units = _build(spec)
+        connection.send(Ready(units))
+    except BaseException as error:
+        _give_up(connection, error)
+    steps: queue.SimpleQueue[tuple[InFlight, float] | None] = queue.SimpleQueue()
+    reporter = threading.Thread(
+        target=_report, args=(checked, steps, connection), name="jpd-report", daemon=True
+    )
+    reporter.start()
+    while True:
+        try:
+            plan = connection.recv()
+        except (EOFError, OSError):
+            break
+        launched_s = time.monotonic()
+        try:
+            steps.put((checked.launch(plan), launched_s))
+        except BaseException as error:
+            _give_up(connection, error)
+    steps.put(None)
+    reporter.join()
+    checked.executor.release()
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,422 @@
+"""What the controllers answer to observations that are made up one by one."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jpd.errors import ConfigError
+from jpd.semi_pd.controller import (
+    FULL,
+    Controller,
+    Observation,
+    Shares,
+    Slo,
+    StaticController,
+    SwitchInFlight,
+)
+from jpd.semi_pd.paper_controller import PaperController
+from jpd.semi_pd.share_models import prefill_curve
+from jpd.semi_pd.slo_controller import DEFAULT_SHARES, Forecast, SloController
+
+SLO = Slo(ttft_s=1.0, tpot_s=0.1)
+GOOD, BAD = 0.5, 2.0  # times the SLO
+
+
+def paper(**changes) -> PaperController:
+    return PaperController(**({"slo": SLO, "window_size": 10, "step_size": 5} | changes))
+
+
+def finished(now_s: float, ttft: float, tpot: float, count: int = 10) -> Observation:
+    """Requests that took so many times their SLO."""
+    return Observation(
+        now_s=now_s, ttft_s=[ttft * SLO.ttft_s] * count, tpot_s=[tpot * SLO.tpot_s] * count
+    )
+
+
+def after_a_window(controller: PaperController, ttft: float, tpot: float, at: Shares) -> Shares:
+    """The answer to one full window under these shares."""
+    assert controller.decide(finished(0.0, ttft, tpot), at) == at  # seen under other shares
+    return controller.decide(finished(1.0, ttft, tpot), at)
+
+
+# -- shares, SLO, observations
+
+
+@pytest.mark.parametrize("percent", [0, 101, -5, 50.0, True, "50"])
+def test_shares_are_whole_percents(percent: object) -> None:
+    with pytest.raises(ConfigError, match=r"prefill=.* 1\.\.100"):
+        Shares(percent, 100)
+    with pytest.raises(ConfigError, match=r"decode=.* 1\.\.100"):
+        Shares(100, percent)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Slo(ttft_s=0, tpot_s=1), "ttft_s=0"),
+        (lambda: Slo(ttft_s=1, tpot_s=float("inf")), "tpot_s=inf"),
+        (lambda: Slo(ttft_s=1, tpot_s=1, percentile=90), "percentile=90"),
+        (lambda: Observation(now_s=float("nan")), "now_s=nan"),
+        (lambda: Observation(now_s=0, ttft_s=[1, float("nan")]), "ttft_s=nan"),
+        (lambda: Observation(now_s=0, token_gap_s=[-1.0]), r"token_gap_s=-1\.0"),
+        (lambda: Observation(now_s=0, prefill_busy_s=float("inf")), "prefill_busy_s=inf"),
+        (lambda: Observation(now_s=0, waiting_tokens=-1), "waiting_tokens=-1"),
+        (lambda: Observation(now_s=0, free_pages_fraction=1.5), r"free_pages_fraction=1\.5"),
+        (lambda: paper(window_size=0), "window_size=0"),
+        (lambda: paper(step_size=0), "step_size=0"),
+        (lambda: paper(max_step=0), "max_step=0"),
+        (lambda: paper(min_share=0), "min_share=0"),
+        (lambda: paper(max_points=2), "max_points=2"),
+        (lambda: paper(switch_timeout_s=0), "switch_timeout_s=0"),
+        (lambda: SloController(slo=SLO, window_s=0), "window_s=0"),
+        (lambda: SloController(slo=SLO, load_window_s=1), "load_window_s=1.*window_s=2"),
+        (lambda: SloController(slo=SLO, horizon_s=-1), "horizon_s=-1"),
+        (lambda: SloController(slo=SLO, idle_after_s=-1), "idle_after_s=-1"),
+        (lambda: SloController(slo=SLO, act_above=0), "act_above=0"),
+        (lambda: SloController(slo=SLO, min_gain=1), "min_gain=1"),
+        (lambda: SloController(slo=SLO, max_dwell_s=1), "max_dwell_s=1.*min_dwell_s=2"),
+        (lambda: SloController(slo=SLO, min_free_pages=2), "min_free_pages=2"),
+        (lambda: SloController(slo=SLO, memory_s=0), "memory_s=0"),
+        (lambda: SloController(slo=SLO, allowed=()), r"allowed=\(\)"),
+    ],
+)
+def test_errors_name_the_value(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make()
+
+
+def test_a_static_controller_asks_again_for_its_shares() -> None:
+    controller = StaticController(Shares(80, 100))
+    assert controller.decide(Observation(now_s=0), Shares(80, 100)) == Shares(80, 100)
+    assert controller.decide(Observation(now_s=1), FULL) == Shares(80, 100)
+
+
+def test_a_switch_is_in_flight_until_it_serves_or_is_late() -> None:
+    switch = SwitchInFlight(timeout_s=10)
+    assert switch.waiting_for(FULL, 0.0) is None
+    switch.ask(Shares(50, 50), 1.0)
+    assert switch.waiting_for(FULL, 2.0) == Shares(50, 50)
+    assert switch.waiting_for(Shares(50, 100), 3.0) == Shares(50, 50)  # one phase came first
+    assert switch.waiting_for(Shares(50, 50), 4.0) is None
+    assert switch.waiting_for(FULL, 5.0) is None  # what served is over
+    switch.ask(Shares(50, 50), 6.0)
+    assert switch.waiting_for(FULL, 15.9) == Shares(50, 50)
+    assert switch.waiting_for(FULL, 16.0) is None
+
+
+# -- Algorithm 1
+
+
+@pytest.mark.parametrize(
+    ("ttft", "tpot", "start", "wanted"),
+    [
+        (GOOD, GOOD, Shares(60, 60), Shares(60, 60)),
+        (BAD, BAD, Shares(60, 60), Shares(60, 60)),  # the paper: both fail, keep
+        (BAD, GOOD, Shares(60, 60), Shares(75, 60)),  # three steps of 5
+        (GOOD, BAD, Shares(60, 60), Shares(60, 75)),
+        (BAD, GOOD, Shares(100, 100), Shares(100, 85)),  # 100 is the end: from decode instead
+        (GOOD, BAD, Shares(100, 100), Shares(85, 100)),
+        (BAD, GOOD, Shares(97, 60), Shares(100, 48)),  # 3 up, 2 + 5 + 5 down
+        (BAD, GOOD, Shares(100, 12), Shares(100, 10)),  # the floor
+        (BAD, GOOD, Shares(100, 4), Shares(100, 4)),  # below it already: left there
+    ],
+)
+def test_algorithm_1(ttft: float, tpot: float, start: Shares, wanted: Shares) -> None:
+    assert after_a_window(paper(), ttft, tpot, start) == wanted
+
+
+def test_it_takes_no_more_steps_than_its_model_asks_for() -> None:
+    """Eq. 1 until Eq. 4 can be fitted: TTFT 1.05 at x' = 0.5 is 1 at 0.525, two steps of 3 %."""
+    controller = paper(step_size=3, max_step=10)
+    assert after_a_window(controller, 1.05, GOOD, Shares(50, 50)) == Shares(56, 50)
+    assert controller.ttft_model.coefficients == pytest.approx({"a": 0.525, "b": 0, "lambda": 0})
+
+
+def test_the_window_counts_finished_requests_under_the_shares_that_serve() -> None:
+    controller = paper(window_size=10)
+    start = Shares(60, 60)
+    for now_s in range(4):  # the first call's came under unknown shares
+        assert controller.decide(finished(now_s, GOOD, BAD, 3), start) == start
+    assert controller.decide(finished(4, GOOD, BAD, 1), start) == Shares(60, 75)
+    # Under way, and the first after it: not counted, the switch is asked for all the while.
+    assert controller.decide(finished(5, GOOD, GOOD, 50), start) == Shares(60, 75)
+    assert controller.decide(finished(6, GOOD, GOOD, 50), Shares(60, 75)) == Shares(60, 75)
+    assert len(controller.tpot_model.points) == 1
+    assert controller.decide(finished(7, GOOD, BAD, 10), Shares(60, 75)) == Shares(60, 90)
+    # Given up: it plans from what serves.
+    assert controller.decide(finished(66, BAD, GOOD, 10), Shares(60, 75)) == Shares(60, 90)
+    assert controller.decide(finished(67, BAD, GOOD, 10), Shares(60, 75)) == Shares(75, 75)
+
+
+def test_a_window_without_a_ttft_holds_its_slo() -> None:
+    controller = paper()
+    decode_only = Observation(now_s=0, tpot_s=[BAD * SLO.tpot_s] * 10)
+    assert controller.decide(decode_only, Shares(60, 60)) == Shares(60, 60)
+    assert controller.decide(decode_only, Shares(60, 60)) == Shares(60, 75)
+    assert controller.ttft_model.coefficients is None
+
+
+def test_the_percentile_decides_which_requests_may_fail() -> None:
+    for percentile, wanted in ((0.5, Shares(60, 60)), (0.95, Shares(60, 75))):
+        controller = paper(slo=Slo(ttft_s=1, tpot_s=0.1, percentile=percentile))
+        some_fail = Observation(now_s=0, tpot_s=[0.05] * 8 + [0.2] * 2)
+        controller.decide(some_fail, Shares(60, 60))
+        assert controller.decide(some_fail, Shares(60, 60)) == wanted
+
+
+# -- ours
+
+
+def busy(now_s: float, *, gap: float = GOOD, queue: float = 0.0, **changes) -> Observation:
+    """A tenth of a second in which both phases worked.
+
+    Args:
+        now_s: Its end.
+        gap: Between two tokens, times the SLO.
+        queue: Time to compute the tokens that wait, at 1e-4 s each, over the SLO.
+        changes: Fields of the observation.
+    """
+    values = {
+        "ttft_s": [0.1],
+        "token_gap_s": [gap * SLO.tpot_s],
+        "prefill_tokens": 500,
+        "prefill_busy_s": 0.05,
+        "waiting_requests": 1,
+        "waiting_tokens": int(queue * SLO.ttft_s / 1e-4),
+        "decoding_requests": 1,
+    }
+    return Observation(now_s=now_s, **(values | changes))
+
+
+def play(
+    controller: Controller,
+    observe: Callable[[float], Observation],
+    start: Shares = FULL,
+    *,
+    from_s: float = 0.0,
+    until_s: float = 10.0,
+) -> list[tuple[float, Shares]]:
+    """Ten calls a second, answers serve at once; every change with its time.
+
+    Prefill computes fewer tokens under smaller shares, or the controller would learn otherwise.
+    """
+    shares, changes = start, []
+    for tenth in range(round(from_s * 10), round(until_s * 10)):
+        observation = observe(tenth / 10)
+        tokens = int(observation.prefill_tokens / prefill_curve(shares.prefill, 0.6))
+        wanted = controller.decide(replace(observation, prefill_tokens=tokens), shares)
+        if wanted != shares:
+            changes.append((tenth / 10, wanted))
+        shares = wanted
+    return changes
+
+
+def test_ours_keeps_shares_that_meet_both() -> None:
+    for start in (Shares(50, 50), Shares(95, 100), FULL):
+        controller = SloController(slo=SLO)
+        assert play(controller, busy, start) == []
+        assert controller.reason == "both SLOs are met"
+
+
+def test_ours_protects_decode_and_then_prefill() -> None:
+    controller = SloController(slo=SLO)
+    ((when_s, wanted),) = play(controller, lambda s: busy(s, gap=BAD if s < 0.55 else GOOD))
+    assert when_s < 1  # it does not wait for requests to finish
+    assert wanted.prefill + wanted.decode <= 100
+    queue = play(controller, lambda s: busy(s, queue=0.9 if s < 11 else 0), wanted, from_s=10)
+    assert queue == []
+    ((_, wanted_then),) = play(
+        controller, lambda s: busy(s, queue=BAD if s < 22 else 0), wanted, from_s=20, until_s=30
+    )
+    assert wanted_then.prefill > wanted.prefill
+    assert set(controller.forecasts) == set(DEFAULT_SHARES)
+
+
+def test_ours_sees_requests_that_wait_before_any_is_late() -> None:
+    controller = SloController(slo=SLO)
+    start = Shares(50, 50)
+    assert play(controller, lambda s: busy(s), start, until_s=5) == []
+    wanted = controller.decide(busy(5.0, queue=3.0), start)
+    assert wanted.prefill > 80
+    assert controller.reason == "an SLO fails"
+
+
+def test_ours_foresees_a_queue_that_will_grow() -> None:
+    """Tokens arrive 8 % faster than they are computed; 0.1 s more of them wait each second."""
+
+    def observe(now_s: float) -> Observation:
+        queue = 0.1 * now_s
+        return busy(now_s, prefill_tokens=1000, prefill_busy_s=0.1, queue=queue)
+
+    far, near = SloController(slo=SLO, horizon_s=8), SloController(slo=SLO, horizon_s=0.1)
+    ((early_s, wanted), *_) = play(far, observe, Shares(50, 50))
+    ((late_s, _), *_) = play(near, observe, Shares(50, 50))
+    assert wanted.prefill > 50
+    assert early_s < 2
+    assert late_s > 4
+
+
+@pytest.mark.parametrize("idle_phase", ["prefill", "decode", "both"])
+def test_ours_gives_a_lone_phase_everything_and_takes_the_old_shares_back(idle_phase: str) -> None:
+    idle = {
+        "prefill": {
+            "ttft_s": [], "prefill_tokens": 0, "prefill_busy_s": 0.0, "waiting_requests": 0,
+        },
+        "decode": {"token_gap_s": [], "decoding_requests": 0},
+    }  # fmt: skip
+    idle["both"] = idle["prefill"] | idle["decode"]
+
+    def observe(now_s: float) -> Observation:
+        fails = {"gap": BAD} if now_s < 0.55 else {}
+        return busy(now_s, **(idle[idle_phase] if 3 <= now_s < 6 else fails))
+
+    controller = SloController(slo=SLO, idle_after_s=0.5)
+    ((_, chosen), *then) = play(controller, observe)
+    assert then == [(3.5, FULL), (6.0, chosen)]
+    # Of the allowed ones, the phase that works gets the most.
+    allowed = (Shares(10, 70), Shares(50, 50), Shares(95, 100), Shares(10, 60))
+    controller = SloController(slo=SLO, idle_after_s=0.5, allowed=allowed)
+    ((_, chosen), (_, lone), (_, back)) = play(controller, observe, Shares(95, 90))
+    assert (chosen, lone, back) == (Shares(50, 50), Shares(95, 100), Shares(50, 50))
+
+
+def test_ours_does_not_take_back_shares_that_no_slo_asked_for_lately() -> None:
+    def observe(now_s: float) -> Observation:
+        nothing = {"token_gap_s": [], "decoding_requests": 0}
+        return busy(now_s, **(nothing if 3 <= now_s < 6 else {}))
+
+    assert play(SloController(slo=SLO), observe, Shares(50, 50)) == [(4.0, FULL)]
+
+
+def test_ours_waits_for_a_switch_and_then_for_its_dwell() -> None:
+    controller = SloController(slo=SLO, min_dwell_s=4, switch_timeout_s=60)
+    ((when_s, wanted),) = play(controller, lambda s: busy(s, gap=1.2), until_s=0.6)
+    # Not there yet: it asks for the same, whatever is seen.
+    for tenth in range(int(when_s * 10) + 1, 30):
+        assert controller.decide(busy(tenth / 10, queue=BAD), FULL) == wanted
+        assert controller.reason == "switch under way"
+    ((next_s, _),) = play(controller, lambda s: busy(s, queue=9), wanted, from_s=3, until_s=6)
+    assert next_s == pytest.approx(when_s + 4, abs=0.11)
+
+
+def test_ours_lengthens_its_dwell_when_it_goes_back_and_forth() -> None:
+    """A model that is always wrong: whatever serves fails, and the others promise not to."""
+
+    class Fooled(SloController):
+        def _forecast_all(self, observation: Observation, current: Shares) -> bool:
+            self.forecasts = {
+                shares: Forecast(ttft_s=0, tpot_s=0, miss=2.0 if shares == current else 0.5)
+                for shares in self.allowed
+            }
+            return True
+
+    allowed = (Shares(30, 70), Shares(50, 50), Shares(95, 100))
+    controller = Fooled(slo=SLO, allowed=allowed, min_dwell_s=1, max_dwell_s=16)
+    times = [now_s for now_s, _ in play(controller, busy, allowed[0], until_s=60)]
+    gaps = [b - a for a, b in itertools.pairwise(times)]
+    assert 3 <= len(times) <= 8  # a dwell of 1 s would allow 60
+    assert gaps == sorted(gaps)
+    assert max(gaps) >= 15
+
+
+def test_ours_speeds_decode_up_when_pages_are_short() -> None:
+    def observe(now_s: float, free: float) -> Observation:
+        return busy(now_s, queue=BAD if now_s >= 3 else 0, free_pages_fraction=free)
+
+    start = Shares(60, 40)
+    short, enough = SloController(slo=SLO), SloController(slo=SLO)
+    ((_, for_decode),) = play(short, lambda s: observe(s, 0.01), start, until_s=4)
+    ((_, for_prefill),) = play(enough, lambda s: observe(s, 0.5), start, until_s=4)
+    assert for_decode.decode > start.decode
+    assert for_decode.prefill < start.prefill
+    assert short.reason in ("KV pages are short", "dwell")
+    assert for_prefill.prefill > start.prefill
+
+
+def test_ours_knows_that_slower_decode_fills_its_own_batch() -> None:
+    """As fast now, but what would slow down a step of many would also make them more."""
+    slowdowns = []
+    for sequences in (1, 30, 300):
+        controller = SloController(slo=SLO)
+        play(controller, lambda s, n=sequences: busy(s, decoding_requests=n), Shares(50, 50))
+        forecasts = controller.forecasts
+        slowdowns.append(forecasts[FULL].tpot_s / forecasts[Shares(50, 50)].tpot_s)
+    assert 1 < slowdowns[0] < 0.9 * slowdowns[1]
+    assert slowdowns[2] == math.inf
+
+
+def test_ours_learns_nothing_from_steps_under_other_shares() -> None:
+    controller = SloController(slo=SLO)
+    play(controller, busy, Shares(50, 50), until_s=5)
+    seen = controller.decode_model.points
+    controller.decide(busy(5.0, gap=9.0), Shares(40, 60))
+    for tenth in range(1, 5):  # less than a quarter of the window under the new ones
+        controller.decide(busy(5 + tenth / 10), Shares(40, 60))
+    assert controller.decode_model.points == seen
+    play(controller, busy, Shares(40, 60), from_s=5.5, until_s=6)
+    assert {work.shares: s for work, s in controller.decode_model.points} == {
+        Shares(50, 50): pytest.approx(0.05),
+        Shares(40, 60): pytest.approx(0.05),
+    }
+
+
+# -- whatever is seen
+
+seconds = st.floats(0, 1e6, allow_nan=False, allow_subnormal=False)
+latencies = st.lists(seconds, max_size=6)
+shares_of_all_kinds = st.builds(Shares, st.integers(1, 100), st.integers(1, 100))
+
+
+@st.composite
+def observations(draw: st.DrawFn) -> list[Observation]:
+    now_s, sequence = draw(seconds), []
+    for _ in range(draw(st.integers(1, 40))):
+        now_s += draw(st.sampled_from([0.0, 0.1, 1.0, 100.0]))
+        sequence.append(
+            Observation(
+                now_s=now_s,
+                ttft_s=draw(latencies),
+                tpot_s=draw(latencies),
+                token_gap_s=draw(latencies),
+                prefill_tokens=draw(st.integers(0, 10**6)),
+                prefill_busy_s=draw(st.sampled_from([0.0, 0.05, 0.1, 50.0])),
+                waiting_requests=draw(st.integers(0, 3)),
+                waiting_tokens=draw(st.integers(0, 10**7)),
+                decoding_requests=draw(st.integers(0, 1000)),
+                free_pages_fraction=draw(st.floats(0, 1)),
+            )
+        )
+    return sequence
+
+
+@given(
+    sequence=observations(),
+    start=shares_of_all_kinds,
+    arrives=st.lists(st.booleans(), min_size=40, max_size=40),
+    allowed=st.none() | st.lists(shares_of_all_kinds, min_size=1, max_size=5),
+)
+def test_any_observations_give_legal_shares(
+    sequence: list[Observation],
+    start: Shares,
+    arrives: list[bool],
+    allowed: Sequence[Shares] | None,
+) -> None:
+    """`Shares` itself refuses what is not 1..100; ours also stays within the allowed ones."""
+    for controller in (
+        paper(window_size=3, switch_timeout_s=1),
+        SloController(slo=SLO, allowed=allowed, switch_timeout_s=1),
+    ):
+        current = start
+        for observation, soon in zip(sequence, arrives, strict=False):
+            wanted = controller.decide(observation, current)
+            assert isinstance(wanted, Shares)
+            if isinstance(controller, SloController):
+                assert wanted in {current, *(allowed or DEFAULT_SHARES)}
+            current = wanted if soon else current

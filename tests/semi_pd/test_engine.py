@@ -1,0 +1,300 @@
+"""The engine on processes: the same tokens as in one process, whatever happens to the executors."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jpd import LLM, AsyncLLM, SamplingParams
+from jpd.errors import ConfigError, EngineDeadError
+from jpd.semi_pd import build as semi_pd_build
+from jpd.semi_pd.controller import Observation, Shares
+from jpd.semi_pd.pool import MAX_FAILURES
+from jpd.types import RequestOutput
+from tests import tiny_models
+from tests.engine.tiny_engine import MODEL, SIZES
+
+OPTIONS = SIZES | {"num_pages": 33, "skip_tokenizer_init": True, "show_progress": False}
+VOCAB = tiny_models.CASES[MODEL]["vocab_size"]
+PAIRS = [(100, 100), (50, 50)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_models.make_checkpoint(MODEL, tmp_path_factory.mktemp("model"))
+
+
+def work(count: int) -> tuple[list[dict], list[SamplingParams]]:
+    """Prompts of all lengths, some with common beginnings, and ways to sample."""
+    rng = np.random.default_rng(0)
+    common = rng.integers(5, VOCAB, 40).tolist()
+    prompts = [
+        common[: int(rng.integers(0, 40))]
+        + rng.integers(5, VOCAB, int(rng.integers(1, 30))).tolist()
+        for _ in range(count)
+    ]
+    kinds = [
+        {"temperature": 0},
+        {"temperature": 1.0, "top_p": 0.9},
+        {"temperature": 0.8, "repetition_penalty": 1.3, "n": 2},
+        {"temperature": 0, "logprobs": 3},
+    ]
+    params = [
+        SamplingParams(**kinds[i % 4], seed=i, max_tokens=10 + i % 30, ignore_eos=True)
+        for i in range(count)
+    ]
+    return [{"prompt_token_ids": p} for p in prompts], params
+
+
+def tokens(outputs: list[RequestOutput]) -> list[list[int]]:
+    return [c.token_ids for output in outputs for c in output.outputs]
+
+
+@pytest.fixture(scope="module")
+def in_one_process(folder: Path) -> list[list[int]]:
+    """What the work gives on one executor in this process."""
+    llm = LLM(str(folder), **OPTIONS)
+    outputs = llm.generate(*work(60))
+    assert llm.stats.preemptions > 0
+    llm.close()
+    return tokens(outputs)
+
+
+class Script:
+    """A controller that is told what to say."""
+
+    def __init__(self) -> None:
+        self.wanted: Shares | None = None
+        self.observations: list[Observation] = []
+
+    def decide(self, observation: Observation, current: Shares) -> Shares:
+        self.observations.append(observation)
+        return self.wanted or current
+
+
+@pytest.fixture(scope="module")
+def script() -> Script:
+    return Script()
+
+
+@pytest.fixture(scope="module")
+def llm(folder: Path, script: Script) -> Iterator[LLM]:
+    """Two pairs of executors, one in use and one kept ready."""
+    llm = LLM(
+        str(folder),
+        **OPTIONS,
+        topology="semi_pd",
+        semi_pd={
+            "kept_shares": PAIRS,
+            "check_ownership": True,
+            "controller": script,
+            "control_interval_s": 1e-6,
+        },
+    )
+    pids = [e.pid for seat in seats(llm) for e in seat.pool._ready.values()]
+    assert len(pids) == 4
+    yield llm
+    pids = [e.pid for seat in seats(llm) for e in seat.pool._ready.values()]
+    llm.close()
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def seats(llm: LLM) -> tuple:
+    topology = llm._engine.topology
+    return topology.prefill, topology.decode
+
+
+def check_idle(llm: LLM) -> None:
+    scheduler = llm._engine.coordinator.scheduler
+    scheduler.check_integrity()
+    assert scheduler.pool.num_free == scheduler.pool.num_usable, "a page leaked"
+
+
+def test_the_same_tokens_as_in_one_process(llm: LLM, in_one_process: list[list[int]]) -> None:
+    before = llm.stats
+    outputs = llm.generate(*work(60))
+    assert tokens(outputs) == in_one_process
+    assert all(len(o.outputs[0].logprobs) == len(o.outputs[0].token_ids) for o in outputs[3::4])
+    stats = llm.stats
+    assert stats.preemptions > before.preemptions
+    assert stats.cached_tokens > before.cached_tokens
+    assert stats.recompiles == 0
+    check_idle(llm)
+
+
+def test_while_shares_switch_at_every_turn(
+    llm: LLM, script: Script, in_one_process: list[list[int]]
+) -> None:
+    rng = random.Random(0)
+    before = [len(seat.switches) for seat in seats(llm)]
+    outputs = llm._queue(llm._checked(*work(60), None))
+    while not all(o.finished for o in outputs):
+        script.wanted = Shares(rng.choice((50, 100)), rng.choice((50, 100)))
+        llm._step()
+    script.wanted = None
+    assert tokens(outputs) == in_one_process
+    for seat, count in zip(seats(llm), before, strict=True):
+        new = seat.switches[count:]
+        assert len(new) >= 5
+        assert all(s.asked_s <= s.held_s <= s.done_s for s in new)
+        assert {s.share for s in new} == {50, 100}
+    check_idle(llm)
+
+
+def test_what_a_controller_is_told(llm: LLM, script: Script) -> None:
+    llm._engine.topology.tend(llm._engine.coordinator.recent)
+    script.observations.clear()
+    before = llm.stats
+    prompts, params = work(6)
+    outputs = llm.generate(prompts, params)
+    llm._engine.topology.tend(llm._engine.coordinator.recent)
+    seen = script.observations
+    ttft = sorted(t for o in seen for t in o.ttft_s)
+    np.testing.assert_allclose(ttft, sorted(o.metrics.ttft_s for o in outputs))
+    tpot = sorted(t for o in seen for t in o.tpot_s)
+    np.testing.assert_allclose(tpot, sorted(o.metrics.tpot_s for o in outputs))
+    after = llm.stats
+    assert after.preemptions == before.preemptions
+    computed = (after.prompt_tokens - before.prompt_tokens) - (
+        after.cached_tokens - before.cached_tokens
+    )
+    assert sum(o.prefill_tokens for o in seen) == computed > 0
+    assert sum(o.prefill_busy_s for o in seen) > 0
+    assert sum(len(o.token_gap_s) for o in seen) > 10
+    assert max(o.waiting_requests for o in seen) > 0
+    assert max(o.decoding_requests for o in seen) >= 4
+    assert (seen[-1].waiting_requests, seen[-1].waiting_tokens, seen[-1].decoding_requests) == (
+        0,
+        0,
+        0,
+    )
+    times = [o.now_s for o in seen]
+    assert times == sorted(times)
+
+
+def test_while_executors_are_killed(llm: LLM, in_one_process: list[list[int]]) -> None:
+    before = llm.stats
+    killed = 0
+    outputs = llm._queue(llm._checked(*work(60), None))
+    for turn in range(1_000_000):
+        if all(o.finished for o in outputs):
+            break
+        if turn in (20, 90, 160, 230):
+            seat = seats(llm)[killed % 2]
+            if seat.executor is not None:
+                os.kill(seat.executor.pid, signal.SIGKILL)
+                killed += 1
+        llm._step()
+    assert tokens(outputs) == in_one_process
+    assert killed >= 3
+    assert llm.stats.executors_lost - before.executors_lost >= 2
+    check_idle(llm)
+
+
+def test_aborts_and_requests_while_steps_run(llm: LLM) -> None:
+    prompts, params = work(16)
+    want = tokens(llm.generate(prompts, params))
+    streams = llm.stream(prompts, params)
+    got: dict[tuple[str, int], list[int]] = {}
+    for count, delta in enumerate(streams):
+        got.setdefault((delta.request_id, delta.index), []).extend(delta.token_ids)
+        if count == 60:
+            break
+    streams.close()
+    check_idle_after_steps(llm)
+    heads = {tuple(ids[:5]) for ids in want}
+    assert all(tuple(ids[:5]) in heads for ids in got.values() if len(ids) >= 5)
+    assert tokens(llm.generate(prompts, params)) == want
+
+
+def check_idle_after_steps(llm: LLM) -> None:
+    while llm._engine.coordinator.has_work:
+        llm._engine.coordinator.step()
+    check_idle(llm)
+
+
+def test_an_executor_that_nobody_can_start_leaves_its_phase_to_the_other(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, in_one_process: list[list[int]]
+) -> None:
+    llm = LLM(str(folder), **OPTIONS, topology="semi_pd")
+    spawn = semi_pd_build.spawn
+    monkeypatch.setattr(
+        semi_pd_build, "spawn", lambda _, **options: spawn("tests.semi_pd.no_executor", **options)
+    )
+    prompts, params = work(60)
+    outputs = llm._queue(llm._checked(prompts, params, None))
+    for _ in range(30):
+        llm._step()
+    os.kill(llm._engine.topology.prefill.executor.pid, signal.SIGKILL)
+    while not all(o.finished for o in outputs):
+        llm._step()
+    assert llm._engine.topology.prefill.pool.given_up
+    assert len(llm._engine.topology.prefill.pool.failures) == MAX_FAILURES
+    assert llm._engine.topology.prefill.executor is None
+    assert tokens(outputs) == in_one_process
+    os.kill(llm._engine.topology.decode.executor.pid, signal.SIGKILL)
+    with pytest.raises(EngineDeadError, match="no executor is left"):
+        llm.generate(prompts[0], params[0])
+    llm.close()
+
+
+def test_what_cannot_be_built_says_why_and_leaves_nothing(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"prefill executor could not be started.*no kernel"):
+        LLM(str(folder), **OPTIONS, topology="semi_pd", kernels={"pallas_only": True})
+
+
+def test_an_async_face(folder: Path, in_one_process: list[list[int]]) -> None:
+    async def serve() -> list[RequestOutput]:
+        async def answer(prompt: dict, params: SamplingParams) -> RequestOutput:
+            return [output async for output in llm.generate(prompt, params)][-1]
+
+        return await asyncio.gather(*(answer(p, q) for p, q in zip(*work(60), strict=True)))
+
+    llm = AsyncLLM(str(folder), **OPTIONS, topology="semi_pd")
+    try:
+        assert tokens(asyncio.run(serve())) == in_one_process
+    finally:
+        llm.close()
+
+
+def test_nothing_outlives_a_coordinator_that_is_killed(folder: Path) -> None:
+    script = textwrap.dedent(
+        """
+        import os, signal, sys
+        from jpd import LLM
+        llm = LLM(sys.argv[1], **eval(sys.argv[2]), topology="semi_pd")
+        topology = llm._engine.topology
+        print(topology.prefill.executor.pid, topology.decode.executor.pid, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+        """
+    )
+    shm = set(os.listdir("/dev/shm"))
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(folder), repr(OPTIONS)],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    pids = [int(pid) for pid in done.stdout.split()]
+    assert len(pids) == 2
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        assert time.monotonic() < deadline, "an executor outlived its coordinator"
+        time.sleep(0.05)
+    assert set(os.listdir("/dev/shm")) <= shm

@@ -1,0 +1,181 @@
+"""Latency models under SM shares: against the paper's fits and what the H200 took."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from jpd.errors import ConfigError
+from jpd.semi_pd.controller import FULL, Shares
+from jpd.semi_pd.share_models import (
+    H200,
+    DecodeTimeModel,
+    Interference,
+    PrefillTimeModel,
+    TpotModel,
+    TtftModel,
+    Work,
+    decode_curve,
+    overlap_wait,
+    prefill_curve,
+)
+
+# One H200, 8 layers of a 7B model, ms: each phase alone under a share, then (x, y) side by side.
+DECODE_ALONE = {100: 2.81, 60: 2.94, 40: 3.20, 25: 4.17, 15: 6.63}
+PREFILL_ALONE = {100: 11.6, 95: 12.2, 50: 17.4, 30: 28.8}
+BESIDE = {  # (x, y): prefill, decode
+    (100, 100): (14.5, 8.9),
+    (95, 100): (15.2, 7.3),
+    (95, 50): (15.1, 7.5),
+    (95, 30): (15.4, 7.8),
+    (90, 25): (15.4, 8.2),
+    (100, 30): (13.6, 11.9),
+    (50, 50): (24.3, 3.7),
+    (30, 50): (36.1, 3.4),
+}
+
+
+def test_the_curves_follow_what_the_h200_took() -> None:
+    for percent, measured in DECODE_ALONE.items():
+        curve = decode_curve(percent, 35) / decode_curve(100, 35)
+        assert curve == pytest.approx(measured / DECODE_ALONE[100], rel=0.03)
+    for percent, measured in PREFILL_ALONE.items():
+        assert prefill_curve(percent, 0.6) == pytest.approx(measured / 11.6, rel=0.075)
+
+
+def test_the_interference_follows_what_the_h200_took() -> None:
+    for (x, y), (prefill, decode) in BESIDE.items():
+        shares = Shares(x, y)
+        assert 11.6 * prefill_curve(x, 0.6) * H200.prefill_slowdown == pytest.approx(
+            prefill, rel=0.15
+        )
+        modelled = H200.decode_slowdown * decode_curve(y, 35) + overlap_wait(shares, H200)
+        assert 2.81 * modelled == pytest.approx(decode, rel=0.15)
+
+
+def test_disjoint_shares_never_wait_and_overlapping_ones_wait_more_for_a_larger_prefill() -> None:
+    assert overlap_wait(Shares(70, 30), H200) == 0
+    waits = [overlap_wait(Shares(x, 100), H200) for x in (10, 50, 80, 95, 100)]
+    assert waits == sorted(waits)
+    assert waits[0] > 0
+
+
+def test_eq4_finds_the_papers_coefficients() -> None:
+    """Fig. 10's fits, normalised: 0.6809 / (x - lambda) + 0.022 and 0.6284 / y + 0.3818."""
+    ttft, tpot = TtftModel(), TpotModel()
+    for share in (0.35, 0.4, 0.5, 0.6, 0.7):
+        ttft.update(share, 0.6809 / (share - 0.2) + 0.022)
+        tpot.update(share, 0.6284 / share + 0.3818)
+    assert ttft.coefficients == pytest.approx({"a": 0.6809, "b": 0.022, "lambda": 0.2}, abs=0.05)
+    assert tpot.coefficients == pytest.approx({"a": 0.6284, "b": 0.3818, "lambda": 0.0})
+    assert ttft.r_squared == pytest.approx(1, abs=1e-3)
+    assert tpot.r_squared == pytest.approx(1)
+    assert ttft.predict(0.45) == pytest.approx(0.6809 / 0.25 + 0.022, rel=0.01)
+    assert ttft.predict(0.1) == np.inf  # no share below lambda keeps the queue finite
+
+
+@pytest.mark.parametrize(("model", "needed"), [(TtftModel, 3), (TpotModel, 2)])
+def test_eq1_stands_in_until_eq4_can_be_fitted(model: type, needed: int) -> None:
+    fit = model()
+    with pytest.raises(ValueError, match="no latency has been observed"):
+        fit.predict(0.5)
+    for seen, share in enumerate((0.5, 0.4, 0.6)[:needed], start=1):
+        fit.update(share, 1 / share + 1)
+        fit.update(share, 1 / share + 1)  # the same share again is nothing new
+        if seen < needed:
+            assert fit.r_squared is None
+            assert fit.predict(share / 2) == pytest.approx(2 * (1 / share + 1))
+    assert fit.r_squared == pytest.approx(1, abs=1e-3)
+    assert fit.predict(0.5) == pytest.approx(3, rel=1e-2)
+
+
+def test_eq4_never_predicts_that_a_larger_share_is_slower() -> None:
+    fit = TpotModel()
+    for share, seconds in ((0.3, 1.0), (0.5, 2.0), (0.7, 3.0)):  # the load grew meanwhile
+        fit.update(share, seconds)
+    assert fit.predict(0.7) <= fit.predict(0.5) <= fit.predict(0.3)
+    assert fit.coefficients is not None
+    assert min(fit.coefficients.values()) >= 0
+
+
+def test_eq4_forgets_old_windows() -> None:
+    fit = TpotModel(max_points=4)
+    for share in (0.3, 0.5, 0.6, 0.7):
+        fit.update(share, 100.0)
+    for share in (0.3, 0.5, 0.6, 0.7):
+        fit.update(share, 1 / share)
+    assert fit.predict(0.4) == pytest.approx(2.5)
+    assert len(fit.points) == 4
+
+
+def decode_times(knee: float, wait: float, half: float, scale_s: float):
+    """A decode whose parameters are known: (work, seconds) under many shares and batches."""
+    other = Interference(overlap_wait=H200.overlap_wait * wait)
+    for shares in (FULL, Shares(90, 100), Shares(70, 30), Shares(50, 50), Shares(30, 70)):
+        for sequences in (4, 40, 400):
+            alone = decode_curve(shares.decode, knee)
+            beside = other.decode_slowdown * alone + overlap_wait(shares, other)
+            seconds = scale_s * (1 + sequences / half) * (0.5 * alone + 0.5 * beside)
+            yield Work(shares=shares, other_busy=0.5, sequences=sequences), seconds
+
+
+@pytest.mark.parametrize(("knee", "log2_wait"), [(35, 0), (60, 0), (20, 2), (90, -2)])
+def test_the_decode_model_learns_knee_wait_and_batch(knee: float, log2_wait: float) -> None:
+    model = DecodeTimeModel()
+    times = list(decode_times(knee, 2**log2_wait, 64, 0.005))
+    for work, seconds in times:
+        model.update(0.0, work, seconds)
+    assert model.coefficients["knee"] == pytest.approx(knee, abs=5)
+    assert model.coefficients["log2_wait"] == log2_wait
+    assert model.coefficients["log2_sequences"] == 6
+    assert model.r_squared == pytest.approx(1, abs=0.01)
+    assert len(model.points) == len(times)
+    for work, seconds in times:
+        assert model.predict(work) == pytest.approx(seconds, rel=0.1)
+
+
+@pytest.mark.parametrize("parallel", [0.3, 0.6, 1.0])
+def test_the_prefill_model_learns_how_much_sms_help(parallel: float) -> None:
+    model = PrefillTimeModel()
+    for percent in (30, 60, 100):
+        work = Work(shares=Shares(percent, 100), other_busy=1.0)
+        model.update(0.0, work, 2e-5 * prefill_curve(percent, parallel) * H200.prefill_slowdown)
+    assert model.coefficients["parallel"] == pytest.approx(parallel, abs=0.051)
+    assert model.coefficients["scale_s"] == pytest.approx(2e-5, rel=0.1)
+
+
+def test_one_time_is_enough_as_the_priors_know_the_shape() -> None:
+    model = DecodeTimeModel()
+    with pytest.raises(ValueError, match="no time has been observed"):
+        model.predict(Work(shares=FULL, other_busy=0.0))
+    model.update(0.0, Work(shares=FULL, other_busy=0.0), 2.81e-3)
+    assert model.r_squared is None
+    for percent, measured in DECODE_ALONE.items():
+        work = Work(shares=Shares(100, percent), other_busy=0.0)
+        assert model.predict(work) == pytest.approx(measured * 1e-3, rel=0.03)
+
+
+def test_times_are_replaced_and_forgotten() -> None:
+    model = PrefillTimeModel(memory_s=60)
+    half, full = Work(shares=Shares(50, 50), other_busy=0.0), Work(shares=FULL, other_busy=0.0)
+    model.update(0.0, half, 1.0)
+    model.update(50.0, full, 1.0)
+    model.update(55.0, full, 2.0)
+    assert dict(model.points) == {half: 1.0, full: 2.0}
+    model.update(61.0, full, 3.0)
+    assert dict(model.points) == {full: 3.0}
+
+
+def test_impossible_values_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"max_points=2 .* at least 3"):
+        TtftModel(max_points=2)
+    with pytest.raises(ConfigError, match=r"share=1\.5"):
+        TpotModel().update(1.5, 1.0)
+    with pytest.raises(ConfigError, match="memory_s=0"):
+        DecodeTimeModel(memory_s=0)
+    with pytest.raises(ConfigError, match="seconds=0"):
+        PrefillTimeModel().update(0.0, Work(shares=FULL, other_busy=0.0), 0)
+    with pytest.raises(ConfigError, match="other_busy=2"):
+        PrefillTimeModel().update(0.0, Work(shares=FULL, other_busy=2), 1.0)
+    with pytest.raises(ConfigError, match=r"decode_slowdown=0\.5"):
+        Interference(decode_slowdown=0.5)
