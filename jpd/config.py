@@ -19,6 +19,7 @@ LoadFormat = Literal["auto", "safetensors", "orbax", "dummy"]
 SchedulingPolicy = Literal["fcfs", "priority"]
 PrefillPolicy = Literal["mixed", "first"]
 Topology = Literal["unified", "semi_pd"]
+Controller = Literal["static", "paper", "slo"]
 
 MAX_STEP_TOKENS = 65_536
 
@@ -117,10 +118,14 @@ class SemiPDConfig:
     sm_shares: bool = True
     """Give processes their shares, by MPS on a GPU and by CPU affinity without one. With False
     a GPU gives both processes slices of its time; both shares are 100 then."""
-    controller: Any = None
-    """Changes the shares while requests are served; an object with `decide`, see
-    `jpd.semi_pd.controller`. None keeps them."""
-    control_interval_s: float = 0.5
+    controller: Any = "static"
+    """Who changes the shares while requests are served: "static" nobody, "paper" Algorithm 1 of the
+    paper, "slo" jpd's own; or an object with `decide`, see `jpd.semi_pd.controller`."""
+    ttft_slo_s: float | None = None
+    """Time to the first token that "paper" and "slo" aim at, met by 90 % of the requests."""
+    tpot_slo_s: float | None = None
+    """Time per token after the first that they aim at."""
+    control_interval_s: float = 0.1
     """Seconds between two questions to the controller."""
     check_ownership: bool = False
     """Debugging: every executor checks before and after each step that no page of the step was
@@ -137,9 +142,11 @@ class SemiPDConfig:
         for name in ("sm_shares", "check_ownership"):
             value = getattr(self, name)
             require(isinstance(value, bool), f"semi_pd.{name}", value, "True or False")
-        value = self.control_interval_s
-        ok = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
-        require(ok, "semi_pd.control_interval_s", value, "a number of seconds above 0")
+        for name in ("control_interval_s", "ttft_slo_s", "tpot_slo_s"):
+            value = getattr(self, name)
+            ok = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+            ok = ok or (value is None and name != "control_interval_s")
+            require(ok, f"semi_pd.{name}", value, "a number of seconds above 0")
         kept = self.kept_shares
         ok = isinstance(kept, list | tuple) and all(
             isinstance(pair, list | tuple)
@@ -149,16 +156,27 @@ class SemiPDConfig:
         )
         require(ok, "semi_pd.kept_shares", kept, "pairs of ints of percent, 1 to 100")
         object.__setattr__(self, "kept_shares", tuple(tuple(pair) for pair in kept))
-        ok = self.controller is None or callable(getattr(self.controller, "decide", None))
-        require(ok, "semi_pd.controller", self.controller, "None or an object with decide")
+        named = isinstance(self.controller, str)
+        ok = self.controller in Controller.__args__ if named else hasattr(self.controller, "decide")
+        allowed = f"one of {list(Controller.__args__)} or an object with decide"
+        require(ok, "semi_pd.controller", self.controller, allowed)
+        for name in ("ttft_slo_s", "tpot_slo_s"):
+            value = getattr(self, name)
+            needed = named and self.controller != "static"
+            require(not needed or value is not None, f"semi_pd.{name}", value, "a time in seconds")
         if not self.sm_shares:
             full = self.prefill_share == self.decode_share == 100 and not self.kept_shares
             require(
-                full and self.controller is None,
+                full and not self.is_controlled,
                 "semi_pd.sm_shares",
                 False,
                 "True with shares below 100, kept_shares or a controller",
             )
+
+    @property
+    def is_controlled(self) -> bool:
+        """Shares may change while requests are served."""
+        return self.controller != "static"
 
 
 @dataclass(frozen=True, kw_only=True)

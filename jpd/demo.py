@@ -56,6 +56,8 @@ ENGINE = {
     "batch_buckets": (4,),
     "token_buckets": (128,),
     "context_buckets": (512,),
+    # Prefill and decode each in a process of its own, on one copy of weights and KV pages.
+    "topology": "semi_pd",
 }
 
 
@@ -148,13 +150,26 @@ def _print_table(console: Console, outputs: list[RequestOutput], seconds: float)
     )
 
 
+def _print_processes(llm: AsyncLLM) -> None:
+    topology = llm._engine.topology
+    seats = (topology.prefill, topology.decode)
+    phases = [
+        f"{seat.pool.phase} in process {seat.executor.pid}, CPUs: {seat.executor.ready.units}"
+        for seat in seats
+    ]
+    print(f"One copy of weights and KV pages; {'; '.join(phases)}.", flush=True)
+
+
 def run(model: str) -> None:
     """Builds the engine, shows the answers, prints the table."""
     from jpd import AsyncLLM
 
     console = Console()
     print(f"Loading {model} and compiling its steps (kept for the next time).", flush=True)
-    llm = AsyncLLM(model, **ENGINE)
+    # Under MPS all is Pallas kernels, and none of them takes the demo's float32.
+    on_cpu = os.environ["JAX_PLATFORMS"].startswith("cpu")
+    llm = AsyncLLM(model, **ENGINE, semi_pd={"sm_shares": on_cpu})
+    _print_processes(llm)
     try:
         start = time.perf_counter()
         if console.is_terminal:

@@ -207,6 +207,25 @@ def allocate(nbytes: int, device: str) -> Block:
     return Block(Handle(device, nbytes, os.getpid(), ipc=ipc), pointer)
 
 
+def memory_of(device: str) -> tuple[int, int]:
+    """Bytes of a device that are free, and all of them; on a CPU those that are available.
+
+    Raises:
+      ValueError: the device is not allowed.
+      ImportError: it is a GPU and CuPy is not installed.
+    """
+    ordinal = _ordinal(device)
+    if ordinal is None:
+        with open("/proc/meminfo") as file:
+            fields = dict(line.split(":") for line in file)
+        free, total = (int(fields[name].split()[0]) << 10 for name in ("MemAvailable", "MemTotal"))
+        return free, total
+    import cupy
+
+    with cupy.cuda.Device(ordinal):
+        return cupy.cuda.runtime.memGetInfo()
+
+
 def open_block(handle: Handle) -> Block:
     """Maps a block that another process made.
 

@@ -197,7 +197,9 @@ class Prepared:
     phi: np.ndarray | None
 
 
-def prepare(config: EngineConfig, *, on_cpu: bool, limit: int, device: object) -> Prepared:
+def prepare(
+    config: EngineConfig, *, on_cpu: bool, limit: int, device: object, executors: int = 1
+) -> Prepared:
     """Decides everything that is open and reads what is small.
 
     Args:
@@ -205,6 +207,7 @@ def prepare(config: EngineConfig, *, on_cpu: bool, limit: int, device: object) -
       on_cpu: steps run on a CPU.
       limit: bytes of the device that weights, KV pages and work space share.
       device: for messages.
+      executors: that share weights and pages on the device, each with its work space.
 
     Raises:
       ConfigError: the configuration, the checkpoint or the machine does not allow it.
@@ -221,7 +224,8 @@ def prepare(config: EngineConfig, *, on_cpu: bool, limit: int, device: object) -
         "itemsize": jnp.dtype(config.dtype).itemsize,
     }
     if config.num_pages is None:
-        pages = memory.num_pages(config, model, shape_table(config), **sizes)
+        shapes = shape_table(config)
+        pages = memory.num_pages(config, model, shapes, executors=executors, **sizes)
         config = config.replace(num_pages=pages)
     memory.check_pages_fit(config, model, **sizes)
     tokenizer = None

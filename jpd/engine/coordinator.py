@@ -15,7 +15,7 @@ import numpy as np
 
 from jpd.config import EngineConfig
 from jpd.engine import output as outputs
-from jpd.engine.lane import ExecutorLostError, Lane, OneExecutor, Topology
+from jpd.engine.lane import ExecutorLostError, Lane, OneExecutor, PagesLostError, Topology
 from jpd.engine.metrics import EngineStats
 from jpd.engine.output import Request
 from jpd.engine.plan import Committed, StepPlan, StepResult
@@ -248,7 +248,11 @@ class Coordinator:
         self._topology.close()
 
     def _step(self) -> list[Delta]:
-        self._topology.tend(self.recent)
+        try:
+            self._topology.tend(self.recent)
+        except PagesLostError:
+            self._start_over()
+            return []
         lanes = self._topology.lanes
         launched = [self._launch(lane) for lane in lanes if lane.may_launch]
         # A lane with room is filled before anything is waited for.
@@ -298,6 +302,18 @@ class Coordinator:
         self._stats.steps += 1
         self._stats.step_tokens += plan.num_tokens
         return True
+
+    def _start_over(self) -> None:
+        """Computes every sequence again from what was published of it."""
+        for lane in self._topology.lanes:
+            plans = [step.plan for step in lane.in_flight]
+            lane.in_flight.clear()
+            lane.executor = None
+            for plan in plans:
+                self.scheduler.lost(plan)
+        self.scheduler.start_over()
+        self._stats.pages_lost += 1
+        self._topology.renew()
 
     def _lost(self, lane: Lane, error: ExecutorLostError, *unlaunched: StepPlan) -> None:
         """Takes back what an executor that is gone was to compute."""

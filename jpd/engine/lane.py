@@ -20,6 +20,10 @@ class ExecutorLostError(Exception):
     """An executor ended, or failed, with its steps unfinished; others can go on."""
 
 
+class PagesLostError(Exception):
+    """All KV pages lost their content; every sequence must be computed again."""
+
+
 class StepInFlight(Protocol):
     """A launched step."""
 
@@ -125,7 +129,13 @@ class Topology(Protocol):
 
         Args:
           recent: what happened to requests since it was last called.
+
+        Raises:
+          PagesLostError: no executor is left, and `renew` has to be called.
         """
+
+    def renew(self) -> None:
+        """Makes new pages, after `PagesLostError` and when no lane has steps in flight."""
 
     def wait(self) -> Lane | None:
         """Blocks until the oldest step of some lane has run, or the executors changed.
@@ -168,6 +178,9 @@ class OneExecutor:
 
     def tend(self, recent: Callable[[], Recent]) -> None:
         """Nothing ever changes."""
+
+    def renew(self) -> None:
+        """Its pages live as long as it does."""
 
     def wait(self) -> Lane | None:
         """Its only lane, if a step is in flight; whoever reads the result waits."""

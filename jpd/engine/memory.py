@@ -83,13 +83,14 @@ def num_pages(
     limit: int,
     model_bytes: int,
     itemsize: int,
+    executors: int = 1,
 ) -> int:
-    """Pages that fit in what weights and work space leave, and no more than can be used.
+    """Pages that fit in what weights and work spaces leave, and no more than can be used.
 
     Raises:
       ConfigError: fewer than two pages fit.
     """
-    work = work_bytes(config, model, shapes)
+    work = executors * work_bytes(config, model, shapes)
     left = int(limit * config.gpu_memory_utilization) - model_bytes - work
     fit = left // page_bytes(config, model, itemsize)
     longest = -(-config.max_model_len // config.page_size)

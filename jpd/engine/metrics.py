@@ -20,6 +20,9 @@ class EngineStats:
     """Sequences that are computed again because an executor was lost in their prefill."""
     executors_lost: int = 0
     """Executors that failed or were killed while others went on."""
+    pages_lost: int = 0
+    """Times that all KV pages were lost, with the device's memory, and every sequence computed
+    again."""
     prompt_tokens: int = 0
     """Prompt tokens of admitted sequences, computed or found in the prefix cache."""
     cached_tokens: int = 0

@@ -439,6 +439,17 @@ class Scheduler:
             sequence.token_in_flight = False
         self._fence.end(plan.ticket)
 
+    def start_over(self) -> None:
+        """Everything that is in the pages is lost: all sequences wait to be computed again."""
+        for sequence in [s for s in self.table.sequences if s is not None]:
+            self._remove(sequence)
+            sequence.state = State.WAITING
+            sequence.token_in_flight = False
+            self.stats.requeued += 1
+            self._enqueue(sequence)
+        if self.cache is not None:
+            self.cache.clear()
+
     def check_integrity(self) -> None:
         """Asserts that pages are conserved and that no page still to be written to is shared."""
         running = [s for s in self.table.sequences if s is not None]

@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
-from collections.abc import Callable
 from contextlib import ExitStack
 from multiprocessing.connection import wait as wait_for_any
 
-import numpy as np
+from tqdm.auto import tqdm
 
 from jpd.config import EngineConfig, SemiPDConfig
 from jpd.engine import build as engine_build
-from jpd.engine import memory
 from jpd.engine.build import Engine
 from jpd.engine.recent import Recent
 from jpd.errors import ConfigError
-from jpd.semi_pd import arrays
-from jpd.semi_pd.child import spawn
-from jpd.semi_pd.controller import Shares
-from jpd.semi_pd.layout import pages_layout
-from jpd.semi_pd.messages import WorkerSpec
+from jpd.semi_pd.controller import Controller, Shares, Slo
+from jpd.semi_pd.paper_controller import PaperController
 from jpd.semi_pd.pool import ExecutorPool
-from jpd.semi_pd.remote import RemoteExecutor
+from jpd.semi_pd.shared_model import SharedModel
+from jpd.semi_pd.slo_controller import SloController
 from jpd.semi_pd.storage import StorageOwner
 from jpd.semi_pd.topology import SemiPD
 from native.affinity import CpuShares
 from native.memory import allocate
+from native.mps import Mps, MpsError
 from native.shares import SmShares
+
+_CONTEXT_BYTES = 700 << 20
+"""What a process on a GPU takes beside what it allocates: CUDA's context, loaded programs."""
 
 
 def build(config: EngineConfig) -> Engine:
@@ -48,113 +49,125 @@ def _uses_gpu() -> bool:
 
 
 def _build_semi_pd(config: EngineConfig) -> Engine:
-    if _uses_gpu():
-        raise NotImplementedError("topology='semi_pd' on a GPU")
-    limit = memory.host_memory()
-    prepared = engine_build.prepare(config, on_cpu=True, limit=limit, device="this machine")
-    config, model = prepared.config, prepared.model
-    weights = arrays.weights_layout(model, config.dtype)
-    pages = pages_layout(
-        num_layers=model.num_layers,
-        num_pages=config.num_pages,
-        page_size=config.page_size,
-        num_kv_heads=model.num_kv_heads,
-        head_dim=model.head_dim,
-        dtype=config.dtype,
-    )
-    with ExitStack() as undo:
-        owner = StorageOwner.start(weights, pages, "cpu")
-        undo.callback(owner.stop)
-        owner.load(
-            config.model,
-            dtype=config.dtype,
-            load_format=config.load_format,
-            seed=config.seed,
-            show_progress=config.show_progress,
-        )
-        generations = None
-        if config.semi_pd.check_ownership:
-            generations = allocate(8 * config.num_pages, "cpu")
-        spec = functools.partial(
-            WorkerSpec,
-            # What a user's controller holds is the coordinator's business.
-            config=config.replace(semi_pd=SemiPDConfig(), show_progress=False),
-            model=model,
-            eos_token_ids=prepared.eos_token_ids,
-            phi=prepared.phi,
-            weights=weights,
-            pages=pages,
-            handles=owner.handles,
-            generations=None if generations is None else generations.handle(),
-        )
-        topology = _topology(config, spec, owner.stop)
-        undo.callback(topology.close)
-        _wait_until_seated(topology)
-        engine = engine_build.assemble(prepared, topology)
-        if generations is not None:
-            pool = engine.coordinator.scheduler.pool
-            pool.generations = generations.array(0, (config.num_pages,), np.int64)
-        undo.pop_all()
-    return engine
-
-
-def _topology(
-    config: EngineConfig, spec: Callable[..., WorkerSpec], on_close: Callable[[], None]
-) -> SemiPD:
+    on_gpu = _uses_gpu()
     options = config.semi_pd
-    first = Shares(options.prefill_share, options.decode_share)
-    kept = [Shares(*pair) for pair in options.kept_shares]
-    prefill_cpus, decode_cpus = CpuShares("low"), CpuShares("high")
+    if on_gpu and options.sm_shares:
+        # cuBLAS and cuDNN compute wrong numbers, or hang, on a part of the SMs.
+        config = config.replace(kernels=dataclasses.replace(config.kernels, pallas_only=True))
+    resources = ExitStack()
+    try:
+        prefill_shares, decode_shares, env = _shares(options, on_gpu, resources)
+        owner = StorageOwner.start("cuda:0" if on_gpu else "cpu", env)
+        resources.callback(owner.stop)
+        executors = _num_executors(options)
+        contexts = executors * _CONTEXT_BYTES if on_gpu else 0
+        prepared = engine_build.prepare(
+            config,
+            on_cpu=not on_gpu,
+            limit=owner.free_bytes - contexts,
+            device="the GPU" if on_gpu else "this machine",
+            executors=executors,
+        )
+        counts = None
+        if options.check_ownership:
+            counts = resources.enter_context(allocate(8 * prepared.config.num_pages, "cpu"))
+        handle = None if counts is None else counts.handle()
+        model = SharedModel(owner, prepared, env, handle)
+        resources.callback(model.stop)
+        topology = SemiPD(
+            model,
+            _pool("prefill", model, prefill_shares, options),
+            _pool("decode", model, decode_shares, options),
+            Shares(options.prefill_share, options.decode_share),
+            prepared.config.max_num_seqs,
+            depth=1 + prepared.config.async_scheduling,
+            controller=_controller(options),
+            control_interval_s=options.control_interval_s,
+            on_close=resources.close,
+        )
+        resources.callback(topology.close)
+        _wait_until_seated(topology, prepared.config.show_progress)
+        engine = engine_build.assemble(prepared, topology)
+        if counts is not None:
+            pool = engine.coordinator.scheduler.pool
+            pool.generations = counts.array(0, (pool.num_pages,), "int64")
+        return engine
+    except BaseException:
+        resources.close()
+        raise
+
+
+def _shares(
+    options: SemiPDConfig, on_gpu: bool, resources: ExitStack
+) -> tuple[SmShares | None, SmShares | None, dict[str, str]]:
+    """What gives prefill and decode executors their shares, and the variables of other processes.
+
+    Raises:
+      ConfigError: MPS does not run here.
+    """
     if not options.sm_shares:
-        prefill_cpus = decode_cpus = None
-    prefill = ExecutorPool(
-        "prefill",
-        functools.partial(_start, spec(prefill=True, decode=False), prefill_cpus),
-        prefill_cpus,
-        frozenset(s.prefill for s in kept),
-    )
-    decode = ExecutorPool(
-        "decode",
-        functools.partial(_start, spec(prefill=False, decode=True), decode_cpus),
-        decode_cpus,
-        frozenset(s.decode for s in kept),
-    )
-    return SemiPD(
-        prefill,
-        decode,
-        first,
-        config.max_num_seqs,
-        depth=1 + config.async_scheduling,
-        controller=options.controller,
-        control_interval_s=options.control_interval_s,
-        on_close=on_close,
-    )
+        return None, None, {}
+    if not on_gpu:
+        return CpuShares("low"), CpuShares("high"), {}
+    try:
+        daemon = Mps.start()
+    except MpsError as error:
+        raise ConfigError(
+            f"semi_pd.sm_shares=True is not possible here (False gives both phases slices of the "
+            f"GPU's time): {error}"
+        ) from error
+    resources.callback(daemon.stop)
+    # Who shares memory by CUDA IPC with a client of MPS is to be one too.
+    return daemon, daemon, daemon.environment(100)
 
 
-def _start(spec: WorkerSpec, shares: SmShares | None, share: int) -> RemoteExecutor:
-    """Starts an executor's process; it says `Ready` when it can run steps."""
-    env = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    if shares is not None:
-        env |= shares.environment(share)
-    child = spawn("jpd.semi_pd.worker", fds=spec.fds, env=env)
-    child.connection.send(spec)
-    return RemoteExecutor(child, share)
+def _num_executors(options: SemiPDConfig) -> int:
+    """Executors that run at once, the one that a switch starts in the background included."""
+    pairs = [(options.prefill_share, options.decode_share), *options.kept_shares]
+    running = sum(len({pair[phase] for pair in pairs}) for phase in (0, 1))
+    return running + options.is_controlled
 
 
-def _wait_until_seated(topology: SemiPD) -> None:
+def _controller(options: SemiPDConfig) -> Controller | None:
+    """Who is asked for shares; None where nobody changes them."""
+    if not isinstance(options.controller, str):
+        return options.controller
+    if options.controller == "static":
+        return None
+    slo = Slo(ttft_s=options.ttft_slo_s, tpot_s=options.tpot_slo_s)
+    if options.controller == "paper":
+        return PaperController(slo=slo)
+    if not options.kept_shares:
+        return SloController(slo=slo)
+    return SloController(slo=slo, allowed=[Shares(*pair) for pair in options.kept_shares])
+
+
+def _pool(
+    phase: str, model: SharedModel, shares: SmShares | None, options: SemiPDConfig
+) -> ExecutorPool:
+    kept = frozenset(getattr(Shares(*pair), phase) for pair in options.kept_shares)
+    start = functools.partial(model.start_executor, phase, shares)
+    return ExecutorPool(phase, start, shares, kept)
+
+
+def _wait_until_seated(topology: SemiPD, show_progress: bool) -> None:
     """Waits for the first executor of each phase and for those to be kept ready.
 
     Raises:
       ConfigError: one of them could not be built.
     """
-    seats = (topology.prefill, topology.decode)
-    while True:
-        topology.tend(Recent)
-        for seat in seats:
-            if seat.pool.failures:
-                raise ConfigError(
-                    f"the {seat.pool.phase} executor could not be started: {seat.pool.failures[0]}"
-                )
-        if all(seat.executor is not None and not seat.pool.num_starting for seat in seats):
-            return
-        wait_for_any([c for seat in seats for c in seat.pool.connections()])
+    pools = (topology.prefill.pool, topology.decode.pool)
+    with tqdm(desc="executors", unit="ready", disable=not show_progress) as bar:
+        while True:
+            topology.tend(Recent)
+            for pool in pools:
+                if pool.failures:
+                    raise ConfigError(
+                        f"the {pool.phase} executor could not be started: {pool.failures[0]}"
+                    )
+            ready = sum(pool.num_ready for pool in pools)
+            bar.total = ready + sum(pool.num_starting for pool in pools)
+            bar.update(ready - bar.n)
+            if ready == bar.total:
+                return
+            wait_for_any([c for pool in pools for c in pool.connections()])

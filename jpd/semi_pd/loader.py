@@ -8,6 +8,7 @@ runs the device holds the weights twice: as they were loaded, and in the block.
 from __future__ import annotations
 
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,17 @@ from jpd.semi_pd.child import connect, spawn
 from jpd.semi_pd.layout import Layout
 from native.memory import Handle, open_block
 
+# What is loaded leaves with the process; the rest of the memory is not jax's.
+_ENV = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 
-def run(folder: Path, options: dict[str, Any], weights: Handle, layout: Layout) -> None:
+
+def run(
+    folder: Path,
+    options: dict[str, Any],
+    weights: Handle,
+    layout: Layout,
+    env: Mapping[str, str],
+) -> None:
     """Starts a loader and waits until the block is filled.
 
     Args:
@@ -25,12 +35,13 @@ def run(folder: Path, options: dict[str, Any], weights: Handle, layout: Layout) 
       options: Keywords of `jpd.checkpoint.load`, but for `device`.
       weights: The block.
       layout: Of the block.
+      env: Variables for the process beside this one's own.
 
     Raises:
       ConfigError: as `jpd.checkpoint.load` does; or its parameters are not those of `layout`.
       EngineDeadError: the loader failed in another way.
     """
-    child = spawn("jpd.semi_pd.loader", fds=weights.fds)
+    child = spawn("jpd.semi_pd.loader", fds=weights.fds, env=_ENV | dict(env))
     try:
         child.connection.send((folder, options, weights, layout))
         error = child.connection.recv()

@@ -124,6 +124,11 @@ class ExecutorPool:
         yield from (e.connection for e, _ in self._starting.values())
 
     @property
+    def num_ready(self) -> int:
+        """Executors that run steps, or could."""
+        return len(self._ready)
+
+    @property
     def num_starting(self) -> int:
         """Executors that are not ready yet."""
         return len(self._starting)

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 from jpd.config import Dtype, LoadFormat
 from jpd.errors import ConfigError, EngineDeadError
 from jpd.semi_pd import loader
 from jpd.semi_pd.child import Child, connect, spawn
 from jpd.semi_pd.layout import Layout
-from native.memory import Block, Handle, allocate, receive_handle, send_handle
+from native.memory import Block, Handle, allocate, memory_of, receive_handle, send_handle
 
 _STOP_S = 10.0
 
@@ -38,28 +40,29 @@ class Handles:
 class StorageOwner:
     """The coordinator's side of the storage owner. `start`, `load`, then `handles`."""
 
-    def __init__(self, child: Child, device: str, weights: Layout, pages: Layout) -> None:
+    def __init__(self, child: Child, device: str, env: Mapping[str, str]) -> None:
+        self.device = device
         self._child = child
-        self._device = device
-        self._layouts = (weights, pages)
+        self._env = env
         self._handles: list[Handle] = []
+        self.free_bytes = self.total_bytes = 0
+        """Of the device, before anything was allocated."""
 
     @classmethod
-    def start(cls, weights: Layout, pages: Layout, device: str) -> StorageOwner:
-        """Starts the process and makes room for the weights.
+    def start(cls, device: str, env: Mapping[str, str] | None = None) -> StorageOwner:
+        """Starts the process.
 
         Args:
-          weights: Layout of the parameters.
-          pages: Layout of the KV pages.
           device: "cpu" or "cuda:N".
+          env: Variables for the process, and for the loader, beside this process's own.
 
         Raises:
-          ConfigError: the device cannot be used, or has no room.
+          ConfigError: the device cannot be used.
           EngineDeadError: the process ended.
         """
-        owner = cls(spawn("jpd.semi_pd.storage"), device, weights, pages)
+        owner = cls(spawn("jpd.semi_pd.storage", env=env), device, env or {})
         try:
-            owner._allocate(weights)
+            owner.free_bytes, owner.total_bytes = owner._ask(device)
         except BaseException:
             owner.stop()
             raise
@@ -67,6 +70,8 @@ class StorageOwner:
 
     def load(
         self,
+        weights: Layout,
+        pages: Layout,
         folder: Path,
         *,
         dtype: Dtype,
@@ -74,23 +79,30 @@ class StorageOwner:
         seed: int = 0,
         show_progress: bool = True,
     ) -> None:
-        """Fills the weights, then makes room for the pages; see `jpd.checkpoint.load`.
+        """Makes room for weights, fills them, makes room for pages; see `jpd.checkpoint.load`.
 
         In this order: the device holds the weights twice while they are loaded, and the pages are
-        meant to take all that is left.
+        meant to take all that is left. After an error it may be called again.
+
+        Args:
+          weights: Layout of the parameters.
+          pages: Layout of the KV pages.
+          folder: A model folder.
+          dtype, load_format, seed, show_progress: As of `jpd.checkpoint.load`.
 
         Raises:
-          ConfigError: as `jpd.checkpoint.load` does; or no room for the pages.
+          ConfigError: as `jpd.checkpoint.load` does; or no room.
           EngineDeadError: the loader or the storage owner ended.
         """
-        weights, pages = self._layouts
+        if not self._handles:
+            self._allocate(weights)
         options = {
             "dtype": dtype,
             "load_format": load_format,
             "seed": seed,
             "show_progress": show_progress,
         }
-        loader.run(folder, options, self._handles[0], weights)
+        loader.run(folder, options, self._handles[0], weights, self._env)
         self._allocate(pages)
 
     @property
@@ -130,31 +142,44 @@ class StorageOwner:
         self._handles.clear()
 
     def _allocate(self, layout: Layout) -> None:
+        self._ask(layout.nbytes)
+        self._handles.append(receive_handle(self._child.connection))
+
+    def _ask(self, question: Any) -> Any:
         try:
-            self._child.connection.send((layout.nbytes, self._device))
-            error = self._child.connection.recv()
-            if error is not None:
-                raise error
-            self._handles.append(receive_handle(self._child.connection))
+            self._child.connection.send(question)
+            answer = self._child.connection.recv()
         except (EOFError, ConnectionError) as end:
             code = self._child.wait()
             raise EngineDeadError(f"the storage owner ended, exit code {code}") from end
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
 
 
 def _main() -> None:
+    """Answers a device with its memory, then each number of bytes with a block."""
     connection = connect()
     blocks: list[Block] = []
+    device = None
     while True:
         try:
-            nbytes, device = connection.recv()
+            question = connection.recv()
         except (EOFError, ConnectionError):
             return
         try:
-            blocks.append(allocate(nbytes, device))
+            if device is None:
+                answer = memory_of(question)
+                device = question
+            else:
+                blocks.append(allocate(question, device))
+                answer = None
         except Exception as error:  # CuPy is missing, CUDA does not start, no memory is left, ...
-            connection.send(ConfigError(f"device={device!r}: {type(error).__name__}: {error}"))
-        else:
-            connection.send(None)
+            where = repr(device or question)
+            connection.send(ConfigError(f"device={where}: {type(error).__name__}: {error}"))
+            continue
+        connection.send(answer)
+        if answer is None:
             send_handle(connection, blocks[-1].handle())
 
 

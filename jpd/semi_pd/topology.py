@@ -14,12 +14,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import wait as wait_for_any
 
-from jpd.engine.lane import ExecutorLostError, Lane
+from jpd.engine.lane import ExecutorLostError, Lane, PagesLostError
 from jpd.engine.recent import Recent
 from jpd.errors import EngineDeadError
 from jpd.semi_pd.controller import Controller, Observation, Shares
-from jpd.semi_pd.pool import ExecutorPool
+from jpd.semi_pd.pool import MAX_FAILURES, ExecutorPool
 from jpd.semi_pd.remote import RemoteExecutor
+from jpd.semi_pd.shared_model import SharedModel
 
 logger = logging.getLogger(__name__)
 
@@ -117,6 +118,7 @@ class SemiPD:
     """The topology of semi-PD.
 
     Args:
+      model: what the executors map.
       prefill, decode: pools of the two phases.
       shares: to begin with.
       num_rows: rows of the sequence table.
@@ -128,6 +130,7 @@ class SemiPD:
 
     def __init__(
         self,
+        model: SharedModel,
         prefill: ExecutorPool,
         decode: ExecutorPool,
         shares: Shares,
@@ -146,6 +149,7 @@ class SemiPD:
         self.prefill = Seat(self.lanes[0], prefill, shares.prefill, clock)
         self.decode = Seat(self.lanes[1], decode, shares.decode, clock)
         self._seats = (self.prefill, self.decode)
+        self._model = model
         self._controller = controller
         self._interval_s = control_interval_s
         self._asked_s = clock()
@@ -153,6 +157,7 @@ class SemiPD:
         self._prefill_busy_s = 0.0
         self._on_close = on_close
         self._closed = False
+        self._renewed = False
 
     @property
     def shares(self) -> Shares:
@@ -180,13 +185,22 @@ class SemiPD:
 
         Raises:
           EngineDeadError: both were given up.
+          PagesLostError: the memory is gone, or nobody could be started on it.
         """
+        if self._model.is_lost or self._memory_is_suspect():
+            for seat in self._seats:
+                seat.pool.close()
+            raise PagesLostError
         now_s = self._clock()
-        if self._controller is not None and now_s - self._asked_s >= self._interval_s:
+        degraded = any(seat.pool.given_up for seat in self._seats)
+        due = now_s - self._asked_s >= self._interval_s
+        if self._controller is not None and due and not degraded:
             self._asked_s = now_s
             self.shares = self._controller.decide(self._observation(recent()), self.shares)
         for seat in self._seats:
             seat.tend()
+            if seat.executor is not None and seat.executor.num_steps:
+                self._renewed = False
         prefill, decode = self._seats
         if prefill.pool.given_up and decode.pool.given_up:
             raise EngineDeadError(
@@ -195,6 +209,21 @@ class SemiPD:
                 f"{decode.pool.failures[-1]!r}"
             )
         prefill.lane.decode, decode.lane.prefill = decode.pool.given_up, prefill.pool.given_up
+
+    def _memory_is_suspect(self) -> bool:
+        """Nobody runs, and whoever was started failed: a fault of the GPU takes all its clients
+        and their memory along, and shows like this. It is looked for once: the next failures tell
+        that it is not the memory.
+        """
+        failed = all(len(seat.pool.failures) == MAX_FAILURES - 1 for seat in self._seats)
+        nobody = all(seat.executor is None and not seat.pool.num_ready for seat in self._seats)
+        return failed and nobody and not self._renewed
+
+    def renew(self) -> None:
+        """New memory with the weights in it; executors are started on it by `tend`."""
+        self._renewed = True
+        logger.warning("the KV pages are lost: loading the model again")
+        self._model.renew()
 
     def _observation(self, recent: Recent) -> Observation:
         before_s, self._prefill_busy_s = self._prefill_busy_s, self.prefill.pool.busy_s
@@ -207,7 +236,7 @@ class SemiPD:
             if lane.in_flight and lane.executor.has_report:
                 return lane
         connections = [c for seat in self._seats for c in seat.pool.connections()]
-        readable = wait_for_any(connections)
+        readable = wait_for_any([*connections, self._model.connection])
         for lane in self.lanes:
             if lane.in_flight and lane.executor.connection in readable:
                 return lane

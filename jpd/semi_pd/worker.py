@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from jpd.errors import ConfigError
 from jpd.semi_pd.child import connect
 from jpd.semi_pd.ownership import OwnershipCheck, OwnershipError
 from native import affinity
@@ -62,6 +63,11 @@ def _build(spec: WorkerSpec) -> tuple[_Checked, int]:
 
     device = jax.devices()[0]
     on_cpu = device.platform == "cpu"
+    if on_cpu != (spec.handles.weights.device == "cpu"):
+        raise ConfigError(
+            f"weights lie on {spec.handles.weights.device}, but jax found only {device}: "
+            "a GPU needs jpd[cuda12] or jpd[cuda13]; JAX_PLATFORMS=cpu keeps all on the CPU"
+        )
     weights, pages = open_block(spec.handles.weights), open_block(spec.handles.pages)
     params = arrays.params(weights, spec.weights)
     use_cache_dir(spec.config.compilation_cache_dir)

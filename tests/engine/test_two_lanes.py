@@ -30,7 +30,15 @@ COMMON = run_alone((1, 2, 3), MAX_LEN)[0]
 seen: Counter[str] = Counter()
 
 
-def make(seed: int, *, pages: int = 13, rows: int = 4, deaths: float = 0.0, switches: float = 0.0):
+def make(
+    seed: int,
+    *,
+    pages: int = 13,
+    rows: int = 4,
+    deaths: float = 0.0,
+    switches: float = 0.0,
+    faults: float = 0.0,
+):
     """A coordinator on two lanes, whose clock counts its readings."""
     config = EngineConfig(
         model="none",
@@ -48,7 +56,7 @@ def make(seed: int, *, pages: int = 13, rows: int = 4, deaths: float = 0.0, swit
         "max_chunks": config.max_prefills_per_step,
         "shapes": shape_table(config),
     }
-    topology = TwoLanes(sizes, random.Random(seed), deaths=deaths, switches=switches)
+    topology = TwoLanes(sizes, random.Random(seed), deaths=deaths, switches=switches, faults=faults)
     clock = itertools.count(1).__next__
     model = SimpleNamespace(vocab_size=VOCAB)
     return Coordinator(config, model, topology, None, (), clock=lambda: float(clock())), topology
@@ -79,6 +87,7 @@ def finish_and_check(coordinator: Coordinator, outputs: dict, aborted: set[str])
     rows=st.integers(1, 5),
     deaths=st.sampled_from([0, 0, 0.05, 0.2]),
     switches=st.sampled_from([0, 0.1]),
+    faults=st.sampled_from([0, 0, 0.02]),
     requests=st.lists(
         st.tuples(st.integers(0, 12), st.lists(st.integers(0, 2), max_size=4), st.integers(1, 16)),
         min_size=1,
@@ -86,8 +95,10 @@ def finish_and_check(coordinator: Coordinator, outputs: dict, aborted: set[str])
     ),
 )
 @settings(max_examples=400, derandomize=True, deadline=None)
-def _any_order(seed, pages, rows, deaths, switches, requests) -> None:
-    coordinator, topology = make(seed, pages=pages, rows=rows, deaths=deaths, switches=switches)
+def _any_order(seed, pages, rows, deaths, switches, faults, requests) -> None:
+    coordinator, topology = make(
+        seed, pages=pages, rows=rows, deaths=deaths, switches=switches, faults=faults
+    )
     rng, outputs, aborted = random.Random(seed + 1), {}, set()
     for i, (common, own, count) in enumerate(requests):
         prompt = [*COMMON[:common], *own] or [0]
@@ -107,6 +118,7 @@ def _any_order(seed, pages, rows, deaths, switches, requests) -> None:
     seen["requeued"] += stats.requeued
     seen["cached"] += stats.cached_tokens
     seen["aborted"] += len(aborted)
+    assert stats.pages_lost == topology.seen["fault"]
     assert stats.executors_lost == sum(n for k, n in topology.seen.items() if "lost" in k)
 
 
@@ -114,6 +126,7 @@ def test_any_order_of_events_gives_every_request_its_own_tokens() -> None:
     seen.clear()
     _any_order()
     rare = ["preempted", "requeued", "cached", "aborted", "switched", "lost decode", "lost prefill"]
+    rare.append("fault")
     assert min(seen[name] for name in rare) >= 10, seen
 
 

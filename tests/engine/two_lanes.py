@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from jpd.engine.lane import ExecutorLostError, Lane
+from jpd.engine.lane import ExecutorLostError, Lane, PagesLostError
 from jpd.engine.plan import StepPlan, StepResult
 from jpd.engine.recent import Recent
-from tests.engine.fake_device import FakeDevice
+from tests.engine.fake_device import GARBAGE, FakeDevice
 
 
 @dataclass(slots=True)
@@ -79,12 +79,20 @@ class LateExecutor(FakeDevice):
 class TwoLanes:
     """A topology whose executors finish, die, are replaced and change phases at random."""
 
-    def __init__(self, sizes: dict, rng: random.Random, *, deaths: float, switches: float) -> None:
+    def __init__(
+        self,
+        sizes: dict,
+        rng: random.Random,
+        *,
+        deaths: float,
+        switches: float,
+        faults: float,
+    ) -> None:
         self.recompiles = 0
         self.seen: Counter[str] = Counter()
         self._random = rng
         self._sizes = sizes
-        self._deaths, self._switches = deaths, switches
+        self._deaths, self._switches, self._faults = deaths, switches, faults
         self._memory = FakeDevice(**sizes)
         rows = sizes["rows"]
         self.lanes = [
@@ -98,6 +106,12 @@ class TwoLanes:
 
     def tend(self, recent: Callable[[], Recent]) -> None:
         """Brings executors back, and switches those that are between steps."""
+        if self._random.random() < self._faults:
+            self.seen["fault"] += 1
+            for lane in self.lanes:
+                if lane.executor is not None:
+                    lane.executor.die()
+            raise PagesLostError
         for lane in self.lanes:
             if lane.executor is None and self._random.random() < 0.3:
                 lane.executor = self._start()
@@ -121,6 +135,12 @@ class TwoLanes:
         """Its last writes are done when this returns."""
         self.seen["lost " + ("decode" if lane is self.lanes[1] else "prefill")] += 1
         lane.executor.die()
+
+    def renew(self) -> None:
+        """All pages hold garbage."""
+        self._memory.chains[:] = GARBAGE
+        for lane in self.lanes:
+            lane.executor = self._start()
 
     def close(self) -> None:
         """Nothing is left."""

@@ -14,11 +14,11 @@ def no_cache(monkeypatch):
     monkeypatch.setitem(demo.ENGINE, "compilation_cache_dir", "")
 
 
-def test_lines_and_table(folder, capsys):
+def test_lines_and_table(folder, capfd):
     assert demo.main([str(folder)]) == 0
-    out, err = capsys.readouterr()
+    out, err = capfd.readouterr()
     assert "Loading weights" in err
-    assert "compile: 100%" in err
+    assert "executors: 100%" in err
     lines = out.splitlines()
     rows = [re.findall(r"[\w.\[\]-]+", line) for line in lines if line.startswith("│")]
     assert [row[0] for row in rows] == [f"[{i}]" for i in range(len(demo.PROMPTS))]

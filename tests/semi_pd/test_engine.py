@@ -18,7 +18,7 @@ import pytest
 
 from jpd import LLM, AsyncLLM, SamplingParams
 from jpd.errors import ConfigError, EngineDeadError
-from jpd.semi_pd import build as semi_pd_build
+from jpd.semi_pd import shared_model
 from jpd.semi_pd.controller import Observation, Shares
 from jpd.semi_pd.pool import MAX_FAILURES
 from jpd.types import RequestOutput
@@ -226,13 +226,31 @@ def check_idle_after_steps(llm: LLM) -> None:
     check_idle(llm)
 
 
+def test_when_the_memory_is_lost_everything_is_computed_again(
+    llm: LLM, in_one_process: list[list[int]]
+) -> None:
+    """As after a fault of the GPU, which takes all processes on it along."""
+    before = llm.stats
+    outputs = llm._queue(llm._checked(*work(60), None))
+    for _ in range(150):
+        llm._step()
+    os.kill(llm._engine.topology._model._owner._child.process.pid, signal.SIGKILL)
+    while not all(o.finished for o in outputs):
+        llm._step()
+    assert tokens(outputs) == in_one_process
+    stats = llm.stats
+    assert stats.pages_lost - before.pages_lost == 1
+    assert stats.requeued > before.requeued
+    check_idle(llm)
+
+
 def test_an_executor_that_nobody_can_start_leaves_its_phase_to_the_other(
     folder: Path, monkeypatch: pytest.MonkeyPatch, in_one_process: list[list[int]]
 ) -> None:
     llm = LLM(str(folder), **OPTIONS, topology="semi_pd")
-    spawn = semi_pd_build.spawn
+    spawn = shared_model.spawn
     monkeypatch.setattr(
-        semi_pd_build, "spawn", lambda _, **options: spawn("tests.semi_pd.no_executor", **options)
+        shared_model, "spawn", lambda _, **options: spawn("tests.semi_pd.no_executor", **options)
     )
     prompts, params = work(60)
     outputs = llm._queue(llm._checked(prompts, params, None))
@@ -252,7 +270,9 @@ def test_an_executor_that_nobody_can_start_leaves_its_phase_to_the_other(
 
 
 def test_what_cannot_be_built_says_why_and_leaves_nothing(folder: Path) -> None:
-    with pytest.raises(ConfigError, match=r"prefill executor could not be started.*no kernel"):
+    with pytest.raises(
+        ConfigError, match=r"(prefill|decode) executor could not be started.*no kernel"
+    ):
         LLM(str(folder), **OPTIONS, topology="semi_pd", kernels={"pallas_only": True})
 
 

@@ -41,12 +41,12 @@ def config(folder):
 
 
 @pytest.fixture
-def start(config):
-    """Starts owners that have room for the model, and stops them."""
+def start():
+    """Starts owners, and stops them."""
     owners = []
 
-    def start(dtype="float32", pages=PAGES):
-        owners.append(StorageOwner.start(arrays.weights_layout(config, dtype), pages, DEVICE))
+    def start():
+        owners.append(StorageOwner.start(DEVICE))
         return owners[-1]
 
     yield start
@@ -56,9 +56,9 @@ def start(config):
 
 
 @pytest.fixture(scope="module")
-def loaded(config, folder):
+def loaded(load, folder):
     """One owner with random weights of seed 3, for tests that only look at it."""
-    owner = StorageOwner.start(arrays.weights_layout(config, "float32"), PAGES, DEVICE)
+    owner = StorageOwner.start(DEVICE)
     load(owner, folder, load_format="dummy", seed=3)
     yield owner
     owner.stop()
@@ -70,8 +70,15 @@ def no_loader(monkeypatch):
     monkeypatch.setattr(storage.loader, "run", lambda *arguments: None)
 
 
-def load(owner, folder, **options):
-    owner.load(folder, **{"dtype": "float32", "show_progress": False} | options)
+@pytest.fixture(scope="module")
+def load(config):
+    """Loads into room for the tiny model in `room`."""
+
+    def load(owner, folder, room="float32", **options):
+        options = {"dtype": "float32", "show_progress": False} | options
+        owner.load(arrays.weights_layout(config, room), PAGES, folder, **options)
+
+    return load
 
 
 def children():
@@ -120,9 +127,9 @@ def check_weights(owner, layout, expected):
         assert addresses == [base + field.offset for field in layout.fields]
 
 
-def test_weights_are_those_of_the_checkpoint_without_a_copy(start, folder, config):
-    owner = start("bfloat16")
-    load(owner, folder, dtype="bfloat16")
+def test_weights_are_those_of_the_checkpoint_without_a_copy(start, folder, config, load):
+    owner = start()
+    load(owner, folder, room="bfloat16", dtype="bfloat16")
     _, expected = checkpoint.load(folder, dtype="bfloat16", show_progress=False)
     check_weights(owner, arrays.weights_layout(config, "bfloat16"), expected)
 
@@ -141,7 +148,7 @@ def test_all_that_map_the_pages_see_one_memory(loaded):
         assert [[float(a.mean()) for a in layer] for layer in pages] == [[0, 1], [2, 3]]
 
 
-def test_a_broken_checkpoint_fails_as_without_processes(start, folder, config, tmp_path):
+def test_a_broken_checkpoint_fails_as_without_processes(start, folder, config, tmp_path, load):
     broken = tmp_path / "broken"
     shutil.copytree(folder, broken)
     file = broken / "model.safetensors"
@@ -159,7 +166,7 @@ def test_a_broken_checkpoint_fails_as_without_processes(start, folder, config, t
     check_weights(owner, arrays.weights_layout(config, "float32"), expected)
 
 
-def test_other_errors_of_the_configuration_come_back(start, folder, tmp_path):
+def test_other_errors_of_the_configuration_come_back(start, folder, tmp_path, load):
     owner = start()
     with pytest.raises(ConfigError, match=r"config\.json") as found:
         load(owner, tmp_path)
@@ -168,13 +175,13 @@ def test_other_errors_of_the_configuration_come_back(start, folder, tmp_path):
         load(owner, folder, dtype="bfloat16")
 
 
-def test_a_loader_that_breaks(start, folder, capfd):
+def test_a_loader_that_breaks(start, folder, capfd, load):
     with pytest.raises(EngineDeadError, match="the loader failed: TypeError"):
         load(start(), folder, seed="x", load_format="dummy")
     assert "Traceback" in capfd.readouterr().err
 
 
-def test_a_killed_loader(start, folder, monkeypatch):
+def test_a_killed_loader(start, folder, monkeypatch, load):
     spawn = storage.loader.spawn
 
     def spawn_and_kill(*arguments, **options):
@@ -188,7 +195,7 @@ def test_a_killed_loader(start, folder, monkeypatch):
         load(owner, folder)
 
 
-def test_an_interrupted_load_leaves_no_loader(start, folder, monkeypatch):
+def test_an_interrupted_load_leaves_no_loader(start, folder, monkeypatch, load):
     owner = start()
     before = children()
     spawn = storage.loader.spawn
@@ -222,7 +229,7 @@ def modules_after(module):
     return set(run.stdout.split())
 
 
-def test_the_coordinator_sees_the_end_of_a_killed_owner(start, folder, no_loader):
+def test_the_coordinator_sees_the_end_of_a_killed_owner(start, folder, no_loader, load):
     owner = start()
     os.kill(owner._child.process.pid, signal.SIGKILL)
     assert owner.connection.poll(10)
@@ -231,14 +238,14 @@ def test_the_coordinator_sees_the_end_of_a_killed_owner(start, folder, no_loader
     assert not owner.alive
 
 
-def test_an_interrupt_does_not_end_the_owner(start, folder, no_loader):
+def test_an_interrupt_does_not_end_the_owner(start, folder, no_loader, load):
     owner = start()
     os.kill(owner._child.process.pid, signal.SIGINT)
     load(owner, folder)
     assert owner.alive
 
 
-def test_handles_are_there_between_load_and_stop(start, folder, no_loader):
+def test_handles_are_there_between_load_and_stop(start, folder, no_loader, load):
     owner = start()
     with pytest.raises(RuntimeError, match="from the end of `load` until `stop`"):
         _ = owner.handles
@@ -249,13 +256,12 @@ def test_handles_are_there_between_load_and_stop(start, folder, no_loader):
         _ = owner.handles
 
 
-def test_a_device_that_cannot_be_used(config):
+def test_a_device_that_cannot_be_used():
     before = children()
-    weights = arrays.weights_layout(config, "float32")
     with pytest.raises(ConfigError, match="device='cuda:99': "):
-        StorageOwner.start(weights, PAGES, "cuda:99")
+        StorageOwner.start("cuda:99")
     with pytest.raises(ConfigError, match=r"device='tpu'.*'cpu' or 'cuda:N'"):
-        StorageOwner.start(weights, PAGES, "tpu")
+        StorageOwner.start("tpu")
     assert children() == before
 
 
@@ -265,11 +271,10 @@ def left():
     return len(os.listdir("/proc/self/fd")), mapped, set(os.listdir("/dev/shm")), children()
 
 
-def test_nothing_is_left(config, folder):
-    weights = arrays.weights_layout(config, "float32")
+def test_nothing_is_left(folder, load):
     jax.devices()  # it opens files of its own
     before = left()
-    owner = StorageOwner.start(weights, PAGES, DEVICE)
+    owner = StorageOwner.start(DEVICE)
     load(owner, folder, load_format="dummy")
     with open_block(owner.handles.pages) as block:
         arrays.kv_pages(block, PAGES)
@@ -284,9 +289,7 @@ def test_a_killed_coordinator_leaves_nothing(tmp_path):
     script = """
 import os, signal
 from jpd.semi_pd.storage import StorageOwner
-from jpd.semi_pd.layout import Layout
-layout = Layout.of([((), (1,), "float32")])
-owner = StorageOwner.start(layout, layout, "cpu")
+owner = StorageOwner.start("cpu")
 os.kill(owner._child.process.pid, signal.SIGSTOP)
 print(owner._child.process.pid, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)

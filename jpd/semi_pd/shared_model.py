@@ -1,0 +1,116 @@
+"""One copy of weights and KV pages, and the executors that are started on it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from multiprocessing.connection import Connection
+
+from jpd.config import SemiPDConfig
+from jpd.engine.build import Prepared
+from jpd.semi_pd import arrays
+from jpd.semi_pd.child import spawn
+from jpd.semi_pd.layout import pages_layout
+from jpd.semi_pd.messages import WorkerSpec
+from jpd.semi_pd.remote import RemoteExecutor
+from jpd.semi_pd.storage import StorageOwner
+from native.memory import Handle
+from native.shares import SmShares
+
+_ENV = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+
+
+class SharedModel:
+    """Loads the model into a storage owner, and again into another if that one is lost.
+
+    Args:
+      owner: started, with nothing in it.
+      prepared: the engine.
+      env: variables for the owner and the loader.
+      generations: see `WorkerSpec`.
+    """
+
+    def __init__(
+        self,
+        owner: StorageOwner,
+        prepared: Prepared,
+        env: Mapping[str, str],
+        generations: Handle | None,
+    ) -> None:
+        config, model = prepared.config, prepared.model
+        self._owner = owner
+        self._prepared = prepared
+        self._env = env
+        self._generations = generations
+        self._weights = arrays.weights_layout(model, config.dtype)
+        self._pages = pages_layout(
+            num_layers=model.num_layers,
+            num_pages=config.num_pages,
+            page_size=config.page_size,
+            num_kv_heads=model.num_kv_heads,
+            head_dim=model.head_dim,
+            dtype=config.dtype,
+        )
+        # What a user's controller holds is the coordinator's business.
+        self._config = config.replace(semi_pd=SemiPDConfig(), show_progress=False)
+        self._load(config.show_progress)
+
+    def _load(self, show_progress: bool) -> None:
+        config = self._config
+        self._owner.load(
+            self._weights,
+            self._pages,
+            config.model,
+            dtype=config.dtype,
+            load_format=config.load_format,
+            seed=config.seed,
+            show_progress=show_progress,
+        )
+
+    @property
+    def connection(self) -> Connection:
+        """To wait on: readable when the memory is lost."""
+        return self._owner.connection
+
+    @property
+    def is_lost(self) -> bool:
+        """The process that held the memory has ended."""
+        return self._owner.connection.poll()
+
+    def renew(self) -> None:
+        """Another owner, with the weights and empty pages; nobody may map the old one any more.
+
+        Raises:
+          ConfigError: see `StorageOwner.load`.
+        """
+        self._owner.stop()
+        self._owner = StorageOwner.start(self._owner.device, self._env)
+        self._load(show_progress=False)
+
+    def start_executor(self, phase: str, shares: SmShares | None, share: int) -> RemoteExecutor:
+        """Starts an executor's process; it says `Ready` when it can run steps.
+
+        Args:
+          phase: "prefill" or "decode", whose steps it prepares for.
+          shares: gives it its share; None gives it none.
+          share: percent of the SMs.
+        """
+        spec = WorkerSpec(
+            config=self._config,
+            model=self._prepared.model,
+            eos_token_ids=self._prepared.eos_token_ids,
+            phi=self._prepared.phi,
+            weights=self._weights,
+            pages=self._pages,
+            handles=self._owner.handles,
+            prefill=phase == "prefill",
+            decode=phase == "decode",
+            generations=self._generations,
+        )
+        env = _ENV | (shares.environment(share) if shares is not None else {})
+        child = spawn("jpd.semi_pd.worker", fds=spec.fds, env=env)
+        child.connection.send(spec)
+        return RemoteExecutor(child, share)
+
+    def stop(self) -> None:
+        """Lets the memory go."""
+        self._owner.stop()
