@@ -238,6 +238,11 @@ class Coordinator:
             self._cause = error
             raise
 
+    def rest(self) -> None:
+        """Looks after the executors while there is nothing to compute."""
+        assert not self.has_work
+        self._tend()
+
     def close(self) -> None:
         """Ends all requests, waits for the devices and lets go of their memory."""
         for request_id in list(self._requests):
@@ -248,10 +253,7 @@ class Coordinator:
         self._topology.close()
 
     def _step(self) -> list[Delta]:
-        try:
-            self._topology.tend(self.recent)
-        except PagesLostError:
-            self._start_over()
+        if not self._tend():
             return []
         lanes = self._topology.lanes
         launched = [self._launch(lane) for lane in lanes if lane.may_launch]
@@ -301,6 +303,15 @@ class Coordinator:
             return False
         self._stats.steps += 1
         self._stats.step_tokens += plan.num_tokens
+        return True
+
+    def _tend(self) -> bool:
+        """Lets the topology change its executors; False if all was lost with them."""
+        try:
+            self._topology.tend(self.recent)
+        except PagesLostError:
+            self._start_over()
+            return False
         return True
 
     def _start_over(self) -> None:

@@ -23,6 +23,9 @@ from jpd.types import Delta, RequestOutput
 
 logger = logging.getLogger(__name__)
 
+_IDLE_S = 1.0
+"""How often an idle engine looks after its executors."""
+
 
 class Mailbox:
     """Where the engine's thread leaves what a request produced. Used on its event loop only.
@@ -195,9 +198,12 @@ class EngineThread:
         wait = not self._coordinator.has_work
         while True:
             try:
-                command = self._inbox.get(wait)
+                command = self._inbox.get(wait, _IDLE_S)
             except queue.Empty:
-                return True
+                if not wait:
+                    return True
+                self._coordinator.rest()
+                continue
             if command is None:
                 return False
             command()

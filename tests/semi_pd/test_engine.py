@@ -286,6 +286,15 @@ def test_an_async_face(folder: Path, in_one_process: list[list[int]]) -> None:
     llm = AsyncLLM(str(folder), **OPTIONS, topology="semi_pd")
     try:
         assert tokens(asyncio.run(serve())) == in_one_process
+        # An executor that dies while nobody asks for anything is replaced before somebody does.
+        seat = llm._engine.topology.decode
+        first = seat.executor.pid
+        os.kill(first, signal.SIGKILL)
+        deadline = time.monotonic() + 30
+        while seat.executor is None or seat.executor.pid == first:
+            assert time.monotonic() < deadline, "the executor was not replaced"
+            time.sleep(0.05)
+        assert llm.stats.executors_lost == 0, "no request was touched"
     finally:
         llm.close()
 
