@@ -18,7 +18,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 LoadFormat = Literal["auto", "safetensors", "orbax", "dummy"]
 SchedulingPolicy = Literal["fcfs", "priority"]
 PrefillPolicy = Literal["mixed", "first"]
-Topology = Literal["unified", "semi_pd"]
+Topology = Literal["unified", "semi_pd", "disaggregated"]
 Controller = Literal["static", "paper", "slo"]
 
 MAX_STEP_TOKENS = 65_536
@@ -235,7 +235,8 @@ class EngineConfig:
     """Implementation of each op."""
     topology: Topology = "unified"
     """"unified" runs both phases on one executor in this process; "semi_pd" each on executors of
-    their own, which share one copy of weights and KV pages."""
+    their own, which share one copy of weights and KV pages; "disaggregated" each on a device of its
+    own, with `num_pages` on each, and moves the KV of a sequence when its prompt is computed."""
     semi_pd: SemiPDConfig = field(default_factory=SemiPDConfig)
     """SM shares of the two phases."""
 
@@ -260,6 +261,12 @@ class EngineConfig:
         require(_is_int(self.seed), "seed", self.seed, "an int")
         require(isinstance(self.kernels, KernelConfig), "kernels", self.kernels, "a KernelConfig")
         require(isinstance(self.semi_pd, SemiPDConfig), "semi_pd", self.semi_pd, "a SemiPDConfig")
+        require(
+            self.topology == "semi_pd" or self.semi_pd == SemiPDConfig(),
+            "semi_pd",
+            self.semi_pd,
+            "only with topology='semi_pd'",
+        )
         apart = self.topology != "unified"
         require(
             not apart or self.prefill_policy == "mixed",

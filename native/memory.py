@@ -226,8 +226,13 @@ def memory_of(device: str) -> tuple[int, int]:
         return cupy.cuda.runtime.memGetInfo()
 
 
-def open_block(handle: Handle) -> Block:
+def open_block(handle: Handle, reader: str | None = None) -> Block:
     """Maps a block that another process made.
+
+    Args:
+      handle: Of the block.
+      reader: The GPU, "cuda:N", whose kernels read and write the block; its own when not given.
+        Another one reaches it as a peer.
 
     A process may open a handle several times; on a GPU CUDA counts, and every time gives the same
     address.
@@ -244,6 +249,8 @@ def open_block(handle: Handle) -> Block:
         return Block(handle, mmap.mmap(handle.fd, handle.nbytes))
     import cupy
 
+    if reader is not None:
+        ordinal = _ordinal(reader)
     with cupy.cuda.Device(ordinal):
         address = cupy.cuda.runtime.ipcOpenMemHandle(handle.ipc)
     mapping = _Mapping()

@@ -60,6 +60,7 @@ class Coordinator:
             max_stop_ids=MAX_STOP_TOKEN_IDS + len(eos_token_ids),
             enable_prefix_caching=config.enable_prefix_caching,
             one_executor=isinstance(topology, OneExecutor),
+            two_pools=config.topology == "disaggregated",
             tag_pages=config.semi_pd.check_ownership,
         )
         self._stats = EngineStats()

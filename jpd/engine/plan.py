@@ -48,6 +48,20 @@ class Chunk:
 
 
 @dataclass(eq=False, slots=True)
+class PageCopy:
+    """Keys and values of a sequence that move from a prefill device to a decode device."""
+
+    sequence: Sequence | None
+    """None in an executor's process."""
+    row: int
+    serial: int
+    source: list[int]
+    """Pages of the prefill pool."""
+    target: list[int]
+    """Pages of the decode pool, as many."""
+
+
+@dataclass(eq=False, slots=True)
 class StepPlan:
     """`B` decoding rows and up to `N` prompt chunks."""
 
@@ -72,6 +86,8 @@ class StepPlan:
     """Longest context in the step."""
     plain_greedy: bool
     """Every sampled row takes the argmax and nothing else is asked."""
+    copies: list[PageCopy] = field(default_factory=list)
+    """What is to be copied before the step runs."""
     admissions: list[Admission] = field(default_factory=list)
     """Rows that are new to the executor that the step goes to."""
     ticket: int = 0
@@ -90,7 +106,8 @@ class StepPlan:
     def without_sequences(self) -> StepPlan:
         """What an executor in another process needs."""
         chunks = [replace(chunk, sequence=None, named=[]) for chunk in self.chunks]
-        return replace(self, sequences=[], admitted=[], chunks=chunks)
+        copies = [replace(copy, sequence=None) for copy in self.copies]
+        return replace(self, sequences=[], admitted=[], chunks=chunks, copies=copies)
 
 
 @dataclass(frozen=True, slots=True)

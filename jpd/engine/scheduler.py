@@ -15,7 +15,7 @@ import numpy as np
 
 from jpd.engine.fence import PageFence
 from jpd.engine.pages import PagePool
-from jpd.engine.plan import Admission, Chunk, Committed, StepPlan
+from jpd.engine.plan import Admission, Chunk, Committed, PageCopy, StepPlan
 from jpd.engine.prefix_cache import PrefixCache, extend_hashes
 from jpd.engine.sequence import Sequence, SequenceTable, State
 from jpd.types import FinishReason
@@ -51,6 +51,8 @@ class Scheduler:
       tag_pages: plans say how often each of their pages was handed out.
       one_executor: all steps run in one order. Then a row may decode in the step after its last
         chunk, with its token still on the device, and freed pages are free at once.
+      two_pools: prefill and decode executors have `num_pages` each, on devices of their own, and a
+        sequence moves from one pool to the other when its prompt is computed.
     """
 
     def __init__(
@@ -65,11 +67,13 @@ class Scheduler:
         max_stop_ids: int,
         enable_prefix_caching: bool,
         one_executor: bool = True,
+        two_pools: bool = False,
         tag_pages: bool = False,
     ) -> None:
         self.page_size = page_size
         self.pool = PagePool(num_pages)
-        self._fence = None if one_executor else PageFence(self.pool)
+        self.decode_pool = PagePool(num_pages) if two_pools else self.pool
+        self._fence = None if one_executor else PageFence()
         self.cache = PrefixCache(self.pool) if enable_prefix_caching else None
         self.table = SequenceTable(max_num_seqs, max_model_len, page_size, max_stop_ids)
         self.stats = SchedulerStats()
@@ -77,6 +81,7 @@ class Scheduler:
         self._max_chunks = max_prefills_per_step
         self._waiting: list[tuple[tuple[int, int], Sequence]] = []
         self._prefilling: list[Sequence] = []
+        self._to_move: list[Sequence] = []
         self._tag_pages = tag_pages
         self._watermark = int(num_pages * _FREE_SHARE_ON_ADMISSION)
         self.num_waiting = 0
@@ -148,7 +153,12 @@ class Scheduler:
         """
         table = self.table
         preemptions = self.stats.preemptions
-        rows = self._decode_rows() if decode else np.zeros(0, np.int32)
+        rows, copies = np.zeros(0, np.int32), []
+        if decode:
+            rows = self._decode_rows()
+            # After rows that grow took their pages, and preempted whom they had to.
+            copies = self._move()
+            rows = np.append(rows, np.array([copy.row for copy in copies], np.int32))
         chunks, admitted = [], []
         # What was just preempted must not come back in the same step.
         if prefill:
@@ -178,6 +188,7 @@ class Scheduler:
                 table.plain_greedy[rows].all()
                 and all(table.plain_greedy[c.row] for c in chunks if c.last)
             ),
+            copies=copies,
             ticket=0 if self._fence is None else self._fence.begin(),
         )
         table.computed[rows] += 1
@@ -201,6 +212,29 @@ class Scheduler:
             tokens,
         )
 
+    def _move(self) -> list[PageCopy]:
+        """Moves sequences whose first token is known to the decode pool, the first to come first.
+
+        They decode from this step on. Their old pages are given up when it has run.
+        """
+        copies: list[PageCopy] = []
+        while self._to_move:
+            sequence = self._to_move[0]
+            row = sequence.row
+            known = int(self.table.known[row])
+            count = -(-known // self.page_size)  # with room for the newest token, which it stores
+            reserve = self._watermark if self.table.decoding.any() else 0
+            if count + reserve > self.decode_pool.num_free:
+                break
+            self._to_move.pop(0)
+            pages, filled = self.decode_pool.allocate(count), self.pages_for(known)
+            serial = int(self.table.serial[row])
+            copies.append(PageCopy(sequence, row, serial, sequence.pages[:filled], pages[:filled]))
+            sequence.source_pages, sequence.moved = sequence.pages, True
+            self.table.replace_pages(row, pages)
+            self.table.decoding[row] = True
+        return copies
+
     def _decode_rows(self) -> np.ndarray:
         """Rows that decode a token, each with a page for it; preempts where pages run out."""
         table = self.table
@@ -220,12 +254,14 @@ class Scheduler:
         While freed pages wait for a step to end, so does the sequence.
         """
         while sequence.state is State.RUNNING:
-            if self.pool.num_free:
-                self.table.add_page(sequence.row, self.pool.allocate(1)[0])
+            pool = self._pool_of(sequence)
+            if pool.num_free:
+                self.table.add_page(sequence.row, pool.allocate(1)[0])
                 return
-            if self._fence:
+            if self._fence is not None and self._fence.holds(pool):
                 return
-            running = (s for s in self.table.sequences if s is not None)
+            holders = (s for s in self.table.sequences if s is not None)
+            running = (s for s in holders if self._pool_of(s) is pool)
             self._preempt(max(running, key=lambda s: s.order))
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -237,12 +273,22 @@ class Scheduler:
 
     def _remove(self, sequence: Sequence) -> None:
         self.table.remove(sequence)
-        if sequence in self._prefilling:
-            self._prefilling.remove(sequence)
+        for queue in (self._prefilling, self._to_move):
+            if sequence in queue:
+                queue.remove(sequence)
         # The end of a sequence is the least likely to be shared, so it is given up first.
-        holder = self.pool if self._fence is None else self._fence
-        holder.release(sequence.pages[::-1])
-        sequence.pages = []
+        self._release(self._pool_of(sequence), sequence.pages[::-1])
+        self._release(self.pool, sequence.source_pages[::-1])
+        sequence.pages, sequence.source_pages, sequence.moved = [], [], False
+
+    def _release(self, pool: PagePool, pages: list[int]) -> None:
+        if self._fence is None:
+            pool.release(pages)
+        elif pages:
+            self._fence.release(pool, pages)
+
+    def _pool_of(self, sequence: Sequence) -> PagePool:
+        return self.decode_pool if sequence.moved else self.pool
 
     def _enqueue(self, sequence: Sequence) -> None:
         heapq.heappush(self._waiting, (sequence.order, sequence))
@@ -350,6 +396,10 @@ class Scheduler:
         if self._fence is not None:
             self._fence.end(plan.ticket)
         alive = table.serial[plan.rows] == plan.serials
+        for copy in plan.copies:
+            if table.serial[copy.row] == copy.serial:
+                self._release(self.pool, copy.sequence.source_pages[::-1])
+                copy.sequence.source_pages = []
         done = Committed([], [], [])
         if alive.all():
             rows, decoded = plan.rows, tokens[:batch]
@@ -367,7 +417,10 @@ class Scheduler:
             if not chunk.last:
                 continue
             if table.serial[chunk.row] == chunk.serial:
-                table.decoding[chunk.row] = True
+                if self.decode_pool is self.pool:
+                    table.decoding[chunk.row] = True
+                else:
+                    self._to_move.append(chunk.sequence)
                 self._append(np.array([chunk.row], np.int32), tokens[i : i + 1], [chunk.sequence])
                 done.sequences.append(chunk.sequence)
                 done.tokens.append(int(tokens[i]))
@@ -386,7 +439,7 @@ class Scheduler:
             # The token's own KV comes with the next step; what is before it is in the pages.
             for i in np.flatnonzero(known % self.page_size == 0).tolist():
                 sequence, count = sequences[i], int(known[i])
-                if not sequence.findable:
+                if not sequence.findable or sequence.moved:
                     continue
                 extend_hashes(sequence.page_names, table.tokens[rows[i], :count], self.page_size)
                 page = count // self.page_size - 1
@@ -425,6 +478,9 @@ class Scheduler:
         alive = table.serial[plan.rows] == plan.serials
         table.computed[plan.rows[alive]] -= 1
         gone = [plan.sequences[i] for i in np.flatnonzero(~alive).tolist()]
+        for copy in reversed(plan.copies):
+            if table.serial[copy.row] == copy.serial:
+                self._move_back(copy)
         for chunk in plan.chunks:
             for page in chunk.named:
                 self.cache.remove(page)
@@ -438,6 +494,15 @@ class Scheduler:
         for sequence in gone:
             sequence.token_in_flight = False
         self._fence.end(plan.ticket)
+
+    def _move_back(self, copy: PageCopy) -> None:
+        """A copy that nobody knows to be done: the sequence is to move again."""
+        sequence = copy.sequence
+        self._release(self.decode_pool, sequence.pages[::-1])
+        self.table.replace_pages(copy.row, sequence.source_pages)
+        sequence.source_pages, sequence.moved = [], False
+        self.table.decoding[copy.row] = False
+        self._to_move.insert(0, sequence)
 
     def start_over(self) -> None:
         """Everything that is in the pages is lost: all sequences wait to be computed again."""
@@ -453,13 +518,19 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Asserts that pages are conserved and that no page still to be written to is shared."""
         running = [s for s in self.table.sequences if s is not None]
-        held = [] if self._fence is None else self._fence.held()
-        self.pool.check_integrity([*(s.pages for s in running), *held])
-        writable = [
-            page
-            for s in running
-            for page in s.pages[int(self.table.computed[s.row]) // self.page_size :]
-        ]
-        assert len(writable) == len(set(writable)), "a page has two writers"
-        for page in writable:
-            assert self.pool.references(page) == 1, "a page that is written to is shared"
+        for pool in {self.pool, self.decode_pool}:
+            holders = [s.pages for s in running if self._pool_of(s) is pool]
+            if self._fence is not None:
+                holders += self._fence.held(pool)
+            if pool is self.pool:
+                holders += [s.source_pages for s in running]
+            pool.check_integrity(holders)
+            writable = [
+                page
+                for s in running
+                if self._pool_of(s) is pool
+                for page in s.pages[int(self.table.computed[s.row]) // self.page_size :]
+            ]
+            assert len(writable) == len(set(writable)), "a page has two writers"
+            for page in writable:
+                assert pool.references(page) == 1, "a page that is written to is shared"

@@ -46,6 +46,10 @@ class Sequence:
     finish_reason: FinishReason | None = None
     row: int = -1
     pages: list[int] = field(default_factory=list)
+    moved: bool = False
+    """Its pages are in the pool of the decode executors."""
+    source_pages: list[int] = field(default_factory=list)
+    """What it held before it moved, until the copy is known to be done."""
     page_names: list[bytes] = field(default_factory=list)
     """Names of its full pages, for the prefix cache."""
     findable: bool = True
@@ -118,6 +122,13 @@ class SequenceTable:
         self.page_table[row, len(pages)] = page
         pages.append(page)
         self.capacity[row] += self.page_size
+
+    def replace_pages(self, row: int, pages: list[int]) -> None:
+        """Gives a running sequence other pages with the same content."""
+        self.sequences[row].pages = pages
+        self.page_table[row] = 0
+        self.page_table[row, : len(pages)] = pages
+        self.capacity[row] = len(pages) * self.page_size
 
     def remove(self, sequence: Sequence) -> None:
         """Takes the row back; `sequence.tokens` then holds everything known."""

@@ -21,7 +21,7 @@ from jpd.semi_pd.pool import ExecutorPool
 from jpd.semi_pd.shared_model import SharedModel
 from jpd.semi_pd.slo_controller import SloController
 from jpd.semi_pd.storage import StorageOwner
-from jpd.semi_pd.topology import SemiPD
+from jpd.semi_pd.topology import TwoPhases
 from native.affinity import CpuShares
 from native.memory import allocate
 from native.mps import Mps, MpsError
@@ -39,7 +39,7 @@ def build(config: EngineConfig) -> Engine:
     """
     if config.topology == "unified":
         return engine_build.build(config)
-    return _build_semi_pd(config)
+    return _build_apart(config)
 
 
 def _uses_gpu() -> bool:
@@ -48,36 +48,47 @@ def _uses_gpu() -> bool:
     return os.path.exists("/dev/nvidiactl") and not platforms.startswith("cpu")
 
 
-def _build_semi_pd(config: EngineConfig) -> Engine:
+def _build_apart(config: EngineConfig) -> Engine:
+    """Prefill and decode executors, on one device or each on its own."""
     on_gpu = _uses_gpu()
     options = config.semi_pd
-    if on_gpu and options.sm_shares:
+    apart = config.topology == "disaggregated"
+    in_shares = options.sm_shares and not apart
+    if on_gpu and in_shares:
         # cuBLAS and cuDNN compute wrong numbers, or hang, on a part of the SMs.
         config = config.replace(kernels=dataclasses.replace(config.kernels, pallas_only=True))
     resources = ExitStack()
     try:
-        prefill_shares, decode_shares, env = _shares(options, on_gpu, resources)
-        owner = StorageOwner.start("cuda:0" if on_gpu else "cpu", env)
-        resources.callback(owner.stop)
-        executors = _num_executors(options)
+        prefill_shares, decode_shares, env = None, None, {}
+        if in_shares:
+            prefill_shares, decode_shares, env = _shares(on_gpu, resources)
+        places = [f"cuda:{i}" if on_gpu else "cpu" for i in range(1 + apart)]
+        owners = []
+        for place in places:
+            owners.append(StorageOwner.start(place, env))
+            resources.callback(owners[-1].stop)
+        executors = 1 if apart else _num_executors(options)
         contexts = executors * _CONTEXT_BYTES if on_gpu else 0
         prepared = engine_build.prepare(
             config,
             on_cpu=not on_gpu,
-            limit=owner.free_bytes - contexts,
-            device="the GPU" if on_gpu else "this machine",
+            limit=min(o.free_bytes for o in owners) // (1 if on_gpu else len(owners)) - contexts,
+            device="a GPU" if on_gpu else "this machine",
             executors=executors,
         )
         counts = None
         if options.check_ownership:
             counts = resources.enter_context(allocate(8 * prepared.config.num_pages, "cpu"))
         handle = None if counts is None else counts.handle()
-        model = SharedModel(owner, prepared, env, handle)
-        resources.callback(model.stop)
-        topology = SemiPD(
-            model,
-            _pool("prefill", model, prefill_shares, options),
-            _pool("decode", model, decode_shares, options),
+        models = []
+        for owner in owners:
+            models.append(SharedModel(owner, prepared, env, handle))
+            resources.callback(models[-1].stop)
+        prefill, decode = models[0], models[-1]
+        topology = TwoPhases(
+            models,
+            _pool("prefill", prefill, None, prefill_shares, options),
+            _pool("decode", decode, prefill if apart else None, decode_shares, options),
             Shares(options.prefill_share, options.decode_share),
             prepared.config.max_num_seqs,
             depth=1 + prepared.config.async_scheduling,
@@ -97,16 +108,12 @@ def _build_semi_pd(config: EngineConfig) -> Engine:
         raise
 
 
-def _shares(
-    options: SemiPDConfig, on_gpu: bool, resources: ExitStack
-) -> tuple[SmShares | None, SmShares | None, dict[str, str]]:
+def _shares(on_gpu: bool, resources: ExitStack) -> tuple[SmShares, SmShares, dict[str, str]]:
     """What gives prefill and decode executors their shares, and the variables of other processes.
 
     Raises:
       ConfigError: MPS does not run here.
     """
-    if not options.sm_shares:
-        return None, None, {}
     if not on_gpu:
         return CpuShares("low"), CpuShares("high"), {}
     try:
@@ -143,14 +150,18 @@ def _controller(options: SemiPDConfig) -> Controller | None:
 
 
 def _pool(
-    phase: str, model: SharedModel, shares: SmShares | None, options: SemiPDConfig
+    phase: str,
+    model: SharedModel,
+    source: SharedModel | None,
+    shares: SmShares | None,
+    options: SemiPDConfig,
 ) -> ExecutorPool:
     kept = frozenset(getattr(Shares(*pair), phase) for pair in options.kept_shares)
-    start = functools.partial(model.start_executor, phase, shares)
+    start = functools.partial(model.start_executor, phase, shares, source)
     return ExecutorPool(phase, start, shares, kept)
 
 
-def _wait_until_seated(topology: SemiPD, show_progress: bool) -> None:
+def _wait_until_seated(topology: TwoPhases, show_progress: bool) -> None:
     """Waits for the first executor of each phase and for those to be kept ready.
 
     Raises:

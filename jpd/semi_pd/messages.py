@@ -30,13 +30,16 @@ class WorkerSpec:
     """Prepare for steps with prompt chunks alone; it can run others, after it compiled them."""
     decode: bool
     """Prepare for steps with decoding rows alone."""
+    source_pages: Handle | None
+    """Pages of prefill executors on another device, to copy from; None where they are the same."""
     generations: Handle | None
     """`[P]` int64 on the host, how often each page was handed out; None checks nothing."""
 
     @property
     def fds(self) -> tuple[int, ...]:
         """File descriptors that the process must inherit."""
-        return (*self.handles.fds, *(() if self.generations is None else self.generations.fds))
+        more = [handle for handle in (self.source_pages, self.generations) if handle is not None]
+        return (*self.handles.fds, *(fd for handle in more for fd in handle.fds))
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +57,8 @@ class StepReport:
     result: StepResult
     recompiles: int
     """Step shapes that this executor compiled while requests waited, up to now."""
+    copied_bytes: int
+    """KV that was brought from another device for this step."""
     begun_s: float
     """When the device could begin: launch of the step, or end of the one before it."""
     ended_s: float

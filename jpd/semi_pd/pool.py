@@ -52,6 +52,7 @@ class ExecutorPool:
         self._clock = clock
         self._busy_before_s = 0.0
         self._recompiles_before = 0
+        self._copied_before = 0
         self._ready: dict[int, RemoteExecutor] = {}
         self._starting: dict[int, tuple[RemoteExecutor, float]] = {}
 
@@ -115,6 +116,7 @@ class ExecutorPool:
             del self._ready[executor.share]
             self._busy_before_s += executor.busy_s
             self._recompiles_before += executor.recompiles
+            self._copied_before += executor.copied_bytes
         if self._starting.get(executor.share, (None,))[0] is executor:
             del self._starting[executor.share]
 
@@ -137,6 +139,11 @@ class ExecutorPool:
     def busy_s(self) -> float:
         """Time that executors, gone ones included, had something to do."""
         return self._busy_before_s + sum(e.busy_s for e in self._ready.values())
+
+    @property
+    def copied_bytes(self) -> int:
+        """KV that was brought to executors, gone ones included, from another device."""
+        return self._copied_before + sum(e.copied_bytes for e in self._ready.values())
 
     @property
     def recompiles(self) -> int:

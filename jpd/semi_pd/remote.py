@@ -41,6 +41,8 @@ class RemoteExecutor:
         self.recompiles = 0
         self.num_steps = 0
         """Steps that it finished."""
+        self.copied_bytes = 0
+        """KV that was brought to it from another device."""
         self.busy_s = 0.0
         """Time that its device had something to do."""
         self._child = child
@@ -118,6 +120,7 @@ class RemoteExecutor:
             self._reports.append(message)
             self.recompiles = message.recompiles
             self.busy_s += message.ended_s - message.begun_s
+            self.copied_bytes += message.copied_bytes
             self.num_steps += 1
 
     def _receive_all(self) -> None:

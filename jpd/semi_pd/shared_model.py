@@ -50,8 +50,10 @@ class SharedModel:
             head_dim=model.head_dim,
             dtype=config.dtype,
         )
-        # What a user's controller holds is the coordinator's business.
-        self._config = config.replace(semi_pd=SemiPDConfig(), show_progress=False)
+        # How executors are chosen is the coordinator's business.
+        self._config = config.replace(
+            topology="unified", semi_pd=SemiPDConfig(), show_progress=False
+        )
         self._load(config.show_progress)
 
     def _load(self, show_progress: bool) -> None:
@@ -86,12 +88,24 @@ class SharedModel:
         self._owner = StorageOwner.start(self._owner.device, self._env)
         self._load(show_progress=False)
 
-    def start_executor(self, phase: str, shares: SmShares | None, share: int) -> RemoteExecutor:
+    @property
+    def pages(self) -> Handle:
+        """The KV pages."""
+        return self._owner.handles.pages
+
+    def start_executor(
+        self,
+        phase: str,
+        shares: SmShares | None,
+        source: SharedModel | None,
+        share: int,
+    ) -> RemoteExecutor:
         """Starts an executor's process; it says `Ready` when it can run steps.
 
         Args:
           phase: "prefill" or "decode", whose steps it prepares for.
           shares: gives it its share; None gives it none.
+          source: whose pages it copies sequences from; None where prefill fills these.
           share: percent of the SMs.
         """
         spec = WorkerSpec(
@@ -104,6 +118,7 @@ class SharedModel:
             handles=self._owner.handles,
             prefill=phase == "prefill",
             decode=phase == "decode",
+            source_pages=None if source is None else source.pages,
             generations=self._generations,
         )
         env = _ENV | (shares.environment(share) if shares is not None else {})

@@ -1,8 +1,9 @@
-"""semi-PD: one lane of prefill executors, one of decode executors, and who serves in each.
+"""One lane of prefill executors, one of decode executors, and who serves in each.
 
-arXiv 2504.19867 §4.3: a lane changes its executor at the end of its own step, whatever the other
-does, and serves on until the next executor is ready. Shares may sum to more than 100 %, so an old
-executor of one phase and a new one of the other may serve together.
+semi-PD has both on one device, disaggregation each on its own. As in semi-PD (arXiv 2504.19867
+§4.3) a lane changes its executor at the end of its own step, whatever the other does, and serves on
+until the next executor is ready. Shares may sum to more than 100 %, so an old executor of one phase
+and a new one of the other may serve together.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import wait as wait_for_any
 
@@ -114,11 +115,11 @@ class Seat:
         self.pool.remove(self.executor, reason)
 
 
-class SemiPD:
-    """The topology of semi-PD.
+class TwoPhases:
+    """Prefill and decode executors in processes of their own.
 
     Args:
-      model: what the executors map.
+      models: what the executors map: one that all share, or one of each phase.
       prefill, decode: pools of the two phases.
       shares: to begin with.
       num_rows: rows of the sequence table.
@@ -130,7 +131,7 @@ class SemiPD:
 
     def __init__(
         self,
-        model: SharedModel,
+        models: Sequence[SharedModel],
         prefill: ExecutorPool,
         decode: ExecutorPool,
         shares: Shares,
@@ -149,7 +150,7 @@ class SemiPD:
         self.prefill = Seat(self.lanes[0], prefill, shares.prefill, clock)
         self.decode = Seat(self.lanes[1], decode, shares.decode, clock)
         self._seats = (self.prefill, self.decode)
-        self._model = model
+        self._models = models
         self._controller = controller
         self._interval_s = control_interval_s
         self._asked_s = clock()
@@ -181,13 +182,13 @@ class SemiPD:
 
         While the executor of a phase is replaced the phase waits: the other's executors would have
         to compile steps of another kind first, which takes longer. Where one phase has been given
-        up, the other serves both.
+        up, the other serves both, if it has the same pages.
 
         Raises:
-          EngineDeadError: both were given up.
+          EngineDeadError: nobody can serve a phase.
           PagesLostError: the memory is gone, or nobody could be started on it.
         """
-        if self._model.is_lost or self._memory_is_suspect():
+        if any(model.is_lost for model in self._models) or self._memory_is_suspect():
             for seat in self._seats:
                 seat.pool.close()
             raise PagesLostError
@@ -201,13 +202,11 @@ class SemiPD:
             seat.tend()
             if seat.executor is not None and seat.executor.num_steps:
                 self._renewed = False
+        given_up = [seat.pool for seat in self._seats if seat.pool.given_up]
+        if len(given_up) == 2 or (given_up and len(self._models) == 2):
+            last = ", ".join(f"the last {p.phase} executor: {p.failures[-1]}" for p in given_up)
+            raise EngineDeadError(f"no executor is left; {last}")
         prefill, decode = self._seats
-        if prefill.pool.given_up and decode.pool.given_up:
-            raise EngineDeadError(
-                f"no executor is left: the last prefill executor failed with "
-                f"{prefill.pool.failures[-1]!r}, the last decode executor with "
-                f"{decode.pool.failures[-1]!r}"
-            )
         prefill.lane.decode, decode.lane.prefill = decode.pool.given_up, prefill.pool.given_up
 
     def _memory_is_suspect(self) -> bool:
@@ -223,7 +222,8 @@ class SemiPD:
         """New memory with the weights in it; executors are started on it by `tend`."""
         self._renewed = True
         logger.warning("the KV pages are lost: loading the model again")
-        self._model.renew()
+        for model in self._models:
+            model.renew()
 
     def _observation(self, recent: Recent) -> Observation:
         before_s, self._prefill_busy_s = self._prefill_busy_s, self.prefill.pool.busy_s
@@ -236,7 +236,7 @@ class SemiPD:
             if lane.in_flight and lane.executor.has_report:
                 return lane
         connections = [c for seat in self._seats for c in seat.pool.connections()]
-        readable = wait_for_any([*connections, self._model.connection])
+        readable = wait_for_any([*connections, *(model.connection for model in self._models)])
         for lane in self.lanes:
             if lane.in_flight and lane.executor.connection in readable:
                 return lane

@@ -22,6 +22,7 @@ import numpy as np
 from jpd.errors import ConfigError
 from jpd.semi_pd.child import connect
 from jpd.semi_pd.ownership import OwnershipCheck, OwnershipError
+from jpd.semi_pd.page_copy import PageCopier
 from native import affinity
 
 if TYPE_CHECKING:
@@ -30,17 +31,22 @@ if TYPE_CHECKING:
     from jpd.semi_pd.messages import WorkerSpec
 
 
-class _Checked:
-    """An executor whose steps are checked for pages that changed hands."""
+class _Worker:
+    """An executor, and what happens to pages before and after its steps."""
 
-    def __init__(self, executor: Executor, check: OwnershipCheck | None) -> None:
+    def __init__(
+        self, executor: Executor, copier: PageCopier | None, check: OwnershipCheck | None
+    ) -> None:
         self.executor = executor
+        self._copier = copier
         self._check = check
 
-    def launch(self, plan: StepPlan) -> InFlight:
+    def launch(self, plan: StepPlan) -> tuple[InFlight, int]:
+        """The launched step, and the bytes that were copied for it."""
         if self._check is not None:
             self._check.check(plan, "before it was launched")
-        return self.executor.launch(plan)
+        copied = 0 if self._copier is None else self._copier.copy(plan.copies)
+        return self.executor.launch(plan), copied
 
     def result(self, step: InFlight) -> StepResult:
         result = step.result()
@@ -49,7 +55,7 @@ class _Checked:
         return result
 
 
-def _build(spec: WorkerSpec) -> tuple[_Checked, int]:
+def _build(spec: WorkerSpec) -> tuple[_Worker, int]:
     """The executor, compiled and checked, and the SMs or CPUs that it runs on."""
     # Here and not above: jax reads the CPUs that it may use once, when it starts.
     import jax
@@ -61,6 +67,10 @@ def _build(spec: WorkerSpec) -> tuple[_Checked, int]:
     from jpd.semi_pd.host_pages import HostPagesExecutor
     from native.memory import open_block
 
+    where = spec.handles.pages.device
+    if where != "cpu":
+        # The process may see several GPUs, to read their pages; jax is to start on one.
+        jax.config.update("jax_cuda_visible_devices", where.removeprefix("cuda:"))
     device = jax.devices()[0]
     on_cpu = device.platform == "cpu"
     if on_cpu != (spec.handles.weights.device == "cpu"):
@@ -90,12 +100,16 @@ def _build(spec: WorkerSpec) -> tuple[_Checked, int]:
     if spec.generations is not None:
         counts = open_block(spec.generations).array(0, (spec.config.num_pages,), np.int64)
         check = OwnershipCheck(counts)
-    return _Checked(executor, check), units
+    copier = None
+    if spec.source_pages is not None:
+        source = open_block(spec.source_pages, reader=None if on_cpu else where)
+        copier = PageCopier(source, pages, spec.pages)
+    return _Worker(executor, copier, check), units
 
 
 def _report(
-    checked: _Checked,
-    steps: queue.SimpleQueue[tuple[InFlight, float] | None],
+    worker: _Worker,
+    steps: queue.SimpleQueue[tuple[InFlight, int, float] | None],
     connection: Connection,
 ) -> None:
     """Reports steps in the order of their launch, each when it has run."""
@@ -103,13 +117,13 @@ def _report(
 
     ended_s = 0.0
     while (launched := steps.get()) is not None:
-        step, launched_s = launched
+        step, copied_bytes, launched_s = launched
         begun_s = max(launched_s, ended_s)
         try:
-            result = checked.result(step)
+            result = worker.result(step)
             ended_s = time.monotonic()
-            recompiles = checked.executor.recompiles
-            connection.send(StepReport(result, recompiles, begun_s, ended_s))
+            recompiles = worker.executor.recompiles
+            connection.send(StepReport(result, recompiles, copied_bytes, begun_s, ended_s))
         except BaseException as error:
             _give_up(connection, error)
 
@@ -132,13 +146,13 @@ def _main() -> None:
     from jpd.semi_pd.messages import Ready
 
     try:
-        checked, units = _build(spec)
+        worker, units = _build(spec)
         connection.send(Ready(units))
     except BaseException as error:
         _give_up(connection, error)
-    steps: queue.SimpleQueue[tuple[InFlight, float] | None] = queue.SimpleQueue()
+    steps: queue.SimpleQueue[tuple[InFlight, int, float] | None] = queue.SimpleQueue()
     reporter = threading.Thread(
-        target=_report, args=(checked, steps, connection), name="jpd-report", daemon=True
+        target=_report, args=(worker, steps, connection), name="jpd-report", daemon=True
     )
     reporter.start()
     while True:
@@ -148,12 +162,12 @@ def _main() -> None:
             break
         launched_s = time.monotonic()
         try:
-            steps.put((checked.launch(plan), launched_s))
+            steps.put((*worker.launch(plan), launched_s))
         except BaseException as error:
             _give_up(connection, error)
     steps.put(None)
     reporter.join()
-    checked.executor.release()
+    worker.executor.release()
 
 
 if __name__ == "__main__":

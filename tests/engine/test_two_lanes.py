@@ -10,17 +10,18 @@ from __future__ import annotations
 import itertools
 import random
 from collections import Counter
+from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from jpd.config import EngineConfig
 from jpd.engine.coordinator import Coordinator
 from jpd.engine.executor import shape_table
 from jpd.engine.scheduler import Scheduler
-from jpd.errors import EngineDeadError
 from jpd.types import FinishReason, SamplingParams
 from tests.engine.fake_device import VOCAB, output_alone, run_alone
 from tests.engine.two_lanes import TwoLanes
@@ -38,6 +39,7 @@ def make(
     deaths: float = 0.0,
     switches: float = 0.0,
     faults: float = 0.0,
+    two_pools: bool = False,
 ):
     """A coordinator on two lanes, whose clock counts its readings."""
     config = EngineConfig(
@@ -47,6 +49,7 @@ def make(
         max_num_batched_tokens=rows + 6,
         page_size=4,
         num_pages=pages,
+        topology="disaggregated" if two_pools else "semi_pd",
     )
     sizes = {
         "num_pages": pages,
@@ -56,7 +59,14 @@ def make(
         "max_chunks": config.max_prefills_per_step,
         "shapes": shape_table(config),
     }
-    topology = TwoLanes(sizes, random.Random(seed), deaths=deaths, switches=switches, faults=faults)
+    topology = TwoLanes(
+        sizes,
+        random.Random(seed),
+        deaths=deaths,
+        switches=switches,
+        faults=faults,
+        two_pools=two_pools,
+    )
     clock = itertools.count(1).__next__
     model = SimpleNamespace(vocab_size=VOCAB)
     return Coordinator(config, model, topology, None, (), clock=lambda: float(clock())), topology
@@ -77,30 +87,54 @@ def finish_and_check(coordinator: Coordinator, outputs: dict, aborted: set[str])
         else:
             assert got == want
             assert output.outputs[0].finish_reason is FinishReason.LENGTH
-    pool = coordinator.scheduler.pool
-    assert pool.num_free == pool.num_usable, "a page leaked"
+    for pool in (coordinator.scheduler.pool, coordinator.scheduler.decode_pool):
+        assert pool.num_free == pool.num_usable, "a page leaked"
 
 
-@given(
+@dataclass(frozen=True)
+class Case:
+    """A run; the seed decides what happens when."""
+
+    seed: int
+    pages: int
+    rows: int
+    deaths: float
+    switches: float
+    faults: float
+    two_pools: bool
+    requests: list[tuple[int, list[int], int]]
+    """Tokens of the common beginning, own tokens, tokens to generate."""
+
+
+CASES = st.builds(
+    Case,
     seed=st.integers(0, 2**32),
     pages=st.integers(9, 24),
     rows=st.integers(1, 5),
     deaths=st.sampled_from([0, 0, 0.05, 0.2]),
     switches=st.sampled_from([0, 0.1]),
     faults=st.sampled_from([0, 0, 0.02]),
+    two_pools=st.booleans(),
     requests=st.lists(
         st.tuples(st.integers(0, 12), st.lists(st.integers(0, 2), max_size=4), st.integers(1, 16)),
         min_size=1,
         max_size=14,
     ),
 )
-@settings(max_examples=400, derandomize=True, deadline=None)
-def _any_order(seed, pages, rows, deaths, switches, faults, requests) -> None:
+
+
+def play(case: Case) -> None:
     coordinator, topology = make(
-        seed, pages=pages, rows=rows, deaths=deaths, switches=switches, faults=faults
+        case.seed,
+        pages=case.pages,
+        rows=case.rows,
+        deaths=case.deaths,
+        switches=case.switches,
+        faults=case.faults,
+        two_pools=case.two_pools,
     )
-    rng, outputs, aborted = random.Random(seed + 1), {}, set()
-    for i, (common, own, count) in enumerate(requests):
+    rng, outputs, aborted = random.Random(case.seed + 1), {}, set()
+    for i, (common, own, count) in enumerate(case.requests):
         prompt = [*COMMON[:common], *own] or [0]
         params = SamplingParams(temperature=0, max_tokens=count)
         outputs[str(i)] = (coordinator.add(str(i), None, prompt, params), prompt, count)
@@ -122,11 +156,22 @@ def _any_order(seed, pages, rows, deaths, switches, faults, requests) -> None:
     assert stats.executors_lost == sum(n for k, n in topology.seen.items() if "lost" in k)
 
 
+def play_many(count: int, **options: Any) -> None:
+    """Plays generated cases, the same ones every time."""
+
+    @given(CASES)
+    @settings(max_examples=count, derandomize=True, deadline=None, **options)
+    def one(case: Case) -> None:
+        play(case)
+
+    one()
+
+
 def test_any_order_of_events_gives_every_request_its_own_tokens() -> None:
     seen.clear()
-    _any_order()
+    play_many(500)
     rare = ["preempted", "requeued", "cached", "aborted", "switched", "lost decode", "lost prefill"]
-    rare.append("fault")
+    rare += ["fault", "copied"]
     assert min(seen[name] for name in rare) >= 10, seen
 
 
@@ -135,10 +180,11 @@ def test_without_the_fence_a_page_is_reused_under_a_running_step(
 ) -> None:
     """The test above can fail: the fake pages see what the fence is for."""
     monkeypatch.setattr(
-        "jpd.engine.fence.PageFence.release", lambda self, pages: self._pool.release(pages)
+        "jpd.engine.fence.PageFence.release", lambda self, pool, pages: pool.release(pages)
     )
-    with pytest.raises((AssertionError, EngineDeadError)):
-        _any_order()
+    with pytest.raises((AssertionError, ExceptionGroup)) as found:
+        play_many(200, phases=[Phase.generate])
+    assert "a wrong page or token" in repr(found.value) or "two pages" in repr(found.value)
 
 
 def test_a_lost_decode_executor_costs_no_prefill() -> None:

@@ -36,6 +36,8 @@ class LateExecutor(FakeDevice):
 
     random: random.Random = field(default_factory=random.Random)
     dead: bool = False
+    source: FakeDevice | None = None
+    """Whose pages it copies sequences from."""
     serials: dict[int, int] = field(default_factory=dict)
     queue: list[StepPlan] = field(default_factory=list)
 
@@ -57,10 +59,20 @@ class LateExecutor(FakeDevice):
         rows = [*zip(plan.rows.tolist(), plan.serials.tolist(), strict=True)]
         for row, serial in rows + [(c.row, c.serial) for c in plan.chunks]:
             assert self.serials[row] == serial, "a row that the executor was not told of"
+        self.copy(plan)
         self.queue.append(plan)
         if self.queue[0] is plan and self.random.random() < 0.5:
             self.write(self.unpack(plan)[1])
         return LateStep(plan, self)
+
+    def copy(self, plan: StepPlan) -> None:
+        """Brings pages over from the other device."""
+        size = self.page_size
+        for copy in plan.copies:
+            for source, target in zip(copy.source, copy.target, strict=True):
+                of, to = (slice(page * size, (page + 1) * size) for page in (source, target))
+                self.chains[to] = self.source.chains[of]
+                self.versions[to] = self.source.versions[of]
 
     def run(self, plan: StepPlan):
         """All of a step."""
@@ -87,22 +99,26 @@ class TwoLanes:
         deaths: float,
         switches: float,
         faults: float,
+        two_pools: bool,
     ) -> None:
         self.recompiles = 0
         self.seen: Counter[str] = Counter()
         self._random = rng
         self._sizes = sizes
         self._deaths, self._switches, self._faults = deaths, switches, faults
-        self._memory = FakeDevice(**sizes)
+        self._memory = self._decode_memory = FakeDevice(**sizes)
+        if two_pools:
+            self._decode_memory = FakeDevice(**sizes)
+            self._decode_memory.admitted_at = self._memory.admitted_at
         rows = sizes["rows"]
         self.lanes = [
-            Lane(self._start(), rows, depth=2, decode=False),
-            Lane(self._start(), rows, depth=2, prefill=False),
+            Lane(self._start(0), rows, depth=2, decode=False),
+            Lane(self._start(1), rows, depth=2, prefill=False),
         ]
 
-    def _start(self) -> LateExecutor:
-        executor = LateExecutor(**self._sizes, random=self._random)
-        return executor.share_pages(self._memory)
+    def _start(self, lane: int) -> LateExecutor:
+        executor = LateExecutor(**self._sizes, random=self._random, source=self._memory)
+        return executor.share_pages((self._memory, self._decode_memory)[lane])
 
     def tend(self, recent: Callable[[], Recent]) -> None:
         """Brings executors back, and switches those that are between steps."""
@@ -112,12 +128,14 @@ class TwoLanes:
                 if lane.executor is not None:
                     lane.executor.die()
             raise PagesLostError
-        for lane in self.lanes:
+        for i, lane in enumerate(self.lanes):
             if lane.executor is None and self._random.random() < 0.3:
-                lane.executor = self._start()
+                lane.executor = self._start(i)
             elif not lane.in_flight and self._random.random() < self._switches:
-                lane.executor = self._start()
+                lane.executor = self._start(i)
                 self.seen["switched"] += 1
+        if self._decode_memory is not self._memory:
+            return
         prefill, decode = self.lanes
         prefill.decode, decode.prefill = decode.executor is None, prefill.executor is None
 
@@ -127,6 +145,7 @@ class TwoLanes:
         if not running:
             return None
         lane = self._random.choice(running)
+        self.seen["copied"] += sum(len(c.source) for c in lane.in_flight[0].plan.copies)
         if self._random.random() < self._deaths:
             lane.executor.dead = True
         return lane
@@ -138,9 +157,9 @@ class TwoLanes:
 
     def renew(self) -> None:
         """All pages hold garbage."""
-        self._memory.chains[:] = GARBAGE
-        for lane in self.lanes:
-            lane.executor = self._start()
+        self._memory.chains[:] = self._decode_memory.chains[:] = GARBAGE
+        for i, lane in enumerate(self.lanes):
+            lane.executor = self._start(i)
 
     def close(self) -> None:
         """Nothing is left."""

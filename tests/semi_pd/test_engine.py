@@ -269,6 +269,35 @@ def test_an_executor_that_nobody_can_start_leaves_its_phase_to_the_other(
     llm.close()
 
 
+def test_each_phase_on_a_device_of_its_own(folder: Path, in_one_process: list[list[int]]) -> None:
+    """Two copies of everything, and executors that are killed; a CPU has only one device."""
+    llm = LLM(str(folder), **OPTIONS, topology="disaggregated")
+    outputs = llm._queue(llm._checked(*work(60), None))
+    killed = 0
+    for turn in range(1_000_000):
+        if all(o.finished for o in outputs):
+            break
+        if turn in (100, 200):
+            seat = seats(llm)[killed]
+            assert seat.executor is not None
+            os.kill(seat.executor.pid, signal.SIGKILL)
+            killed += 1
+        llm._step()
+    assert tokens(outputs) == in_one_process
+    assert llm.stats.executors_lost == 2
+    prefill, decode = (seat.pool for seat in seats(llm))
+    config, model = llm.config, llm.model_config
+    page = 2 * model.num_layers * config.page_size * model.num_kv_heads * model.head_dim * 4
+    assert prefill.copied_bytes == 0
+    assert decode.copied_bytes % page == 0
+    # At least every prompt moved once; a page is copied again where the step was lost.
+    prompts = sum(-(-len(o.prompt_token_ids) // 8) * len(o.outputs) for o in outputs)
+    assert decode.copied_bytes >= prompts * page
+    check_idle(llm)
+    assert llm._engine.coordinator.scheduler.decode_pool.num_free == config.num_pages - 1
+    llm.close()
+
+
 def test_what_cannot_be_built_says_why_and_leaves_nothing(folder: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"(prefill|decode) executor could not be started.*no kernel"
