@@ -25,6 +25,7 @@ from jpd.bench import environment, latency, report, throughput
 from jpd.config import Dtype
 from jpd.console import LinePrinter
 from jpd.errors import ConfigError
+from jpd.simulate import command as simulate
 
 if TYPE_CHECKING:
     from jpd import LLM
@@ -211,6 +212,25 @@ class Throughput(_BenchCommand):
 
 
 @dataclass(kw_only=True)
+class Simulate(_BenchCommand):
+    """Serve a workload in virtual time: the real coordinator on a model of the GPU's latencies.
+
+    MODEL needs no more than its config.json.
+    """
+
+    bench: Annotated[simulate.SimulateOptions, arg(name="")] = field(
+        default_factory=simulate.SimulateOptions
+    )
+
+    def run(self) -> None:
+        """Simulates, prints and writes."""
+        result = simulate.run(EngineConfig(**_fields(self.engine, EngineConfig)), self.bench)
+        simulate.show(result)
+        if self.json is not None:
+            simulate.write(self.json, result)
+
+
+@dataclass(kw_only=True)
 class Bench:
     """Measure the engine with prompts of random tokens."""
 
@@ -362,6 +382,7 @@ Command = OmitSubcommandPrefixes[
     Annotated[Generate, subcommand("generate")]
     | Annotated[Chat, subcommand("chat")]
     | Annotated[Bench, subcommand("bench")]
+    | Annotated[Simulate, subcommand("simulate")]
     | Annotated[Convert, subcommand("convert")]
     | Annotated[Calibrate, subcommand("calibrate")]
     | Annotated[Env, subcommand("env")]

@@ -16,6 +16,8 @@ class RemoteStep:
 
     def __init__(self, plan: StepPlan, executor: RemoteExecutor) -> None:
         self.plan = plan
+        self.report: StepReport | None = None
+        """Once `result` has returned; when the step ran, for those who measure."""
         self._executor = executor
 
     def result(self) -> StepResult:
@@ -24,7 +26,8 @@ class RemoteStep:
         Raises:
           ExecutorLostError: it never will.
         """
-        return self._executor.next_report().result
+        self.report = self._executor.next_report()
+        return self.report.result
 
 
 class RemoteExecutor:

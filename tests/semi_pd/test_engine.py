@@ -234,7 +234,7 @@ def test_when_the_memory_is_lost_everything_is_computed_again(
     outputs = llm._queue(llm._checked(*work(60), None))
     for _ in range(150):
         llm._step()
-    os.kill(llm._engine.topology._model._owner._child.process.pid, signal.SIGKILL)
+    os.kill(llm._engine.topology._models[0]._owner._child.process.pid, signal.SIGKILL)
     while not all(o.finished for o in outputs):
         llm._step()
     assert tokens(outputs) == in_one_process
