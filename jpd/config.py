@@ -127,6 +127,9 @@ class SemiPDConfig:
     """Time per token after the first that they aim at."""
     control_interval_s: float = 0.1
     """Seconds between two questions to the controller."""
+    step_timeout_s: float = 300.0
+    """An executor that has not reported a step for so long is replaced. Long enough for a step that
+    has to be compiled first."""
     check_ownership: bool = False
     """Debugging: every executor checks before and after each step that no page of the step was
     given to another sequence meanwhile. A page that was ends the engine with an error."""
@@ -142,10 +145,10 @@ class SemiPDConfig:
         for name in ("sm_shares", "check_ownership"):
             value = getattr(self, name)
             require(isinstance(value, bool), f"semi_pd.{name}", value, "True or False")
-        for name in ("control_interval_s", "ttft_slo_s", "tpot_slo_s"):
+        for name in ("control_interval_s", "step_timeout_s", "ttft_slo_s", "tpot_slo_s"):
             value = getattr(self, name)
             ok = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
-            ok = ok or (value is None and name != "control_interval_s")
+            ok = ok or (value is None and name.endswith("slo_s"))
             require(ok, f"semi_pd.{name}", value, "a number of seconds above 0")
         kept = self.kept_shares
         ok = isinstance(kept, list | tuple) and all(

@@ -196,13 +196,21 @@ class LLM(EngineFace):
 def _interrupts_after() -> Iterator[None]:
     """Holds Ctrl-C back until the block is done: in the middle of a step it would end the engine.
 
+    A second Ctrl-C is not held back: the device, or an executor, may hang.
+
     Python delivers signals to the main thread alone, so elsewhere there is nothing to hold back.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     caught: list[int] = []
-    previous = signal.signal(signal.SIGINT, lambda number, frame: caught.append(number))
+
+    def hold(number: int, frame: object) -> None:
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    previous = signal.signal(signal.SIGINT, hold)
     try:
         yield
     finally:

@@ -24,6 +24,8 @@ class FinishReason(StrEnum):
     """`max_tokens` or `max_model_len` was reached."""
     ABORT = "abort"
     """The caller gave the request up."""
+    ERROR = "error"
+    """Every executor that computed it was lost."""
 
 
 def _check(ok: bool, name: str, value: object, allowed: str) -> None:

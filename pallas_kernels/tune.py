@@ -3,6 +3,8 @@
 `python -m pallas_kernels.tune` times every candidate of every kernel for the products of common
 models, with weights that rotate through more than the L2 holds, and writes `tuned/<gpu>.json`.
 XLA is timed without its own search for the fastest product, which would take seconds a shape.
+What the stored table names, for this product and for others, is tried first: `--candidates` then
+leaves out what is least likely to win. `--seconds` ends in time with the products done so far.
 """
 
 from __future__ import annotations
@@ -13,8 +15,10 @@ import json
 import multiprocessing
 import os
 import sys
-from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, wait
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed, wait
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
@@ -50,6 +54,47 @@ def _xla(x, w, gated):
     return jax.nn.silu(gate) * up
 
 
+Candidate = tuple[str, Any]
+Shape = tuple[int, int, bool]
+"""N, K, gated."""
+
+
+def entry_candidate(entry: Mapping[str, Any]) -> Candidate | None:
+    """What an entry of a table names; None if the kernel has other settings by now."""
+    kind = {"flat_gemm": flat_gemm.FlatConfig, "dense_gemm": dense_gemm.DenseConfig}
+    try:
+        return entry["kernel"], kind[entry["kernel"]](**entry["config"])
+    except (KeyError, TypeError):
+        return None
+
+
+def winners(table: Mapping[str, Any], shape: Shape, rows: int) -> list[Candidate]:
+    """What won before with so many rows: for this product, then for others, most often first."""
+    own: list[Candidate] = []
+    others: Counter[Candidate] = Counter()
+    for product in table["products"]:
+        entry = product["rows"].get(str(rows)) or product["rows"].get(rows)
+        found = entry and entry_candidate(entry)
+        if not found:
+            continue
+        if (product["n"], product["k"], product["gated"]) == shape:
+            own.append(found)
+        else:
+            others[found] += 1
+    return [*own, *(candidate for candidate, _ in others.most_common())]
+
+
+def ranked(
+    candidates: Iterable[Candidate], first: Sequence[Candidate], most: int | None
+) -> list[Candidate]:
+    """The candidates, those in `first` before the others; `most` of them, and XLA."""
+    candidates = list(candidates)
+    ours = [candidate for candidate in candidates if candidate[0] != "xla"]
+    likely = [candidate for candidate in dict.fromkeys(first) if candidate in ours]
+    ours = [*likely, *(candidate for candidate in ours if candidate not in likely)]
+    return [*ours[:most], *(candidate for candidate in candidates if candidate[0] == "xla")]
+
+
 class Product:
     """One [N, K] with weights to time it on."""
 
@@ -60,8 +105,8 @@ class Product:
         made = [make(key) for key in jax.random.split(jax.random.key(n + k), count)]
         self.weights = (made * _CALLS)[:_CALLS]
 
-    def candidates(self, rows: int) -> Iterable[tuple[str, Any]]:
-        """Names of kernels with a configuration each."""
+    def candidates(self, rows: int) -> Iterable[Candidate]:
+        """Names of kernels with a configuration each; last XLA, which has none."""
         if rows in FLAT_ROWS:
             outputs = self.n // (1 + self.gated)
             for config in flat_gemm.candidates(rows, outputs, self.gated):
@@ -110,24 +155,46 @@ class Product:
 
 
 def tune(
-    product: Product, row_counts: Iterable[int], alone: AbstractContextManager[Any]
+    product: Product,
+    row_counts: Iterable[int],
+    alone: AbstractContextManager[Any],
+    *,
+    table: Mapping[str, Any],
+    most: int | None = None,
+    end: float = float("inf"),
 ) -> dict[str, Any]:
     """The entry of one product: the best Pallas kernel for every number of rows, and XLA's time.
 
-    `alone` is held while anything runs on the GPU: processes that share it take turns, and a kernel
-    would be timed with another's.
+    Args:
+      product: with its weights.
+      row_counts: of activations.
+      alone: held while anything runs on the GPU: processes that share it take turns, and a kernel
+        would be timed with another's.
+      table: of an earlier run, whose winners are tried first.
+      most: candidates of our kernels that are tried for a number of rows; all for None.
+      end: of the time on `time.monotonic`: no number of rows is begun that would need longer than
+        the one before it.
     """
     entries = {}
+    longest_s = 0.0
     for rows in row_counts:
+        began = time.monotonic()
+        if began + longest_s >= end:
+            print(f"{product.n}x{product.k} M={rows}: out of time; no new entry", flush=True)
+            continue
         found, xla_us = [], None
-        cases = list(product.candidates(rows))
+        chosen = dataflow.rule(rows, product.n, product.k, product.gated)
+        shape = product.n, product.k, product.gated
+        first = winners(table, shape, rows)
+        # After this product's own winner: what the rule would take without a table.
+        first.insert(1, (chosen.kernel, chosen.config))
+        cases = ranked(product.candidates(rows), first, most)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             compiled = []
             for case in cases:  # lowered one by one: only the compiler is safe to run in threads
                 lowered, options = product.lower(rows, *case)
                 compiled.append(pool.submit(lowered.compile, options))
             wait(compiled)
-        chosen = dataflow.rule(rows, product.n, product.k, product.gated)
         with alone:
             expected = products.reference(product.x(rows), product.weights[-1], gated=product.gated)
             for (kernel, config), future in zip(cases, compiled, strict=True):
@@ -140,6 +207,7 @@ def tune(
                     xla_us = us
                 else:
                     found.append((us, kernel, config))
+        longest_s = max(longest_s, time.monotonic() - began)
         if not found:
             print(f"{product.n}x{product.k} M={rows}: no candidate was right; no entry", flush=True)
             continue
@@ -184,13 +252,43 @@ def inflection_points(entries: dict[int, dict[str, Any]]) -> dict[str, int | Non
     return {"m1": m1, "m2": min((rows for rows in entries if rows > max(wins)), default=None)}
 
 
-def _tune_shape(shape: tuple[int, int, bool], row_counts: list[int], lock: Any) -> dict[str, Any]:
+def parse_shape(text: str) -> Shape:
+    """Reads NxK, or NxK:gated, for `argparse`.
+
+    Raises:
+      ArgumentTypeError: it is not one of the products in `MODELS`.
+    """
+    known = {f"{n}x{k}" + ":gated" * gated: (n, k, gated) for n, k, gated in products_of(MODELS)}
+    if text not in known:
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(known)}")
+    return known[text]
+
+
+def products_of(models: Iterable[str]) -> list[Shape]:
+    """The different products of these models, plain ones first."""
+    plain = dict.fromkeys(itertools.chain.from_iterable(MODELS[m] for m in models))
+    return [(*shape, False) for shape in plain] + [(*s, True) for s in plain if s in _GATED]
+
+
+def _tune_shape(
+    shape: Shape,
+    row_counts: list[int],
+    lock: Any,
+    table: dict[str, Any],
+    most: int | None,
+    end: float,
+) -> dict[str, Any]:
     n, k, gated = shape
     few = [rows for rows in row_counts if rows <= 256 or n * rows <= 2**27]
+    if time.monotonic() >= end:
+        few = []
+        print(f"{n}x{k}{' gated' if gated else ''}: out of time; no new entry", flush=True)
+    if not few:
+        return {"n": n, "k": k, "gated": gated, "rows": {}}
     with lock:
         product = Product(n, k, gated)
         jax.block_until_ready(product.weights)
-    return tune(product, few, lock)
+    return tune(product, few, lock, table=table, most=most, end=end)
 
 
 def main() -> None:
@@ -198,14 +296,29 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=[*MODELS], default=[*MODELS])
     all_rows = sorted({*FLAT_ROWS, *DENSE_ROWS})
     parser.add_argument("--rows", nargs="+", type=int, choices=all_rows, help="[all]")
+    parser.add_argument(
+        "--shapes", nargs="+", type=parse_shape, metavar="NxK[:gated]", help="[all of the models]"
+    )
+    parser.add_argument(
+        "--candidates", type=int, metavar="N", help="configurations to try for each [all]"
+    )
+    parser.add_argument(
+        "--seconds", type=float, metavar="N", help="begin nothing that may not end in N s"
+    )
     parser.add_argument("--jobs", type=int, default=4, help="processes that compile [4]")
     parser.add_argument("--out", type=Path, help="file [tuned/<gpu>.json of the package]")
     args = parser.parse_args()
+    end = float("inf") if args.seconds is None else time.monotonic() + args.seconds
+    if args.candidates is not None and args.candidates < 1:
+        parser.error(f"--candidates must be at least 1, got {args.candidates}")
     if jax.default_backend() != "gpu":
         sys.exit("python -m pallas_kernels.tune needs a GPU that jax sees")
     kind = dataflow.device_kind()
     out = args.out or dataflow.TUNED / f"{dataflow.slug(kind)}.json"
-    kept = json.loads(out.read_text()) if out.exists() else {"products": [], "commands": []}
+    empty: dict[str, Any] = {"products": [], "commands": []}
+    kept = json.loads(out.read_text()) if out.exists() else empty
+    stored = dataflow.TUNED / f"{dataflow.slug(kind)}.json"
+    seeds = kept if kept["products"] or not stored.exists() else json.loads(stored.read_text())
     products = {(p["n"], p["k"], p["gated"]): p for p in kept["products"]}
     table = {
         "gpu": kind,
@@ -214,23 +327,27 @@ def main() -> None:
         "commands": [*kept["commands"], "python -m pallas_kernels.tune " + " ".join(sys.argv[1:])],
     }
     row_counts = args.rows or all_rows
-    plain = dict.fromkeys(itertools.chain.from_iterable(MODELS[m] for m in args.models))
-    shapes = [(*shape, False) for shape in plain] + [(*s, True) for s in plain if s in _GATED]
+    shapes = args.shapes or products_of(args.models)
     out.parent.mkdir(parents=True, exist_ok=True)
     # Compiling takes the most time, and one process compiles little more than one at a time.
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the processes share the GPU's memory
     spawn = multiprocessing.get_context("spawn")
     with spawn.Manager() as manager, ProcessPoolExecutor(args.jobs, mp_context=spawn) as pool:
         lock = manager.Lock()
-        for done in pool.map(
-            _tune_shape, shapes, itertools.repeat(row_counts), itertools.repeat(lock)
-        ):
+        common = (row_counts, lock, seeds, args.candidates, end)
+        started = [pool.submit(_tune_shape, shape, *common) for shape in shapes]
+        for future in as_completed(started):
+            done = future.result()
+            if not done["rows"]:
+                continue
             key = done["n"], done["k"], done["gated"]
             old = products.get(key, {"rows": {}})["rows"]
             done["rows"] = {int(rows): entry for rows, entry in (old | done["rows"]).items()}
             products[key] = done | inflection_points(done["rows"])
             table["products"] = list(products.values())
-            out.write_text(json.dumps(table, indent=1) + "\n")  # a cut run keeps what it has
+            part = out.with_suffix(".json.part")  # a run that is killed keeps what it has
+            part.write_text(json.dumps(table, indent=1) + "\n")
+            part.replace(out)
     print(f"wrote {out}")
 
 

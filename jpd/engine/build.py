@@ -225,7 +225,9 @@ def prepare(
     }
     if config.num_pages is None:
         shapes = shape_table(config)
-        pages = memory.num_pages(config, model, shapes, executors=executors, **sizes)
+        # XLA's CPU client copies pages that are not its own memory, in each executor.
+        copies = 1 + executors if on_cpu and config.topology != "unified" else 1
+        pages = memory.num_pages(config, model, shapes, executors=executors, copies=copies, **sizes)
         config = config.replace(num_pages=pages)
     memory.check_pages_fit(config, model, **sizes)
     tokenizer = None

@@ -74,6 +74,7 @@ class Coordinator:
         self._requests: dict[str, Request] = {}
         self._arrivals = 0
         self._cause: BaseException | None = None
+        self._given_up: list[Delta] = []
         self._seeds = np.random.default_rng(config.seed)
 
     # ---- requests
@@ -93,6 +94,7 @@ class Coordinator:
             cached_tokens=scheduler.stats.cached_tokens,
             requeued=scheduler.stats.requeued,
             recompiles=self._topology.recompiles,
+            executors_lost=self._topology.num_lost,
             running=scheduler.num_running,
             waiting=scheduler.num_waiting,
             free_pages=scheduler.pool.num_free,
@@ -210,15 +212,17 @@ class Coordinator:
         for sequence, completion in zip(request.sequences, request.output.outputs, strict=True):
             if completion.finish_reason is None:
                 self.scheduler.finish(sequence, FinishReason.ABORT)
-                request.output.metrics.num_preemptions += sequence.num_preemptions
-                detokenizer = request.detokenizers[sequence.index]
-                text = detokenizer.flush() if detokenizer is not None else ""
-                completion.text += text
-                deltas.append(
-                    outputs.end(request, sequence.index, FinishReason.ABORT, text, [], self.clock())
-                )
+                deltas.append(self._end(request, sequence, FinishReason.ABORT))
         self._stats.requests_aborted += 1
         return deltas
+
+    def _end(self, request: Request, sequence: Sequence, reason: FinishReason) -> Delta:
+        """Tells the caller that a sequence ended without another token."""
+        request.output.metrics.num_preemptions += sequence.num_preemptions
+        detokenizer = request.detokenizers[sequence.index]
+        text = detokenizer.flush() if detokenizer is not None else ""
+        request.output.outputs[sequence.index].text += text
+        return outputs.end(request, sequence.index, reason, text, [], self.clock())
 
     # ---- the loop
 
@@ -234,10 +238,12 @@ class Coordinator:
                 f"the engine has stopped: {type(self._cause).__name__}: {self._cause}"
             ) from self._cause
         try:
-            return self._step()
+            deltas = self._step()
         except BaseException as error:
             self._cause = error
             raise
+        given_up, self._given_up = self._given_up, []
+        return given_up + deltas
 
     def rest(self) -> None:
         """Looks after the executors while there is nothing to compute."""
@@ -246,12 +252,18 @@ class Coordinator:
 
     def close(self) -> None:
         """Ends all requests, waits for the devices and lets go of their memory."""
-        for request_id in list(self._requests):
-            self.abort(request_id)
-        while self.has_work and self._cause is None:
-            self.step()
-        self._cause = self._cause or RuntimeError("it was closed")
-        self._topology.close()
+        try:
+            for request_id in list(self._requests):
+                self.abort(request_id)
+        finally:
+            self._cause = self._cause or RuntimeError("it was closed")
+            for lane in self._topology.lanes:
+                lane.in_flight.clear()
+            self._topology.close()
+
+    def wake(self) -> None:
+        """Lets a `step` in another thread return without waiting for an executor."""
+        self._topology.wake()
 
     def _step(self) -> list[Delta]:
         if not self._tend():
@@ -273,6 +285,9 @@ class Coordinator:
             self._lost(lane, error)
             return []
         lane.in_flight.popleft()
+        for other in lanes:
+            if other is not lane:
+                other.forget(finished.plan)
         self._stats.softmax_recomputed_rows += result.softmax_recomputed_rows
         committed = self.scheduler.commit(finished.plan, result.tokens)
         return self._deliver(finished.plan, committed, result)
@@ -322,20 +337,24 @@ class Coordinator:
             lane.in_flight.clear()
             lane.executor = None
             for plan in plans:
-                self.scheduler.lost(plan)
+                self.scheduler.lost(plan, ran=False)
         self.scheduler.start_over()
         self._stats.pages_lost += 1
         self._topology.renew()
 
     def _lost(self, lane: Lane, error: ExecutorLostError, *unlaunched: StepPlan) -> None:
         """Takes back what an executor that is gone was to compute."""
-        self._stats.executors_lost += 1
         self._topology.lost(lane, error)
         plans = [*(step.plan for step in lane.in_flight), *unlaunched]
         lane.in_flight.clear()
         lane.executor = None
-        for plan in plans:
-            self.scheduler.lost(plan)
+        for i, plan in enumerate(plans):
+            for sequence in self.scheduler.lost(plan, ran=i == 0):
+                request = self._requests[sequence.request_id]
+                self._given_up.append(self._end(request, sequence, FinishReason.ERROR))
+                if request.output.finished:
+                    del self._requests[sequence.request_id]
+                    self._stats.requests_failed += 1
 
     def _admitted(self, sequence: Sequence) -> None:
         metrics = self._requests[sequence.request_id].output.metrics

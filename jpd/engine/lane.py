@@ -102,6 +102,11 @@ class Lane:
         """A decoding row is in flight."""
         return any(len(step.plan.rows) for step in self.in_flight)
 
+    def forget(self, plan: StepPlan) -> None:
+        """Rows that grew in another lane: what the executor knows of them is out of date."""
+        self._known[plan.rows] = 0
+        self._known[[chunk.row for chunk in plan.chunks if chunk.last]] = 0
+
     def unknown_rows(self, plan: StepPlan) -> list[int]:
         """Rows of a plan that the executor has not seen in their present life."""
         rows = plan.rows[self._known[plan.rows] != plan.serials].tolist()
@@ -138,11 +143,18 @@ class Topology(Protocol):
         """Makes new pages, after `PagesLostError` and when no lane has steps in flight."""
 
     def wait(self) -> Lane | None:
-        """Blocks until the oldest step of some lane has run, or the executors changed.
+        """Blocks until the oldest step of some lane has run, the executors changed, or `wake`.
 
         Returns:
-          The lane, None if only the executors changed.
+          The lane, None if no step has run.
         """
+
+    def wake(self) -> None:
+        """Ends a `wait` of another thread, or the next one."""
+
+    @property
+    def num_lost(self) -> int:
+        """Executors that failed or were killed while others went on."""
 
     def lost(self, lane: Lane, error: ExecutorLostError) -> None:
         """The executor of a lane failed.
@@ -185,6 +197,12 @@ class OneExecutor:
     def wait(self) -> Lane | None:
         """Its only lane, if a step is in flight; whoever reads the result waits."""
         return self.lanes[0] if self.lanes[0].in_flight else None
+
+    def wake(self) -> None:
+        """Who reads a result waits for it."""
+
+    num_lost = 0
+    """The engine ends with it."""
 
     def lost(self, lane: Lane, error: ExecutorLostError) -> None:
         """There is no other."""

@@ -84,15 +84,18 @@ def num_pages(
     model_bytes: int,
     itemsize: int,
     executors: int = 1,
+    copies: int = 1,
 ) -> int:
     """Pages that fit in what weights and work spaces leave, and no more than can be used.
+
+    `copies` of the pages are there at once while executors work.
 
     Raises:
       ConfigError: fewer than two pages fit.
     """
     work = executors * work_bytes(config, model, shapes)
     left = int(limit * config.gpu_memory_utilization) - model_bytes - work
-    fit = left // page_bytes(config, model, itemsize)
+    fit = left // (copies * page_bytes(config, model, itemsize))
     longest = -(-config.max_model_len // config.page_size)
     pages = min(fit, longest * config.max_num_seqs + 1)
     if pages < 2:

@@ -14,12 +14,14 @@ class EngineStats:
     """Tokens delivered."""
     requests_finished: int = 0
     requests_aborted: int = 0
+    requests_failed: int = 0
+    """Requests that every executor failed on."""
     preemptions: int = 0
     """Sequences that gave their pages up to others and are computed again."""
     requeued: int = 0
     """Sequences that are computed again because an executor was lost in their prefill."""
     executors_lost: int = 0
-    """Executors that failed or were killed while others went on."""
+    """Executors that failed or were killed while others went on, idle ones included."""
     pages_lost: int = 0
     """Times that all KV pages were lost, with the device's memory, and every sequence computed
     again."""

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
 from jpd.engine.plan import StepPlan
+
+_Values = partial(deque, maxlen=10_000)
+"""The newest, where nobody looks for long, or ever."""
 
 
 @dataclass(slots=True)
 class Recent:
     """Of the time since the last look, and what is there now."""
 
-    ttft_s: list[float] = field(default_factory=list)
+    ttft_s: deque[float] = field(default_factory=_Values)
     """TTFT of each request whose first token came."""
-    tpot_s: list[float] = field(default_factory=list)
+    tpot_s: deque[float] = field(default_factory=_Values)
     """TPOT of each request that ended with two tokens or more."""
-    token_gap_s: list[float] = field(default_factory=list)
+    token_gap_s: deque[float] = field(default_factory=_Values)
     """For each decode step, the time since the one before it, where they have a row in common."""
     prefill_tokens: int = 0
     """Prompt tokens computed."""

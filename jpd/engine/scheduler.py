@@ -18,6 +18,7 @@ from jpd.engine.pages import PagePool
 from jpd.engine.plan import Admission, Chunk, Committed, PageCopy, StepPlan
 from jpd.engine.prefix_cache import PrefixCache, extend_hashes
 from jpd.engine.sequence import Sequence, SequenceTable, State
+from jpd.engine.suspects import Suspects
 from jpd.types import FinishReason
 
 _FREE_SHARE_ON_ADMISSION = 0.01
@@ -82,6 +83,7 @@ class Scheduler:
         self._waiting: list[tuple[tuple[int, int], Sequence]] = []
         self._prefilling: list[Sequence] = []
         self._to_move: list[Sequence] = []
+        self._suspects = Suspects()
         self._tag_pages = tag_pages
         self._watermark = int(num_pages * _FREE_SHARE_ON_ADMISSION)
         self.num_waiting = 0
@@ -100,7 +102,9 @@ class Scheduler:
         """Sequences without a next token on the host, and their tokens still to be computed."""
         table = self.table
         waiting = [s for _, s in self._waiting if s.state is State.WAITING]
-        rows = np.flatnonzero(np.array([s is not None for s in table.sequences]) & ~table.decoding)
+        moving = {s.row for s in self._to_move}
+        rows = [s.row for s in table.sequences if s is not None and not table.decoding[s.row]]
+        rows = [row for row in rows if row not in moving]
         left = table.known[rows] - table.computed[rows]
         return len(waiting) + len(rows), sum(len(s.tokens) for s in waiting) + int(left.sum())
 
@@ -127,6 +131,7 @@ class Scheduler:
             self.num_waiting -= 1  # its entry in the heap is skipped later
         else:
             return
+        self._suspects.clear(sequence)
         sequence.state = State.FINISHED
         sequence.finish_reason = reason
 
@@ -151,19 +156,30 @@ class Scheduler:
             are planned, so steps that hold chunks must run in the order of their plans.
           decode: the step may hold decoding rows; so must steps that hold them.
         """
+        for alone in self._suspects.turns():
+            plan = self._plan(prefill, decode, alone)
+            if plan is not None:
+                return plan
+        return None
+
+    def _plan(self, prefill: bool, decode: bool, alone: bool) -> StepPlan | None:
+        """The next step of one suspect alone, or of all others."""
         table = self.table
         preemptions = self.stats.preemptions
         rows, copies = np.zeros(0, np.int32), []
         if decode:
-            rows = self._decode_rows()
+            rows = self._decode_rows(alone)
             # After rows that grow took their pages, and preempted whom they had to.
-            copies = self._move()
+            copies = self._move(alone, len(rows))
             rows = np.append(rows, np.array([copy.row for copy in copies], np.int32))
         chunks, admitted = [], []
         # What was just preempted must not come back in the same step.
-        if prefill:
+        if prefill and not (alone and len(rows)):
             chunks, admitted = self._chunks(
-                self._max_tokens - len(rows), admit=self.stats.preemptions == preemptions
+                self._max_tokens - len(rows),
+                1 if alone else self._max_chunks,
+                alone=alone,
+                admit=self.stats.preemptions == preemptions,
             )
         if len(rows) == 0 and not chunks:
             return None
@@ -212,21 +228,23 @@ class Scheduler:
             tokens,
         )
 
-    def _move(self) -> list[PageCopy]:
-        """Moves sequences whose first token is known to the decode pool, the first to come first.
+    def _move(self, alone: bool, busy: int) -> list[PageCopy]:
+        """Moves sequences whose first token is known to the decode pool, in order.
 
         They decode from this step on. Their old pages are given up when it has run.
         """
         copies: list[PageCopy] = []
-        while self._to_move:
-            sequence = self._to_move[0]
+        candidates = [s for s in self._to_move if self._suspects.allows(s, alone)]
+        if alone:
+            candidates = candidates[: 1 - busy]
+        for sequence in sorted(candidates, key=lambda s: s.order):
             row = sequence.row
             known = int(self.table.known[row])
             count = -(-known // self.page_size)  # with room for the newest token, which it stores
             reserve = self._watermark if self.table.decoding.any() else 0
             if count + reserve > self.decode_pool.num_free:
                 break
-            self._to_move.pop(0)
+            self._to_move.remove(sequence)
             pages, filled = self.decode_pool.allocate(count), self.pages_for(known)
             serial = int(self.table.serial[row])
             copies.append(PageCopy(sequence, row, serial, sequence.pages[:filled], pages[:filled]))
@@ -235,7 +253,7 @@ class Scheduler:
             self.table.decoding[row] = True
         return copies
 
-    def _decode_rows(self) -> np.ndarray:
+    def _decode_rows(self, alone: bool) -> np.ndarray:
         """Rows that decode a token, each with a page for it; preempts where pages run out."""
         table = self.table
         rows = np.flatnonzero(table.decoding & (table.computed + 1 < table.max_length))
@@ -246,6 +264,9 @@ class Scheduler:
             ):
                 self._grow(sequence)
             rows = rows[table.decoding[rows] & (table.computed[rows] < table.capacity[rows])]
+        if self._suspects:
+            allowed = [self._suspects.allows(table.sequences[row], alone) for row in rows.tolist()]
+            rows = rows[np.array(allowed, bool)][: 1 if alone else None]
         return rows.astype(np.int32)
 
     def _grow(self, sequence: Sequence) -> None:
@@ -294,14 +315,14 @@ class Scheduler:
         heapq.heappush(self._waiting, (sequence.order, sequence))
         self.num_waiting += 1
 
-    def _admit(self) -> Sequence | None:
+    def _admit(self, alone: bool) -> Sequence | None:
         """Moves the first waiting sequence to a row, if a row and its pages are free."""
         while self._waiting and self._waiting[0][1].state is not State.WAITING:
             heapq.heappop(self._waiting)
         if not self._waiting or not self.table.num_free_rows:
             return None
         sequence = self._waiting[0][1]
-        if sequence.token_in_flight:
+        if sequence.token_in_flight or not self._suspects.allows(sequence, alone):
             return None
         count, cached = len(sequence.tokens), []
         if self.cache is not None:
@@ -310,7 +331,7 @@ class Scheduler:
             cached = self.cache.match(sequence.page_names[: (count - 1) // self.page_size])
         new_pages = -(-count // self.page_size) - len(cached)
         taken = new_pages + sum(self.pool.references(page) == 0 for page in cached)
-        reserve = self._watermark if self.num_running else 0
+        reserve = self._reserve() if self.num_running else 0
         if taken + reserve > self.pool.num_free:
             return None
         for page in cached:
@@ -319,7 +340,8 @@ class Scheduler:
         self.num_waiting -= 1
         sequence.pages = cached + self.pool.allocate(new_pages)
         computed = len(cached) * self.page_size
-        if sequence.num_preemptions == 0:
+        if not sequence.was_admitted:
+            sequence.was_admitted = True
             sequence.num_cached_tokens = computed
             self.stats.prompt_tokens += count
             self.stats.cached_tokens += computed
@@ -327,17 +349,28 @@ class Scheduler:
         self._prefilling.append(sequence)
         return sequence
 
-    def _chunks(self, budget: int, *, admit: bool) -> tuple[list[Chunk], list[Sequence]]:
-        """Prompt chunks of at most `budget` tokens, and the sequences that begin with them."""
+    def _reserve(self) -> int:
+        """Pages that a sequence that begins must leave: some, and one for each row that waits."""
+        if self.decode_pool is not self.pool:
+            return self._watermark
+        table = self.table
+        waits = table.decoding & (table.computed >= table.capacity)
+        waits &= table.computed + 1 < table.max_length
+        return max(self._watermark, int(waits.sum()))
+
+    def _chunks(
+        self, budget: int, most: int, *, alone: bool, admit: bool
+    ) -> tuple[list[Chunk], list[Sequence]]:
+        """At most `most` prompt chunks of at most `budget` tokens in all, and whom they begin."""
         chunks: list[Chunk] = []
         admitted: list[Sequence] = []
-        for sequence in list(self._prefilling):
-            if budget == 0 or len(chunks) == self._max_chunks:
+        for sequence in [s for s in self._prefilling if self._suspects.allows(s, alone)]:
+            if budget == 0 or len(chunks) == most:
                 break
             chunks.append(self._chunk(sequence, budget))
             budget -= len(chunks[-1].tokens)
-        while admit and budget > 0 and len(chunks) < self._max_chunks:
-            sequence = self._admit()
+        while admit and budget > 0 and len(chunks) < most:
+            sequence = self._admit(alone)
             if sequence is None:
                 break
             admitted.append(sequence)
@@ -396,6 +429,10 @@ class Scheduler:
         if self._fence is not None:
             self._fence.end(plan.ticket)
         alive = table.serial[plan.rows] == plan.serials
+        if self._fence is not None:
+            for sequence in [*plan.sequences, *(chunk.sequence for chunk in plan.chunks)]:
+                if sequence.num_losses:
+                    self._suspects.clear(sequence)
         for copy in plan.copies:
             if table.serial[copy.row] == copy.serial:
                 self._release(self.pool, copy.sequence.source_pages[::-1])
@@ -466,12 +503,19 @@ class Scheduler:
 
     # ---- loss
 
-    def lost(self, plan: StepPlan) -> None:
+    def lost(self, plan: StepPlan, *, ran: bool) -> list[Sequence]:
         """Takes back a step whose executor ended before its tokens were known.
 
         Decoding rows decode the same token again. Sequences that had a chunk in the step wait to be
         computed again: nobody knows which of their pages were filled. Steps that were in flight
         together are taken back in the order of their launch, when the executor is really gone.
+
+        Args:
+          plan: the step.
+          ran: it may be what ended the executor; the first of those in flight.
+
+        Returns:
+          Sequences that bring down whoever computes them; they are finished.
         """
         assert self._fence is not None, "an executor that is the only one cannot be lost"
         table = self.table
@@ -494,6 +538,13 @@ class Scheduler:
         for sequence in gone:
             sequence.token_in_flight = False
         self._fence.end(plan.ticket)
+        if not ran:
+            return []
+        involved = [*plan.sequences, *(chunk.sequence for chunk in plan.chunks)]
+        given_up = self._suspects.blame(s for s in involved if s.state is not State.FINISHED)
+        for sequence in given_up:
+            self.finish(sequence, FinishReason.ERROR)
+        return given_up
 
     def _move_back(self, copy: PageCopy) -> None:
         """A copy that nobody knows to be done: the sequence is to move again."""
@@ -502,7 +553,7 @@ class Scheduler:
         self.table.replace_pages(copy.row, sequence.source_pages)
         sequence.source_pages, sequence.moved = [], False
         self.table.decoding[copy.row] = False
-        self._to_move.insert(0, sequence)
+        self._to_move.append(sequence)
 
     def start_over(self) -> None:
         """Everything that is in the pages is lost: all sequences wait to be computed again."""

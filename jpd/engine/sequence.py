@@ -58,6 +58,9 @@ class Sequence:
     """Preempted while a step that samples its next token was running."""
     num_cached_tokens: int = 0
     num_preemptions: int = 0
+    was_admitted: bool = False
+    num_losses: int = 0
+    """Executors that were lost in a step of its, since one ran."""
 
     def __post_init__(self) -> None:
         self.prompt_length = len(self.tokens)

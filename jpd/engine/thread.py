@@ -133,7 +133,7 @@ class EngineThread:
             if mailbox.request_id in self._open:
                 raise RequestError(f"request_id {mailbox.request_id!r} is in use")
             self._open[mailbox.request_id] = mailbox
-            self._inbox.put(partial(self._add, mailbox, *request))
+            self._tell(partial(self._add, mailbox, *request))
 
     def find(self, request_id: str) -> Mailbox | None:
         """The mailbox of an unfinished request."""
@@ -142,7 +142,7 @@ class EngineThread:
 
     def abort(self, mailbox: Mailbox) -> None:
         """Ends a request; its mailbox gets the end."""
-        self._inbox.put(partial(self._abort, mailbox))
+        self._tell(partial(self._abort, mailbox))
 
     def abandon(self, mailbox: Mailbox) -> None:
         """Ends a request whose caller has left; its id is free at once."""
@@ -154,9 +154,13 @@ class EngineThread:
         with self._lock:
             self._closed = True
         atexit.unregister(self.stop)
-        self._inbox.put(None)
+        self._tell(None)
         if threading.current_thread() is not self._thread:  # the garbage collector runs anywhere
             self._thread.join()
+
+    def _tell(self, command: Callable[[], None] | None) -> None:
+        self._inbox.put(command)
+        self._coordinator.wake()
 
     def _forget(self, mailbox: Mailbox) -> bool:
         """Frees the id of a request, if it has not been freed yet."""
@@ -188,6 +192,7 @@ class EngineThread:
         except BaseException as error:  # nobody may be left waiting, whatever it is
             logger.exception("the engine has stopped")
             self._die(error)
+            self._coordinator.close()
 
     def _obey(self) -> bool:
         """Does what callers asked for; waits for it if there is nothing to compute.

@@ -13,7 +13,6 @@ from tqdm.auto import tqdm
 from jpd.config import EngineConfig, SemiPDConfig
 from jpd.engine import build as engine_build
 from jpd.engine.build import Engine
-from jpd.engine.recent import Recent
 from jpd.errors import ConfigError
 from jpd.semi_pd.controller import Controller, Shares, Slo
 from jpd.semi_pd.paper_controller import PaperController
@@ -94,6 +93,7 @@ def _build_apart(config: EngineConfig) -> Engine:
             depth=1 + prepared.config.async_scheduling,
             controller=_controller(options),
             control_interval_s=options.control_interval_s,
+            step_timeout_s=options.step_timeout_s,
             on_close=resources.close,
         )
         resources.callback(topology.close)
@@ -170,11 +170,11 @@ def _wait_until_seated(topology: TwoPhases, show_progress: bool) -> None:
     pools = (topology.prefill.pool, topology.decode.pool)
     with tqdm(desc="executors", unit="ready", disable=not show_progress) as bar:
         while True:
-            topology.tend(Recent)
+            topology.seat()
             for pool in pools:
-                if pool.failures:
+                if pool.last_failure is not None:
                     raise ConfigError(
-                        f"the {pool.phase} executor could not be started: {pool.failures[0]}"
+                        f"the {pool.phase} executor could not be started: {pool.last_failure}"
                     )
             ready = sum(pool.num_ready for pool in pools)
             bar.total = ready + sum(pool.num_starting for pool in pools)

@@ -62,7 +62,7 @@ def spawn(module: str, *, fds: Iterable[int] = (), env: Mapping[str, str] | None
       env: Variables beside, or in place of, this process's own. JAX takes no memory in advance.
     """
     ours, theirs = socket.socketpair()
-    with theirs:
+    with theirs, ours:
         command = [sys.executable, "-P", "-m", module, str(theirs.fileno()), str(os.getpid())]
         process = _start(
             lambda: subprocess.Popen(
@@ -75,7 +75,7 @@ def spawn(module: str, *, fds: Iterable[int] = (), env: Mapping[str, str] | None
                 process_group=0,
             )
         )
-    return Child(process, Connection(ours.detach()))
+        return Child(process, Connection(ours.detach()))
 
 
 def connect() -> Connection:

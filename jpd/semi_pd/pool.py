@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 
@@ -18,8 +19,11 @@ from native.shares import SmShares
 
 logger = logging.getLogger(__name__)
 
-MAX_FAILURES = 3
-"""Executors that may fail one after the other, none having served, before no other is started."""
+MAX_FAILURES = 4
+"""Executors of one share that may fail one after the other, none having finished a step, before no
+other is started."""
+_FIRST_DELAY_S = 0.5
+"""Until the next start after the second failure; the first is made good at once."""
 
 
 class ExecutorPool:
@@ -43,34 +47,90 @@ class ExecutorPool:
     ) -> None:
         self.phase = phase
         self.kept = kept
-        self.failures: list[str] = []
-        """Why executors ended, since the last one that served."""
+        self.num_lost = 0
+        """Executors that failed or were killed."""
+        self.last_failure: str | None = None
         self.start_times_s: list[float] = []
         """From the start of each process until it was ready."""
         self._start = start
         self._shares = shares
         self._clock = clock
-        self._busy_before_s = 0.0
-        self._recompiles_before = 0
-        self._copied_before = 0
+        self._gone: Counter[str] = Counter()
+        self._failures: Counter[int] = Counter()
+        self._not_before_s: dict[int, float] = {}
         self._ready: dict[int, RemoteExecutor] = {}
         self._starting: dict[int, tuple[RemoteExecutor, float]] = {}
 
-    @property
-    def given_up(self) -> bool:
-        """Nobody serves this phase any more."""
-        return len(self.failures) >= MAX_FAILURES and not self._ready and not self._starting
+    # ---- who is there
 
-    def get(self, share: int) -> RemoteExecutor | None:
-        """The executor with a share, if it is ready; else it is being started from now on."""
-        known = share in self._ready or share in self._starting
-        if not known and len(self.failures) < MAX_FAILURES:
-            self._starting[share] = (self._start(share), self._clock())
-        return self._ready.get(share)
+    @property
+    def num_ready(self) -> int:
+        """Executors that run steps, or could."""
+        return len(self._ready)
+
+    @property
+    def num_starting(self) -> int:
+        """Executors that are not ready yet."""
+        return len(self._starting)
+
+    def num_failures(self, share: int) -> int:
+        """Executors of a share that failed since one of them finished a step."""
+        return self._failures[share]
+
+    def given_up(self, share: int) -> bool:
+        """Nobody serves this phase any more, nor can anybody be started on this share."""
+        nobody = not self._ready and not self._starting
+        return nobody and self._failures[share] >= MAX_FAILURES
 
     def nearest(self, share: int) -> RemoteExecutor | None:
         """The ready executor whose share is nearest to the wanted one."""
         return min(self._ready.values(), key=lambda e: abs(e.share - share), default=None)
+
+    def connections(self) -> Iterator[Connection]:
+        """Of all executors: readable when one became ready, reported or ended."""
+        yield from (e.connection for e in list(self._ready.values()))
+        yield from (e.connection for e, _ in list(self._starting.values()))
+
+    @property
+    def next_start_s(self) -> float | None:
+        """When the next start that was put off after a failure is due, by the clock."""
+        return min(self._not_before_s.values(), default=None)
+
+    # ---- what they did, gone ones included
+
+    @property
+    def busy_s(self) -> float:
+        """Time that executors had something to do."""
+        return self._sum("busy_s")
+
+    @property
+    def copied_bytes(self) -> int:
+        """KV that was brought to executors from another device."""
+        return self._sum("copied_bytes")
+
+    @property
+    def recompiles(self) -> int:
+        """Step shapes that executors compiled while requests waited."""
+        return self._sum("recompiles")
+
+    def _sum(self, name: str) -> int | float:
+        alive = list(self._ready.values())  # other threads read statistics
+        return self._gone[name] + sum(getattr(e, name) for e in alive)
+
+    # ---- starts and ends
+
+    def get(self, share: int) -> RemoteExecutor | None:
+        """The executor with a share, if it is ready; else it is started as soon as it may be."""
+        if share not in self._ready and share not in self._starting:
+            now_s = self._clock()
+            due = now_s >= self._not_before_s.get(share, now_s)
+            if due and self._failures[share] < MAX_FAILURES:
+                self._not_before_s.pop(share, None)
+                try:
+                    self._starting[share] = (self._start(share), now_s)
+                except OSError as error:  # no process, no file descriptor
+                    self._failed(share, f"{type(error).__name__}: {error}")
+        return self._ready.get(share)
 
     def tend(self, in_use: RemoteExecutor | None, wanted: int) -> None:
         """Takes in who became ready or ended, replaces kept ones, ends those nobody needs."""
@@ -90,7 +150,11 @@ class ExecutorPool:
                     executor.ready.units,
                     executor.pid,
                 )
+            elif share != wanted and share not in self.kept:
+                self.remove(executor)
         for share, executor in list(self._ready.items()):
+            if executor.num_steps:
+                self._failures.pop(share, None)
             if executor is in_use:
                 continue
             executor.poll()
@@ -98,59 +162,55 @@ class ExecutorPool:
                 self.remove(executor, executor.failure)
             elif share != wanted and share not in self.kept:
                 self.remove(executor)
+        for share in [s for s in self._not_before_s if s != wanted and s not in self.kept]:
+            del self._not_before_s[share]
         for share in self.kept:
             self.get(share)
 
-    def remove(self, executor: RemoteExecutor, failure: str | None = None) -> None:
-        """Ends an executor, because of a failure if there was one; no memory is touched by it then.
+    def remove(
+        self, executor: RemoteExecutor, failure: str | None = None, *, running: bool = False
+    ) -> None:
+        """Ends an executor.
 
-        A client of MPS that has work in flight must be told to stop before it is killed.
+        Args:
+          executor: of this pool.
+          failure: why, if it failed.
+          running: it may be in the middle of a step. Then a client of MPS must be told to stop
+            before it is killed, and it is gone, touching no memory, when this returns.
         """
-        if failure is not None:
-            logger.warning("%s executor on %d %% is lost: %s", self.phase, executor.share, failure)
-            self.failures.append(failure)
-        if self._shares is not None:
-            self._shares.terminate_client(executor.pid)
-        executor.kill()
+        if running and self._shares is not None:
+            try:
+                self._shares.terminate_client(executor.pid)
+            except Exception:  # the daemon may have gone the same way as the executor
+                logger.exception("MPS did not end its client %d", executor.pid)
+        executor.kill(wait=running)
         if self._ready.get(executor.share) is executor:
             del self._ready[executor.share]
-            self._busy_before_s += executor.busy_s
-            self._recompiles_before += executor.recompiles
-            self._copied_before += executor.copied_bytes
+            for name in ("busy_s", "copied_bytes", "recompiles"):
+                self._gone[name] += getattr(executor, name)
         if self._starting.get(executor.share, (None,))[0] is executor:
             del self._starting[executor.share]
+        if failure is not None:
+            self.num_lost += 1
+            if executor.num_steps:
+                self._failures.pop(executor.share, None)
+            self._failed(executor.share, failure)
 
-    def connections(self) -> Iterator[Connection]:
-        """Of all executors: readable when one became ready, reported or ended."""
-        yield from (e.connection for e in self._ready.values())
-        yield from (e.connection for e, _ in self._starting.values())
+    def _failed(self, share: int, reason: str) -> None:
+        logger.warning("%s executor on %d %% is lost: %s", self.phase, share, reason)
+        self.last_failure = reason
+        self._failures[share] += 1
+        count = self._failures[share]
+        if count < MAX_FAILURES:
+            delay_s = _FIRST_DELAY_S * (2 ** (count - 1) - 1)  # none after the first
+            self._not_before_s[share] = self._clock() + delay_s
 
-    @property
-    def num_ready(self) -> int:
-        """Executors that run steps, or could."""
-        return len(self._ready)
-
-    @property
-    def num_starting(self) -> int:
-        """Executors that are not ready yet."""
-        return len(self._starting)
-
-    @property
-    def busy_s(self) -> float:
-        """Time that executors, gone ones included, had something to do."""
-        return self._busy_before_s + sum(e.busy_s for e in self._ready.values())
-
-    @property
-    def copied_bytes(self) -> int:
-        """KV that was brought to executors, gone ones included, from another device."""
-        return self._copied_before + sum(e.copied_bytes for e in self._ready.values())
-
-    @property
-    def recompiles(self) -> int:
-        """Step shapes that executors, gone ones included, compiled while requests waited."""
-        return self._recompiles_before + sum(e.recompiles for e in self._ready.values())
+    def forgive(self) -> None:
+        """Forgets failures: what they were due to has been replaced."""
+        self._failures.clear()
+        self._not_before_s.clear()
 
     def close(self) -> None:
         """Ends all of them."""
         for executor in [*self._ready.values(), *(e for e, _ in self._starting.values())]:
-            self.remove(executor)
+            self.remove(executor, running=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from multiprocessing.connection import Connection
 
@@ -16,6 +17,7 @@ class RemoteStep:
 
     def __init__(self, plan: StepPlan, executor: RemoteExecutor) -> None:
         self.plan = plan
+        self.launched_s = time.monotonic()
         self.report: StepReport | None = None
         """Once `result` has returned; when the step ran, for those who measure."""
         self._executor = executor
@@ -99,18 +101,28 @@ class RemoteExecutor:
         except ExecutorLostError:
             pass  # `failure` says so
 
-    def kill(self) -> None:
-        """Ends the process, if it still runs, and waits until it is gone."""
+    def kill(self, *, wait: bool) -> None:
+        """Ends the process, if it still runs; with `wait`, returns when it is gone."""
         self._lost = self._lost or "it was ended"
-        self._child.kill()
+        if wait:
+            self._child.kill()
+        else:
+            self._child.process.kill()
+            self._child.connection.close()
+
+    def give_up(self, reason: str) -> None:
+        """Takes it for lost, although its process runs."""
+        self._lost = self._lost or reason
 
     def _receive(self) -> None:
         if self._lost is not None:
             raise self._lost_error()
         try:
             message = self._child.connection.recv()
-        except (EOFError, OSError) as error:
-            self._lost = f"its process {self.pid} ended"
+        except Exception as error:  # its end, or half a message
+            code = self._child.process.poll()
+            how = "" if code is None else f", exit code {code}"
+            self._lost = f"its process {self.pid} ended{how} ({type(error).__name__})"
             raise self._lost_error() from error
         if isinstance(message, Ready):
             self.ready = message

@@ -123,7 +123,11 @@ class SharedModel:
         )
         env = _ENV | (shares.environment(share) if shares is not None else {})
         child = spawn("jpd.semi_pd.worker", fds=spec.fds, env=env)
-        child.connection.send(spec)
+        try:
+            child.connection.send(spec)
+        except BaseException:
+            child.kill()
+            raise
         return RemoteExecutor(child, share)
 
     def stop(self) -> None:

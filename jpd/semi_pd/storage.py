@@ -8,7 +8,7 @@ anonymous file that lives while anybody holds it (`native.memory`). Either way n
 from __future__ import annotations
 
 import os
-import subprocess
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -21,8 +21,6 @@ from jpd.semi_pd import loader
 from jpd.semi_pd.child import Child, connect, spawn
 from jpd.semi_pd.layout import Layout
 from native.memory import Block, Handle, allocate, memory_of, receive_handle, send_handle
-
-_STOP_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -45,6 +43,7 @@ class StorageOwner:
         self._child = child
         self._env = env
         self._handles: list[Handle] = []
+        self._close_handles = weakref.finalize(self, _close, self._handles)
         self.free_bytes = self.total_bytes = 0
         """Of the device, before anything was allocated."""
 
@@ -131,15 +130,8 @@ class StorageOwner:
 
         A second call does nothing.
         """
-        self._child.connection.close()
-        try:
-            self._child.wait(_STOP_S)
-        except subprocess.TimeoutExpired:
-            self._child.kill()
-        for handle in self._handles:
-            for fd in handle.fds:
-                os.close(fd)
-        self._handles.clear()
+        self._child.kill()  # it runs nothing that could be interrupted
+        self._close_handles()
 
     def _allocate(self, layout: Layout) -> None:
         self._ask(layout.nbytes)
@@ -155,6 +147,13 @@ class StorageOwner:
         if isinstance(answer, Exception):
             raise answer
         return answer
+
+
+def _close(handles: list[Handle]) -> None:
+    for handle in handles:
+        for fd in handle.fds:
+            os.close(fd)
+    handles.clear()
 
 
 def _main() -> None:

@@ -8,8 +8,10 @@ and a new one of the other may serve together.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
+import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ from jpd.engine.lane import ExecutorLostError, Lane, PagesLostError
 from jpd.engine.recent import Recent
 from jpd.errors import EngineDeadError
 from jpd.semi_pd.controller import Controller, Observation, Shares
-from jpd.semi_pd.pool import MAX_FAILURES, ExecutorPool
+from jpd.semi_pd.pool import ExecutorPool
 from jpd.semi_pd.remote import RemoteExecutor
 from jpd.semi_pd.shared_model import SharedModel
 
@@ -32,7 +34,7 @@ class Switch:
 
     phase: str
     old_share: int | None
-    """None after a loss."""
+    """None where nobody served: at the beginning, and after a loss."""
     share: int
     asked_s: float
     """When this share was asked for, or the old executor was lost."""
@@ -58,7 +60,7 @@ class Seat:
         self.pool = pool
         self.switches: list[Switch] = []
         self._clock = clock
-        self._asked_s = clock()
+        self._wanted_since_s = clock()
         self._held_s: float | None = None
         self._share = share
 
@@ -70,7 +72,7 @@ class Seat:
     @share.setter
     def share(self, share: int) -> None:
         if share != self._share:
-            self._share, self._asked_s = share, self._clock()
+            self._share, self._wanted_since_s = share, self._clock()
 
     @property
     def executor(self) -> RemoteExecutor | None:
@@ -79,8 +81,6 @@ class Seat:
 
     def tend(self) -> None:
         """Seats who is to serve, if the lane is between steps."""
-        if self.executor is not None and self.executor.num_steps:
-            self.pool.failures.clear()
         if self.executor is not None and not self.lane.in_flight:
             self.executor.poll()
             if self.executor.failure is not None:
@@ -102,8 +102,9 @@ class Seat:
             return
         old = None if self.executor is None else self.executor.share
         now_s = self._clock()
+        since_s = self._wanted_since_s
         self.switches.append(
-            Switch(self.pool.phase, old, wanted.share, self._asked_s, self._held_s, now_s)
+            Switch(self.pool.phase, old, wanted.share, since_s, self._held_s, now_s)
         )
         self.lane.executor = wanted
         self.lane.held = False
@@ -111,8 +112,8 @@ class Seat:
 
     def lost(self, reason: str) -> None:
         """Ends the executor, which failed."""
-        self._asked_s = self._clock()
-        self.pool.remove(self.executor, reason)
+        self._wanted_since_s = self._clock()
+        self.pool.remove(self.executor, reason, running=True)
 
 
 class TwoPhases:
@@ -126,6 +127,7 @@ class TwoPhases:
       depth: steps that may be in flight in a lane.
       controller: asked for shares; None keeps them.
       control_interval_s: between two questions.
+      step_timeout_s: an executor that has not reported a step for so long is lost.
       on_close: called when all executors have ended.
     """
 
@@ -140,6 +142,7 @@ class TwoPhases:
         depth: int,
         controller: Controller | None,
         control_interval_s: float,
+        step_timeout_s: float,
         on_close: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -156,8 +159,15 @@ class TwoPhases:
         self._asked_s = clock()
         self._clock = clock
         self._prefill_busy_s = 0.0
-        self._on_close = on_close
-        self._closed = False
+        self._step_timeout_s = step_timeout_s
+        self._resources = contextlib.ExitStack()
+        self._resources.callback(on_close)
+        self._woken, self._waker = (
+            self._resources.enter_context(end) for end in socket.socketpair()
+        )
+        self._waker.setblocking(False)
+        for seat in self._seats:
+            self._resources.callback(seat.pool.close)
         self._renewed = False
 
     @property
@@ -188,35 +198,43 @@ class TwoPhases:
           EngineDeadError: nobody can serve a phase.
           PagesLostError: the memory is gone, or nobody could be started on it.
         """
-        if any(model.is_lost for model in self._models) or self._memory_is_suspect():
-            for seat in self._seats:
-                seat.pool.close()
-            raise PagesLostError
         now_s = self._clock()
-        degraded = any(seat.pool.given_up for seat in self._seats)
+        serving = all(seat.executor is not None for seat in self._seats)
         due = now_s - self._asked_s >= self._interval_s
-        if self._controller is not None and due and not degraded:
+        if self._controller is not None and due and serving:
             self._asked_s = now_s
             self.shares = self._controller.decide(self._observation(recent()), self.shares)
+        self.seat()
+        given_up = [seat for seat in self._seats if seat.pool.given_up(seat.share)]
+        if len(given_up) == 2 or (given_up and len(self._models) == 2):
+            last = ", ".join(f"{s.pool.phase}: {s.pool.last_failure}" for s in given_up)
+            raise EngineDeadError(f"no executor is left; what the last ones failed with: {last}")
+        prefill, decode = self._seats
+        prefill.lane.decode, decode.lane.prefill = decode in given_up, prefill in given_up
+
+    def seat(self) -> None:
+        """Seats executors where a lane is between steps.
+
+        Raises:
+          PagesLostError: the memory is gone, or nobody could be started on it.
+        """
         for seat in self._seats:
             seat.tend()
             if seat.executor is not None and seat.executor.num_steps:
                 self._renewed = False
-        given_up = [seat.pool for seat in self._seats if seat.pool.given_up]
-        if len(given_up) == 2 or (given_up and len(self._models) == 2):
-            last = ", ".join(f"the last {p.phase} executor: {p.failures[-1]}" for p in given_up)
-            raise EngineDeadError(f"no executor is left; {last}")
-        prefill, decode = self._seats
-        prefill.lane.decode, decode.lane.prefill = decode.pool.given_up, prefill.pool.given_up
+        if any(model.is_lost for model in self._models) or self._memory_is_suspect():
+            for seat in self._seats:
+                seat.pool.close()
+            raise PagesLostError
 
     def _memory_is_suspect(self) -> bool:
-        """Nobody runs, and whoever was started failed: a fault of the GPU takes all its clients
-        and their memory along, and shows like this. It is looked for once: the next failures tell
-        that it is not the memory.
+        """Nobody is there, and in both phases a start failed: a fault of the GPU takes all its
+        clients and their memory along, and shows like this. It is looked for once: failures after
+        that are not the memory's.
         """
-        failed = all(len(seat.pool.failures) == MAX_FAILURES - 1 for seat in self._seats)
-        nobody = all(seat.executor is None and not seat.pool.num_ready for seat in self._seats)
-        return failed and nobody and not self._renewed
+        nobody = not any(seat.pool.num_ready for seat in self._seats)
+        failed = all(seat.pool.num_failures(seat.share) > 1 for seat in self._seats)
+        return nobody and failed and not self._renewed
 
     def renew(self) -> None:
         """New memory with the weights in it; executors are started on it by `tend`."""
@@ -224,6 +242,8 @@ class TwoPhases:
         logger.warning("the KV pages are lost: loading the model again")
         for model in self._models:
             model.renew()
+        for seat in self._seats:
+            seat.pool.forgive()
 
     def _observation(self, recent: Recent) -> Observation:
         before_s, self._prefill_busy_s = self._prefill_busy_s, self.prefill.pool.busy_s
@@ -236,11 +256,40 @@ class TwoPhases:
             if lane.in_flight and lane.executor.has_report:
                 return lane
         connections = [c for seat in self._seats for c in seat.pool.connections()]
-        readable = wait_for_any([*connections, *(model.connection for model in self._models)])
+        connections += [model.connection for model in self._models]
+        readable = wait_for_any([*connections, self._woken], self._patience_s())
+        if self._woken in readable:
+            self._woken.recv(4096)
         for lane in self.lanes:
             if lane.in_flight and lane.executor.connection in readable:
                 return lane
+        for lane in self.lanes:
+            if lane.in_flight and self._due_s(lane) <= time.monotonic():
+                lane.executor.give_up(f"no report of a step for {self._step_timeout_s:g} s")
+                return lane
         return None
+
+    def _due_s(self, lane: Lane) -> float:
+        """When the oldest step of a lane is to be reported at the latest, by `time.monotonic`."""
+        return lane.in_flight[0].launched_s + self._step_timeout_s
+
+    def _patience_s(self) -> float | None:
+        """How long nothing has to be done while nothing happens."""
+        now_s = time.monotonic()
+        patience = [self._due_s(lane) - now_s for lane in self.lanes if lane.in_flight]
+        starts = [seat.pool.next_start_s for seat in self._seats]
+        patience += [start_s - self._clock() for start_s in starts if start_s is not None]
+        return max(min(patience), 0.0) if patience else None
+
+    def wake(self) -> None:
+        """Ends a `wait` of another thread, or the next one."""
+        with contextlib.suppress(OSError):  # closed, or woken often enough
+            self._waker.send(b"1")
+
+    @property
+    def num_lost(self) -> int:
+        """Executors that failed or were killed."""
+        return sum(seat.pool.num_lost for seat in self._seats)
 
     def lost(self, lane: Lane, error: ExecutorLostError) -> None:
         """Ends the executor; another will be seated."""
@@ -248,8 +297,4 @@ class TwoPhases:
 
     def close(self) -> None:
         """Ends all executors. Does nothing the second time."""
-        if not self._closed:
-            self._closed = True
-            for seat in self._seats:
-                seat.pool.close()
-            self._on_close()
+        self._resources.close()

@@ -2,8 +2,8 @@
 
     python -m jpd.semi_pd.worker    (by `jpd.semi_pd.remote`)
 
-The main thread launches steps as they come; another waits for their results and reports them, so
-that the device has its next step before the host has read the last one.
+One thread takes plans in, the main thread launches them, and a third waits for their results and
+reports them, so that the device has its next step before the host has read the last one.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def _build(spec: WorkerSpec) -> tuple[_Worker, int]:
 def _report(
     worker: _Worker,
     steps: queue.SimpleQueue[tuple[InFlight, int, float] | None],
-    connection: Connection,
+    out: _Out,
 ) -> None:
     """Reports steps in the order of their launch, each when it has run."""
     from jpd.semi_pd.messages import StepReport
@@ -123,48 +123,72 @@ def _report(
             result = worker.result(step)
             ended_s = time.monotonic()
             recompiles = worker.executor.recompiles
-            connection.send(StepReport(result, recompiles, copied_bytes, begun_s, ended_s))
+            out.send(StepReport(result, recompiles, copied_bytes, begun_s, ended_s))
         except BaseException as error:
-            _give_up(connection, error)
+            _give_up(out, error)
 
 
-def _give_up(connection: Connection, error: BaseException) -> None:
+def _receive(connection: Connection, plans: queue.SimpleQueue[StepPlan | None]) -> None:
+    """Takes plans in as they come, also while a step is being launched: a coordinator that sends
+    must not wait for that."""
+    while True:
+        try:
+            plans.put(connection.recv())
+        except (EOFError, OSError):
+            plans.put(None)
+            return
+
+
+class _Out:
+    """What several threads send."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._lock = threading.Lock()
+
+    def send(self, message: object) -> None:
+        with self._lock:
+            self._connection.send(message)
+
+
+def _give_up(out: _Out, error: BaseException) -> None:
     """Says why, and ends the process: after a failed step the device's state is unknown."""
     from jpd.semi_pd.messages import Failure
 
     traceback.print_exception(error)
     with contextlib.suppress(OSError):  # the coordinator is gone
         text, fatal = f"{type(error).__name__}: {error}", isinstance(error, OwnershipError)
-        connection.send(Failure(text, fatal))
+        out.send(Failure(text, fatal))
     os._exit(1)
 
 
 def _main() -> None:
     connection = connect()
+    out = _Out(connection)
     affinity.apply_environment()
     spec = connection.recv()
     from jpd.semi_pd.messages import Ready
 
     try:
         worker, units = _build(spec)
-        connection.send(Ready(units))
+        out.send(Ready(units))
     except BaseException as error:
-        _give_up(connection, error)
+        _give_up(out, error)
+    plans: queue.SimpleQueue[StepPlan | None] = queue.SimpleQueue()
+    threading.Thread(
+        target=_receive, args=(connection, plans), name="jpd-receive", daemon=True
+    ).start()
     steps: queue.SimpleQueue[tuple[InFlight, int, float] | None] = queue.SimpleQueue()
     reporter = threading.Thread(
-        target=_report, args=(worker, steps, connection), name="jpd-report", daemon=True
+        target=_report, args=(worker, steps, out), name="jpd-report", daemon=True
     )
     reporter.start()
-    while True:
-        try:
-            plan = connection.recv()
-        except (EOFError, OSError):
-            break
+    while (plan := plans.get()) is not None:
         launched_s = time.monotonic()
         try:
             steps.put((*worker.launch(plan), launched_s))
         except BaseException as error:
-            _give_up(connection, error)
+            _give_up(out, error)
     steps.put(None)
     reporter.join()
     worker.executor.release()

@@ -84,6 +84,10 @@ def flat_gemm(
     config = config or default(m, outputs, gated)
     if not 2 <= config.x_stages <= config.stages:
         raise NotImplementedError(f"2 <= x_stages <= stages is needed: {config}")
+    if bias is not None and outputs % config.tile_n:
+        raise NotImplementedError(
+            f"tile_n = {config.tile_n} of {config}: with a bias it must divide the {outputs} outputs"
+        )
     weight, eps = norm or (None, None)
     if weight is not None:
         if weight.shape != (k,) or weight.dtype != x.dtype:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from jpd.engine.lane import ExecutorLostError, Lane, PagesLostError
 from jpd.engine.plan import StepPlan, StepResult
 from jpd.engine.recent import Recent
-from tests.engine.fake_device import GARBAGE, FakeDevice
+from tests.engine.fake_device import GARBAGE, FakeDevice, run_alone, sequence_prompt
 
 
 @dataclass(slots=True)
@@ -62,6 +62,7 @@ class LateExecutor(FakeDevice):
         self.copy(plan)
         self.queue.append(plan)
         if self.queue[0] is plan and self.random.random() < 0.5:
+            self.load_history(plan)
             self.write(self.unpack(plan)[1])
         return LateStep(plan, self)
 
@@ -74,16 +75,32 @@ class LateExecutor(FakeDevice):
                 self.chains[to] = self.source.chains[of]
                 self.versions[to] = self.source.versions[of]
 
+    def load_history(self, plan: StepPlan) -> None:
+        """Tokens of new rows, after the steps before it."""
+        for new in plan.admissions:
+            self.history[new.row] = GARBAGE
+            if new.tokens is not None:
+                self.history[new.row, : len(new.tokens)] = new.tokens
+
     def run(self, plan: StepPlan):
         """All of a step."""
         assert self.queue.pop(0) is plan, "steps run in the order of their launch"
+        self.load_history(plan)
         batch, work = self.unpack(plan)
         self.write(work)
+        ends = [(c.sequence, c.row, c.end) for c in plan.chunks if c.last]
+        rows = zip(plan.sequences, plan.rows.tolist(), (plan.positions + 1).tolist(), strict=True)
+        for sequence, row, count in [*rows, *ends]:
+            if sequence.params.uses_penalties:
+                want, _ = run_alone(tuple(sequence_prompt(sequence)), self.max_model_len)
+                got = self.history[row, :count].tolist()
+                assert got == list(want[:count]), "penalties of other tokens than its own"
         return self.sample(plan, batch, work)
 
     def die(self) -> None:
         """Its kernels may have done anything up to now, and do nothing from now on."""
         if self.queue and self.random.random() < 0.5:
+            self.load_history(self.queue[0])
             self.write(self.unpack(self.queue[0])[1])
         self.queue.clear()
 
@@ -154,6 +171,11 @@ class TwoLanes:
         """Its last writes are done when this returns."""
         self.seen["lost " + ("decode" if lane is self.lanes[1] else "prefill")] += 1
         lane.executor.die()
+
+    @property
+    def num_lost(self) -> int:
+        """Executors that died."""
+        return sum(count for name, count in self.seen.items() if name.startswith("lost"))
 
     def renew(self) -> None:
         """All pages hold garbage."""

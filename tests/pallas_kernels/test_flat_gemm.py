@@ -229,6 +229,15 @@ def test_candidates_fit_shared_memory():
         ({"residual": jnp.zeros((8, 65), BF16)}, ValueError, "residual has shape"),
         ({"w_layout": "mn"}, ValueError, "'mn'"),
         ({"config": FlatConfig(x_stages=1)}, NotImplementedError, "x_stages"),
+        (
+            {
+                "w": jnp.zeros((192, 128), BF16),
+                "bias": jnp.zeros((192,), BF16),
+                "config": FlatConfig(tile_n=128),
+            },
+            NotImplementedError,
+            "must divide the 192 outputs",
+        ),
         ({"norm": (jnp.zeros(64, BF16), EPS)}, ValueError, "norm's weight is bfloat16"),
         ({"norm": (jnp.zeros(128), EPS)}, ValueError, "norm's weight is float32"),
         (
