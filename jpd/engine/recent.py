@@ -6,8 +6,6 @@ from collections import deque
 from dataclasses import dataclass, field
 from functools import partial
 
-import numpy as np
-
 from jpd.engine.plan import StepPlan
 
 _Values = partial(deque, maxlen=10_000)
@@ -43,15 +41,16 @@ class RecentSteps:
     def __init__(self) -> None:
         self.recent = Recent()
         self._last_decode_s = 0.0
-        self._last_serials = np.zeros(0, np.int64)
+        self._last_serials: set[int] = set()
 
     def committed(self, plan: StepPlan, now_s: float) -> None:
         """The tokens of a step are known."""
         self.recent.prefill_tokens += sum(len(chunk.tokens) for chunk in plan.chunks)
         if len(plan.rows):
-            if np.isin(plan.serials, self._last_serials).any():
+            serials = set(plan.serials.tolist())
+            if not serials.isdisjoint(self._last_serials):
                 self.recent.token_gap_s.append(now_s - self._last_decode_s)
-            self._last_serials, self._last_decode_s = plan.serials, now_s
+            self._last_serials, self._last_decode_s = serials, now_s
 
     def take(self) -> Recent:
         """All since the last call."""

@@ -66,7 +66,7 @@ def _build_apart(config: EngineConfig) -> Engine:
         for place in places:
             owners.append(StorageOwner.start(place, env))
             resources.callback(owners[-1].stop)
-        executors = 1 if apart else _num_executors(options)
+        executors = 1 if apart else num_executors(options)
         contexts = executors * _CONTEXT_BYTES if on_gpu else 0
         prepared = engine_build.prepare(
             config,
@@ -91,7 +91,7 @@ def _build_apart(config: EngineConfig) -> Engine:
             Shares(options.prefill_share, options.decode_share),
             prepared.config.max_num_seqs,
             depth=1 + prepared.config.async_scheduling,
-            controller=_controller(options),
+            controller=make_controller(options),
             control_interval_s=options.control_interval_s,
             step_timeout_s=options.step_timeout_s,
             on_close=resources.close,
@@ -128,14 +128,14 @@ def _shares(on_gpu: bool, resources: ExitStack) -> tuple[SmShares, SmShares, dic
     return daemon, daemon, daemon.environment(100)
 
 
-def _num_executors(options: SemiPDConfig) -> int:
+def num_executors(options: SemiPDConfig) -> int:
     """Executors that run at once, the one that a switch starts in the background included."""
     pairs = [(options.prefill_share, options.decode_share), *options.kept_shares]
     running = sum(len({pair[phase] for pair in pairs}) for phase in (0, 1))
     return running + options.is_controlled
 
 
-def _controller(options: SemiPDConfig) -> Controller | None:
+def make_controller(options: SemiPDConfig) -> Controller | None:
     """Who is asked for shares; None where nobody changes them."""
     if not isinstance(options.controller, str):
         return options.controller

@@ -86,7 +86,7 @@ def flat_gemm(
         raise NotImplementedError(f"2 <= x_stages <= stages is needed: {config}")
     if bias is not None and outputs % config.tile_n:
         raise NotImplementedError(
-            f"tile_n = {config.tile_n} of {config}: with a bias it must divide the {outputs} outputs"
+            f"tile_n = {config.tile_n}: with a bias it must divide the {outputs} outputs"
         )
     weight, eps = norm or (None, None)
     if weight is not None:

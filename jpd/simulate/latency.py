@@ -1,0 +1,194 @@
+"""How long a step takes: a linear model of its work, what SM shares do to it, and the host.
+
+What shares and the other phase do are the curves of `jpd.semi_pd.share_models`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from jpd.config import require
+from jpd.engine.plan import StepPlan
+from jpd.engine.shapes import ShapeTable
+from jpd.semi_pd.controller import Shares
+from jpd.semi_pd.share_models import (
+    H200,
+    Interference,
+    decode_curve,
+    overlap_wait,
+    prefill_curve,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepWork:
+    """What a step computes, and what it is padded to: products work on padded rows and tokens."""
+
+    rows: int
+    """Decoding rows."""
+    context_tokens: int
+    """Keys that those rows attend to, all together."""
+    prompt_tokens: int
+    pairs: int
+    """Pairs of a prompt token and a key that it attends to."""
+    padded_rows: int
+    padded_tokens: int
+    """Prompt tokens."""
+    padded_context: int
+    """Keys that a page table row covers."""
+
+    @classmethod
+    def of(cls, plan: StepPlan, shapes: ShapeTable) -> StepWork:
+        """Of a planned step, on an executor with these shapes."""
+        tokens = sum(len(chunk.tokens) for chunk in plan.chunks)
+        shape = shapes.pick(len(plan.rows), tokens, plan.context_tokens, plan.plain_greedy)
+        return cls(
+            rows=len(plan.rows),
+            context_tokens=int(plan.positions.sum()) + len(plan.rows),
+            prompt_tokens=tokens,
+            pairs=sum(len(c.tokens) * (c.start + 1 + c.end) // 2 for c in plan.chunks),
+            padded_rows=shape.batch,
+            padded_tokens=shape.tokens,
+            padded_context=shape.context,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _LinearTime:
+    """Seconds of a step on the whole GPU: the sum of coefficients times counts."""
+
+    @cached_property
+    def coefficients(self) -> tuple[float, ...]:
+        """In the order of `counts`."""
+        return dataclasses.astuple(self)
+
+    @staticmethod
+    def counts(work: StepWork) -> tuple[float, ...]:
+        """What each coefficient is multiplied with."""
+        raise NotImplementedError
+
+    def seconds(self, work: StepWork) -> float:
+        """Of a step."""
+        return math.sumprod(self.coefficients, self.counts(work))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeTime(_LinearTime):
+    """Of a step of decoding rows alone."""
+
+    step_s: float = 0.0
+    row_s: float = 0.0
+    """For each padded row."""
+    context_token_s: float = 0.0
+    """For each key attended to."""
+    padded_context_token_s: float = 0.0
+    """For each key that padded rows could attend to."""
+
+    @staticmethod
+    def counts(work: StepWork) -> tuple[float, ...]:
+        rows = work.padded_rows
+        return 1.0, rows, work.context_tokens, rows * work.padded_context
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptTime(_LinearTime):
+    """Of a step with prompt tokens; decoding rows may ride along (chunked prefill)."""
+
+    step_s: float = 0.0
+    token_s: float = 0.0
+    """For each padded prompt token and padded row."""
+    pair_s: float = 0.0
+    """For each prompt token and key that it attends to."""
+    padded_pair_s: float = 0.0
+    """For each padded prompt token and key that it could attend to."""
+    context_token_s: float = 0.0
+    """For each key that rows attend to."""
+    padded_context_token_s: float = 0.0
+    """For each key that padded rows could attend to."""
+
+    @staticmethod
+    def counts(work: StepWork) -> tuple[float, ...]:
+        rows, tokens = work.padded_rows, work.padded_tokens
+        return (
+            1.0,
+            tokens + rows,
+            work.pairs,
+            tokens * work.padded_context,
+            work.context_tokens,
+            rows * work.padded_context,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Overheads:
+    """What the host adds to a step. The coordinator does one thing at a time."""
+
+    launch_s: float = 0.0
+    """The coordinator plans a step and launches it."""
+    deliver_s: float = 0.0
+    """It takes in a step that has run."""
+    deliver_token_s: float = 0.0
+    """More for each token of the step."""
+    message_s: float = 0.0
+    """From the coordinator to an executor in another process, or back."""
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            require(0 <= value < math.inf, f.name, value, "seconds, at least 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatencyModel:
+    """Seconds of everything that a simulated engine does."""
+
+    source: str
+    """Where the numbers come from."""
+    decode: DecodeTime
+    prompt: PromptTime
+    overheads: Overheads = field(default_factory=Overheads)
+    parallel: float = 0.6
+    """Of `prefill_curve`: 0..1."""
+    knee: float = 35.0
+    """Of `decode_curve`: percent of the SMs."""
+    interference: Interference = H200
+    page_copy_s: float = 0.0
+    """For each KV page that a step of `topology="disaggregated"` brings from the other GPU."""
+    start_s: float = 15.0
+    """From the start of an executor's process until it can serve: the background switch's delay."""
+
+    def __post_init__(self) -> None:
+        for time in (self.decode, self.prompt):
+            for name, value in dataclasses.asdict(time).items():
+                name = f"{type(time).__name__}.{name}"
+                require(0 <= value < math.inf, name, value, "seconds, at least 0")
+        require(0 <= self.parallel <= 1, "parallel", self.parallel, "0..1")
+        require(self.knee >= 0, "knee", self.knee, "at least 0 percent")
+        for name in ("page_copy_s", "start_s"):
+            value = getattr(self, name)
+            require(0 <= value < math.inf, name, value, "seconds, at least 0")
+
+    def full_s(self, work: StepWork) -> float:
+        """Seconds of a step that has the whole GPU."""
+        return (self.prompt if work.prompt_tokens else self.decode).seconds(work)
+
+    def stretch(self, has_prompt: bool, share: int, other_share: int | None) -> float:
+        """What the time on the whole GPU is multiplied with.
+
+        Args:
+          has_prompt: the step has prompt tokens.
+          share: of the executor, in percent of the SMs.
+          other_share: of the executor whose step runs at the same time; None if none does.
+        """
+        if has_prompt:
+            beside = 1.0 if other_share is None else self.interference.prefill_slowdown
+            return beside * prefill_curve(share, self.parallel)
+        # The curve counts from unlimited SMs, `full_s` from 100 %.
+        alone = decode_curve(share, self.knee) / decode_curve(100, self.knee)
+        if other_share is None:
+            return alone
+        wait = overlap_wait(Shares(other_share, share), self.interference)
+        return self.interference.decode_slowdown * alone + wait
