@@ -151,12 +151,7 @@ def _print_table(console: Console, outputs: list[RequestOutput], seconds: float)
 
 
 def _print_processes(llm: AsyncLLM) -> None:
-    topology = llm._engine.topology
-    seats = (topology.prefill, topology.decode)
-    phases = [
-        f"{seat.pool.phase} in process {seat.executor.pid}, CPUs: {seat.executor.ready.units}"
-        for seat in seats
-    ]
+    phases = [f"{e.phase} in process {e.pid}, CPUs: {e.units}" for e in llm.executors]
     print(f"One copy of weights and KV pages; {'; '.join(phases)}.", flush=True)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from jpd import prompts as prompt_forms
 from jpd.config import EngineConfig
+from jpd.engine.lane import ExecutorInfo, Switch
 from jpd.engine.metrics import EngineStats
 from jpd.models import ModelConfig
 from jpd.semi_pd.build import build
@@ -38,6 +39,17 @@ class EngineFace:
     def stats(self) -> EngineStats:
         """What the engine did since it started, and holds now."""
         return self._engine.coordinator.stats()
+
+    @property
+    def executors(self) -> list[ExecutorInfo]:
+        """Executors in processes of their own, with the SMs that each really got; none where
+        everything runs in this process."""
+        return self._engine.topology.executors
+
+    @property
+    def switches(self) -> list[Switch]:
+        """When executors took over from others: `done_s - held_s` is the pause of a phase."""
+        return self._engine.topology.switches
 
     def chat_tokens(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids of a conversation, ready for the model's turn."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
 import numpy as np
 
@@ -45,6 +46,37 @@ class StepExecutor(Protocol):
 
     def launch(self, plan: StepPlan) -> StepInFlight:
         """Starts a step and returns without waiting for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Switch:
+    """A lane changed its executor. Times are of `time.monotonic`."""
+
+    phase: str
+    old_share: int | None
+    """None where nobody served: at the beginning, and after a loss."""
+    share: int
+    asked_s: float
+    """When this share was asked for, or the old executor was lost."""
+    held_s: float
+    """When the lane stopped launching steps on the old executor."""
+    done_s: float
+    """When it could launch on the new one."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExecutorInfo:
+    """An executor in a process of its own."""
+
+    phase: str
+    """"prefill" or "decode"."""
+    pid: int
+    share: int
+    """Percent of the SMs that it was started with."""
+    units: int
+    """SMs, or CPUs without a GPU, that it really got."""
+    serves: bool
+    """It runs the steps of its phase; others are kept ready."""
 
 
 class Lane:
@@ -126,6 +158,14 @@ class Topology(Protocol):
     lanes: list[Lane]
 
     @property
+    def executors(self) -> list[ExecutorInfo]:
+        """Those in processes of their own."""
+
+    @property
+    def switches(self) -> list[Switch]:
+        """All changes of executors, in the order of time."""
+
+    @property
     def recompiles(self) -> int:
         """Step shapes that were compiled while requests waited."""
 
@@ -203,6 +243,8 @@ class OneExecutor:
 
     num_lost = 0
     """The engine ends with it."""
+    executors: ClassVar[list[ExecutorInfo]] = []
+    switches: ClassVar[list[Switch]] = []
 
     def lost(self, lane: Lane, error: ExecutorLostError) -> None:
         """There is no other."""

@@ -73,6 +73,10 @@ class ExecutorPool:
         """Executors that are not ready yet."""
         return len(self._starting)
 
+    def ready(self) -> list[RemoteExecutor]:
+        """Executors that run steps, or could."""
+        return list(self._ready.values())
+
     def num_failures(self, share: int) -> int:
         """Executors of a share that failed since one of them finished a step."""
         return self._failures[share]
@@ -114,8 +118,7 @@ class ExecutorPool:
         return self._sum("recompiles")
 
     def _sum(self, name: str) -> int | float:
-        alive = list(self._ready.values())  # other threads read statistics
-        return self._gone[name] + sum(getattr(e, name) for e in alive)
+        return self._gone[name] + sum(getattr(e, name) for e in self.ready())
 
     # ---- starts and ends
 

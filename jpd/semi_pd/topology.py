@@ -14,10 +14,9 @@ import logging
 import socket
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from multiprocessing.connection import wait as wait_for_any
 
-from jpd.engine.lane import ExecutorLostError, Lane, PagesLostError
+from jpd.engine.lane import ExecutorInfo, ExecutorLostError, Lane, PagesLostError, Switch
 from jpd.engine.recent import Recent
 from jpd.errors import EngineDeadError
 from jpd.semi_pd.controller import Controller, Observation, Shares
@@ -26,22 +25,6 @@ from jpd.semi_pd.remote import RemoteExecutor
 from jpd.semi_pd.shared_model import SharedModel
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Switch:
-    """A lane changed its executor. Times are of the topology's clock."""
-
-    phase: str
-    old_share: int | None
-    """None where nobody served: at the beginning, and after a loss."""
-    share: int
-    asked_s: float
-    """When this share was asked for, or the old executor was lost."""
-    held_s: float
-    """When the lane stopped launching steps on the old executor."""
-    done_s: float
-    """When it could launch on the new one."""
 
 
 class Seat:
@@ -285,6 +268,21 @@ class TwoPhases:
         """Ends a `wait` of another thread, or the next one."""
         with contextlib.suppress(OSError):  # closed, or woken often enough
             self._waker.send(b"1")
+
+    @property
+    def executors(self) -> list[ExecutorInfo]:
+        """Those that are ready."""
+        return [
+            ExecutorInfo(seat.pool.phase, e.pid, e.share, e.ready.units, e is seat.executor)
+            for seat in self._seats
+            for e in seat.pool.ready()
+        ]
+
+    @property
+    def switches(self) -> list[Switch]:
+        """All changes of executors, in the order of time."""
+        found = [switch for seat in self._seats for switch in list(seat.switches)]
+        return sorted(found, key=lambda switch: switch.done_s)
 
     @property
     def num_lost(self) -> int:

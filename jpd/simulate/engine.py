@@ -10,11 +10,11 @@ from jpd.engine import build as engine_build
 from jpd.engine.build import Prepared
 from jpd.engine.coordinator import Coordinator
 from jpd.engine.executor import shape_table
-from jpd.engine.lane import Lane, OneExecutor
+from jpd.engine.lane import Lane, OneExecutor, Switch
 from jpd.semi_pd import build as semi_pd_build
 from jpd.semi_pd.controller import Shares
 from jpd.semi_pd.pool import ExecutorPool
-from jpd.semi_pd.topology import Switch, TwoPhases
+from jpd.semi_pd.topology import TwoPhases
 from jpd.simulate.device import SimulatedExecutor, VirtualGpu
 from jpd.simulate.latency import LatencyModel
 

@@ -102,10 +102,13 @@ def llm(folder: Path, script: Script) -> Iterator[LLM]:
             "control_interval_s": 1e-6,
         },
     )
-    pids = [e.pid for seat in seats(llm) for e in seat.pool._ready.values()]
-    assert len(pids) == 4
+    assert {(e.phase, e.share, e.serves) for e in llm.executors} == {
+        (phase, share, share == 100) for phase in ("prefill", "decode") for share in (100, 50)
+    }
+    cpus = len(os.sched_getaffinity(0))
+    assert {e.units for e in llm.executors if e.share == 100} == {cpus}
     yield llm
-    pids = [e.pid for seat in seats(llm) for e in seat.pool._ready.values()]
+    pids = [e.pid for e in llm.executors]
     llm.close()
     for pid in pids:
         with pytest.raises(ProcessLookupError):
@@ -221,7 +224,7 @@ def test_all_executors_at_once_also_those_kept_ready(
     for _ in range(80):
         llm._step()
     for seat in seats(llm):
-        for executor in list(seat.pool._ready.values()):
+        for executor in seat.pool.ready():
             os.kill(executor.pid, signal.SIGKILL)
     while not all(o.finished for o in outputs):
         llm._step()
