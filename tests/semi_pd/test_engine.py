@@ -333,7 +333,7 @@ def test_decode_given_up_is_taken_over_with_all_that_penalties_need(
 
 
 def test_a_hung_executor_is_replaced(folder: Path) -> None:
-    llm = LLM(str(folder), **OPTIONS, topology="semi_pd", semi_pd={"step_timeout_s": 2.0})
+    llm = LLM(str(folder), **OPTIONS, topology="semi_pd", semi_pd={"step_timeout_s": 5.0})
     params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
     prompt = [{"prompt_token_ids": [7, 8, 9]}]
     want = tokens(llm.generate(prompt, params))
