@@ -200,16 +200,18 @@ QUICK_PREFILL = [Prefill(8, 2, ((64, 0),)), Prefill(4, 4, ((20, 0), (33, 40)))]
 def select(cases: Sequence[Any], names: Sequence[str] | None) -> list[Any]:
     """The cases whose name is given, or starts with one that is given; all for None.
 
+    In the order of the names.
+
     Raises:
         ValueError: a name fits no case.
     """
     if names is None:
         return list(cases)
-    chosen: set[str] = set()
+    chosen: dict[str, Any] = {}
     for name in names:
-        found = [c.name for c in cases if c.name == name]
-        found = found or [c.name for c in cases if c.name.startswith(name)]
+        found = [c for c in cases if c.name == name]
+        found = found or [c for c in cases if c.name.startswith(name)]
         if not found:
             raise ValueError(f"no case is called {name!r}; there are {[c.name for c in cases]}")
-        chosen.update(found)
-    return [case for case in cases if case.name in chosen]
+        chosen |= {case.name: case for case in found}
+    return [*chosen.values()]

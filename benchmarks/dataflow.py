@@ -9,7 +9,8 @@ static one over that of the table, and `min_gain_vs_static` the least of them.
 
 Times are device times of a whole layer (`benchmarks/device_time.py`), over the weights of several
 layers. Each product gets an input of its own, so that nothing else runs between them; the numbers
-of each kernel are checked in `flat_gemm` and `dense_gemm`.
+of each kernel are checked in `flat_gemm` and `dense_gemm`. XLA is timed after all others, because
+its search for the fastest products would disturb them.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+from benchmarks.budget import Budget, spread
 from benchmarks.gemm_cases import LAYERS, Gemm
-from benchmarks.options import add_variants
+from benchmarks.options import add_bounds, add_variants, planned
 from benchmarks.peers import run_peer
-from benchmarks.ratios import fill_bounds, geomean, speedups
+from benchmarks.ratios import fill_bounds, put, speedups
 from benchmarks.report import Report, add_arguments
 
 MODELS = ("llama2-7b", "llama31-8b")
@@ -67,66 +69,100 @@ def layer_chain(model: str, rows: int, impl: str, calls: int) -> Any:
     return Chain(layer, xs, ws, calls, lambda: gemm_impls.scope(impl))
 
 
+def in_rounds(models: Sequence[str], rows: Sequence[int]) -> list[tuple[str, int]]:
+    """Layers in the order in which they are measured: three numbers of rows of each model in turn.
+
+    The weights of a model are made anew for each round.
+    """
+    rounds = [rows[i : i + 3] for i in range(0, len(rows), 3)]
+    return [(model, m) for some in rounds for model in models for m in some]
+
+
 def run_ours(
     report: Report,
-    models: Sequence[str],
-    rows: Sequence[int],
-    impls: list[str],
+    layers: Sequence[tuple[str, int]],
+    impls: Sequence[str],
     variants: Sequence[str],
+    budget: Budget,
 ) -> None:
-    """Adds all rows that are made with JAX."""
+    """Adds all rows that are made with JAX, as long as there is time."""
     import jax
+    import jax.numpy as jnp
+
+    from benchmarks import device_time
+
+    on_cpu = jax.default_backend() != "gpu"
+    calls = {}
+    for model in {model for model, _ in layers}:
+        layer_bytes = sum(g.weight_bytes for g in products(model, 1))
+        calls[model] = 1 if on_cpu else device_time.rotations(layer_bytes, least=4)
+    for searches in (False, True):
+        some = [impl for impl in impls if (impl == "xla") is searches]
+        chains: dict[Any, Callable[[], Any]] = {
+            (model, m, impl): partial(layer_chain, model, m, impl, calls[model])
+            for model, m in layers
+            for impl in some
+        }
+        if not chains:
+            continue
+        with device_time.CompileAhead(chains, variants, searches=searches) as compiled:
+            held, weights = "", []
+            for model, m in layers:
+                if not budget.enough():
+                    return
+                with budget.case():
+                    if model != held:
+                        held, weights = model, []
+                        shapes = [(g.outputs, g.inputs) for g in products(model, 1)]
+                        made = [
+                            device_time.random_arrays(s, jnp.bfloat16, calls[model], scale=0.02)
+                            for s in shapes
+                        ]
+                        weights = [list(layer) for layer in zip(*made, strict=True)]
+                        del made
+                    programs = {impl: compiled.take((model, m, impl)) for impl in some}
+                    _run_layer(report, model, m, programs, weights)
+                report.save()
+
+
+def _run_layer(
+    report: Report, model: str, rows: int, programs: dict[str, Any], weights: list[list[Any]]
+) -> None:
+    """Adds the rows of one case; compiled programs by implementation."""
     import jax.numpy as jnp
 
     from benchmarks import device_time
     from benchmarks.gemm_impls import mode
 
-    on_cpu = jax.default_backend() != "gpu"
-    for model in models:
-        layer_bytes = sum(g.weight_bytes for g in products(model, 1))
-        calls = 1 if on_cpu else device_time.rotations(layer_bytes, least=4)
-        chains: dict[Any, Callable[[], Any]] = {
-            (m, impl): partial(layer_chain, model, m, impl, calls) for m in rows for impl in impls
-        }
-        compiled = device_time.compile_chains(chains, variants)
-        shapes = [(g.outputs, g.inputs) for g in products(model, 1)]
-        made = [device_time.random_arrays(s, jnp.bfloat16, calls, scale=0.02) for s in shapes]
-        weights = [list(layer) for layer in zip(*made, strict=True)]
-        del made
-        for m in rows:
-            gemms = products(model, m)
-            xs = [device_time.random_arrays((m, g.inputs), jnp.bfloat16, 1)[0] for g in gemms]
-            for impl in impls:
-                program = compiled[m, impl]
-                try:
-                    if isinstance(program, Exception):
-                        raise program
-                    timing = device_time.measure(program, xs, weights)
-                    report.add(
-                        case_name(model, m),
-                        impl,
-                        timing.samples,
-                        "us",
-                        nbytes=sum(g.nbytes for g in gemms),
-                        flops=sum(g.flops for g in gemms),
-                        mode=mode(impl, timing.launch),
-                    )
-                except Exception as error:  # one implementation must not cost the others
-                    report.fail(case_name(model, m), impl, error)
-        del weights
+    gemms = products(model, rows)
+    xs = [device_time.random_arrays((rows, g.inputs), jnp.bfloat16, 1)[0] for g in gemms]
+    for impl, program in programs.items():
+        try:
+            if isinstance(program, Exception):
+                raise program
+            timing = device_time.measure(program, xs, weights)
+            report.add(
+                case_name(model, rows),
+                impl,
+                timing.samples,
+                "us",
+                nbytes=sum(g.nbytes for g in gemms),
+                flops=sum(g.flops for g in gemms),
+                mode=mode(impl, timing.launch),
+            )
+        except Exception as error:  # one implementation must not cost the others
+            report.fail(case_name(model, rows), impl, error)
 
 
-def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The summary's numbers from all rows."""
+def summarise(rows: Sequence[dict[str, Any]], of: int | None = None) -> dict[str, Any]:
+    """The summary's numbers from all rows, `of` so many cases."""
     gains = speedups(rows, OURS, STATIC)
     summary: dict[str, Any] = {"gain_vs_static": gains}
     if gains:
         summary["min_gain_vs_static"] = min(gains.values())
-        summary["geomean_gain_vs_static"] = geomean(gains.values())
+        put(summary, "geomean_gain_vs_static", gains, of=of)
     for static in STATIC:
-        ratios = speedups(rows, OURS, [static])
-        if ratios:
-            summary[f"geomean_vs_{static}"] = geomean(ratios.values())
+        put(summary, f"geomean_vs_{static}", speedups(rows, OURS, [static]))
     return summary
 
 
@@ -134,26 +170,46 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.dataflow")
     add_arguments(parser)
     add_variants(parser)
+    add_bounds(parser)
     parser.add_argument("--models", nargs="+", choices=[*LAYERS], help=f"[{MODELS}]")
     parser.add_argument("--rows", nargs="+", type=int, metavar="M", help=f"[{ROWS}]")
     parser.add_argument("--impls", nargs="+", choices=[OURS, *STATIC[:-1]], help="[all]")
     parser.add_argument("--no-peers", action="store_true", help="no torch")
     args = parser.parse_args()
+    budget = Budget(args.seconds)
     models = args.models or (["tiny"] if args.quick else MODELS)
-    rows = args.rows or (QUICK_ROWS if args.quick else ROWS)
+    rows = args.rows or spread(QUICK_ROWS if args.quick else ROWS)
+    everything = [] if args.quick else [(model, m) for model in MODELS for m in ROWS]
     report = Report(
         "dataflow", "What does choosing the kernel by shape gain over one for all?", out=args.out
     )
-    if not args.no_peers:  # first, while the device's memory is all free
-        layers = [(model, m) for model in models for m in rows]
-        options = ["--layer", *(f"{model}:{m}" for model, m in layers)]
-        run_peer(report, "torch_gemm", options, [(case_name(*key), "cublas") for key in layers])
-    from benchmarks.device_time import copy_bytes_per_s
+    layers = planned(
+        report,
+        args,
+        in_rounds(models, rows),
+        everything,
+        name=lambda key: case_name(*key),
+        order_named=True,
+    )
 
-    rate = copy_bytes_per_s((1 << 26) if args.quick else (1 << 32))
-    run_ours(report, models, rows, args.impls or [OURS, *STATIC[:-1]], args.variants)
-    fill_bounds(report.rows, rate)
-    report.summary |= {"copy_bytes_per_s": rate, **summarise(report.rows)}
+    def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        fill_bounds(report.rows, report.summary.get("copy_bytes_per_s"))
+        return summarise(rows, len(report.cases))
+
+    report.summarise = summary
+    impls = args.impls or [OURS, *STATIC[:-1]]
+    report.expect((case_name(*layer), impl) for layer in layers for impl in impls)
+    if not args.no_peers:  # first, while the device's memory is all free
+        options = ["--layer", *(f"{model}:{m}" for model, m in layers)]
+        expected = [(case_name(*layer), "cublas") for layer in layers]
+        limit = args.peer_seconds
+        run_peer(report, "torch_gemm", options, expected, timeout_s=limit, budget=budget)
+    if layers and budget.enough():
+        from benchmarks.device_time import copy_bytes_per_s
+
+        rate = copy_bytes_per_s((1 << 26) if args.quick else (1 << 32))
+        report.summary["copy_bytes_per_s"] = rate
+        run_ours(report, layers, impls, args.variants, budget)
     report.finish()
     sys.exit(report.failures > 0)
 

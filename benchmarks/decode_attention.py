@@ -35,7 +35,8 @@ from benchmarks.attention_cases import (
     select,
 )
 from benchmarks.baselines import torch_attention
-from benchmarks.options import add_variants
+from benchmarks.budget import Budget
+from benchmarks.options import add_bounds, add_variants, planned
 from benchmarks.peers import run_peer
 from benchmarks.ratios import fill_bounds, put, speedups, times
 from benchmarks.report import Report, add_arguments
@@ -134,14 +135,13 @@ def triton_chain(case: Decode, calls: int) -> Any:
     return Chain(call, carried, (pool, pool), calls)
 
 
-def run_ours(report: Report, cases: list[Decode], args: argparse.Namespace, rate: float) -> None:
-    """Adds all rows that are made with JAX."""
+def run_ours(
+    report: Report, cases: Sequence[Decode], args: argparse.Namespace, budget: Budget
+) -> None:
+    """Adds all rows that are made with JAX, as long as there is time."""
     import jax
-    import jax.numpy as jnp
 
     from benchmarks import device_time
-    from benchmarks.attention_reference import paged_rows, worst_row_error
-    from benchmarks.gemm_impls import mode
 
     quick_cpu = args.quick and jax.default_backend() != "gpu"
     calls = {
@@ -157,56 +157,71 @@ def run_ours(report: Report, cases: list[Decode], args: argparse.Namespace, rate
             chains[case.name, "xla"] = lambda c=case, n=n: xla_chain(c, n)
         else:
             chains[case.name, "jax_triton"] = lambda c=case, n=n: triton_chain(c, n)
-    compiled = device_time.compile_chains(chains, args.variants)
+    report.expect(chains)
+    with device_time.CompileAhead(chains, args.variants) as compiled:
+        for case in cases:
+            if not budget.enough():
+                return
+            with budget.case():
+                programs = {i: compiled.take((c, i)) for c, i in chains if c == case.name}
+                _run_case(report, case, calls[case.name], programs, args.profile)
+            report.save()
+
+
+def _run_case(
+    report: Report, case: Decode, calls: int, programs: dict[str, Any], pattern: str | None
+) -> None:
+    """Adds the rows of one case; compiled programs by implementation."""
+    import jax
+    import jax.numpy as jnp
+
+    from benchmarks import device_time
+    from benchmarks.attention_reference import paged_rows, worst_row_error
+    from benchmarks.gemm_impls import mode
+
     turn = jax.jit(lambda x: jnp.transpose(x, (2, 0, 1, 3)))
-    for case in cases:
-        pages = Pages.shuffled(case.lengths)
-        shape = (pages.count, PAGE_TOKENS, case.kv_heads, HEAD_SIZE)
-        arrays = device_time.random_arrays(shape, jnp.bfloat16, 2 * calls[case.name])
-        pools = list(zip(arrays[::2], arrays[1::2], strict=True))
-        (q,) = device_time.random_arrays((case.batch, case.q_heads, HEAD_SIZE), jnp.bfloat16, 1)
-        table, lengths = jnp.asarray(pages.table), jnp.asarray(case.lengths)
-        want = np.asarray(paged_rows(q, *pools[0], table, lengths, scale=SCALE))
-        del arrays
-        for (name, impl), program in compiled.items():
-            if name != case.name:
-                continue
-            try:
-                if isinstance(program, Exception):
-                    raise program
-                carried, rotated = (q, table, lengths), pools
-                if impl == "jax_triton":
-                    carried = ((q.astype(jnp.float32) * SCALE).astype(q.dtype), table, lengths)
-                    rotated = [(turn(k), turn(v)) for k, v in pools]
-                got = program.first_output(carried, rotated)
-                extra: dict[str, Any] = {}
-                if getattr(got, "recomputed", None) is not None:
-                    extra["recomputed"] = int(np.sum(np.asarray(got.recomputed)))
-                error = worst_row_error(getattr(got, "out", got), want)
-                # The scaled query of the Triton kernel is rounded once more than ours.
-                if not error <= MAX_REL_ERR * (2 if impl == "jax_triton" else 1):
-                    raise RuntimeError(f"relative error {error:.2e} > {MAX_REL_ERR:.0e}")
-                timing = device_time.measure(program, carried, rotated)
-                if args.profile and impl.startswith("jpd_"):
-                    pattern = args.profile
-                    found = device_time.profiled_us(program, carried, rotated, pattern)
-                    extra["profiled_us"] = found
-                report.add(
-                    name,
-                    impl,
-                    timing.samples,
-                    "us",
-                    nbytes=case.nbytes,
-                    flops=case.flops,
-                    rel_err=error,
-                    mode=mode(impl, timing.launch),
-                    **extra,
-                )
-                del rotated
-            except Exception as error:  # one implementation must not cost the others
-                report.fail(name, impl, error)
-        del pools
-    fill_bounds(report.rows, rate)
+    pages = Pages.shuffled(case.lengths)
+    shape = (pages.count, PAGE_TOKENS, case.kv_heads, HEAD_SIZE)
+    arrays = device_time.random_arrays(shape, jnp.bfloat16, 2 * calls)
+    pools = list(zip(arrays[::2], arrays[1::2], strict=True))
+    (q,) = device_time.random_arrays((case.batch, case.q_heads, HEAD_SIZE), jnp.bfloat16, 1)
+    table, lengths = jnp.asarray(pages.table), jnp.asarray(case.lengths)
+    want = np.asarray(paged_rows(q, *pools[0], table, lengths, scale=SCALE))
+    del arrays
+    for impl, program in programs.items():
+        try:
+            if isinstance(program, Exception):
+                raise program
+            carried, rotated = (q, table, lengths), pools
+            if impl == "jax_triton":
+                carried = ((q.astype(jnp.float32) * SCALE).astype(q.dtype), table, lengths)
+                rotated = [(turn(k), turn(v)) for k, v in pools]
+            got = program.first_output(carried, rotated)
+            extra: dict[str, Any] = {}
+            if getattr(got, "recomputed", None) is not None:
+                extra["recomputed"] = int(np.sum(np.asarray(got.recomputed)))
+            error = worst_row_error(getattr(got, "out", got), want)
+            # The scaled query of the Triton kernel is rounded once more than ours.
+            if not error <= MAX_REL_ERR * (2 if impl == "jax_triton" else 1):
+                raise RuntimeError(f"relative error {error:.2e} > {MAX_REL_ERR:.0e}")
+            timing = device_time.measure(program, carried, rotated)
+            if pattern and impl.startswith("jpd_"):
+                found = device_time.profiled_us(program, carried, rotated, pattern)
+                extra["profiled_us"] = found
+            report.add(
+                case.name,
+                impl,
+                timing.samples,
+                "us",
+                nbytes=case.nbytes,
+                flops=case.flops,
+                rel_err=error,
+                mode=mode(impl, timing.launch),
+                **extra,
+            )
+            del rotated
+        except Exception as error:  # one implementation must not cost the others
+            report.fail(case.name, impl, error)
 
 
 def default_softmax() -> str:
@@ -219,10 +234,16 @@ def default_softmax() -> str:
 def summarise(
     rows: Sequence[dict[str, Any]], cases: Sequence[Decode], default: str = "async"
 ) -> dict[str, Any]:
-    """The summary's numbers from all rows."""
+    """The summary's numbers from all rows.
+
+    Args:
+        rows: of the report.
+        cases: all that the benchmark has.
+        default: our implementation that is held against the peers.
+    """
     summary: dict[str, Any] = {"default": default}
     best = speedups(rows, ours(default), PEERS)
-    put(summary, "geomean_vs_best_peer", best, low="min_vs_best_peer")
+    put(summary, "geomean_vs_best_peer", best, low="min_vs_best_peer", of=len(cases))
     for peer in PEERS:
         put(summary, f"geomean_vs_{peer}", speedups(rows, ours(default), [peer]))
     large = {c.name for c in cases if c.kv_bytes >= LARGE_KV_BYTES}
@@ -232,6 +253,8 @@ def summarise(
         if row["case"] in large and row["impl"] == ours(default) and row["pct_of_bound"] is not None
     ]
     if rates:
+        if len(rates) < len(large):
+            summary["pct_of_bw_large_over"] = f"{len(rates)} of {len(large)}"
         summary["pct_of_bw_large"] = sum(rates) / len(rates)
         summary["pct_of_bw_large_min"] = min(rates)
     for other, key in (("sync", "async_speedup"), ("lazy", "async_vs_lazy")):
@@ -248,6 +271,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.decode_attention")
     add_arguments(parser)
     add_variants(parser)
+    add_bounds(parser)
     parser.add_argument("--cases", nargs="+", metavar="NAME", help="names or their beginnings")
     parser.add_argument("--softmax", nargs="+", choices=SOFTMAX, default=SOFTMAX, help="[all]")
     parser.add_argument("--no-peers", action="store_true", help="no torch, no FlashInfer")
@@ -260,28 +284,43 @@ def main() -> None:
         help="time our kernel by the profiler too, by this name",
     )
     args = parser.parse_args()
-    cases = select(QUICK_DECODE if args.quick else DECODE, args.cases)
+    budget = Budget(args.seconds)
     report = Report(
         "decode_attention",
         "How fast is decode attention over paged KV, against the best of its peers?",
         out=args.out,
     )
-    if not args.no_peers:  # first, while the device's memory is all free
+    known = QUICK_DECODE if args.quick else DECODE
+    chosen = select(known, args.cases)
+    cases = planned(report, args, chosen, known, order_named=args.cases is not None)
+    default = default_softmax()
+
+    def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        fill_bounds(report.rows, report.summary.get("copy_bytes_per_s"))
+        return summarise(rows, known, default)
+
+    report.summarise = summary
+    report.expect((case.name, ours(s)) for case in cases for s in args.softmax if not args.quick)
+    if cases and not args.no_peers:  # first, while the device's memory is all free
+        limit = {"timeout_s": args.peer_seconds, "budget": budget}
         names = [case.name for case in cases]
         uniform = [case.name for case in cases if torch_attention.applies(case)]
         if uniform:
             options = ["--kind", "decode", "--cases", *uniform]
-            run_peer(report, "torch_attention", options, [(n, "torch_sdpa") for n in uniform])
+            expected = [(n, "torch_sdpa") for n in uniform]
+            run_peer(report, "torch_attention", options, expected, **limit, share=1 / 3)
         options = ["--kind", "decode", "--cases", *names]
         if args.flashinfer_modes:
             options += ["--modes", *args.flashinfer_modes]
-        run_peer(report, "flashinfer_attention", options, [(n, "flashinfer") for n in names])
-    from benchmarks.device_time import copy_bytes_per_s
+        run_peer(
+            report, "flashinfer_attention", options, [(n, "flashinfer") for n in names], **limit
+        )
+    if cases and budget.enough():
+        from benchmarks.device_time import copy_bytes_per_s
 
-    rate = copy_bytes_per_s((1 << 26) if args.quick else (1 << 32))
-    run_ours(report, cases, args, rate)
-    report.summary |= {"copy_bytes_per_s": rate}
-    report.summary |= summarise(report.rows, cases, default_softmax())
+        rate = copy_bytes_per_s((1 << 26) if args.quick else (1 << 32))
+        report.summary["copy_bytes_per_s"] = rate
+        run_ours(report, cases, args, budget)
     report.finish()
     sys.exit(report.failures > 0)
 

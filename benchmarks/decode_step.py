@@ -16,17 +16,19 @@ from __future__ import annotations
 
 import argparse
 import gc
-import subprocess
 import sys
-import tempfile
 import time
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
+from benchmarks.budget import Budget, spread
 from benchmarks.models import MODELS, case_name, decode_cost
+from benchmarks.options import add_bounds, planned
+from benchmarks.peers import run_peer
 from benchmarks.report import Report, add_arguments
-from benchmarks.rows import bound_ms, load
+from benchmarks.rows import bound_ms
 
 WARMUP = 4
 TOKENS = 32
@@ -39,50 +41,119 @@ HF_CASES = {  # each compilation takes half a minute
     "llama2-7b": [(1, 512), (32, 1024)],
     "llama31-8b": [(1, 512)],
 }
-HF_IMPLS = ("eager", "static_compile")
+HF_IMPLS = {"eager": "eager", "static": "static_compile"}
+RUNS = 6
+Shape = tuple[int, int]
+"""Batch and context."""
 
 
-def run_baseline(report: Report, model: str, cases: list[tuple[int, int]], quick: bool) -> None:
+def parse_shape(text: str) -> Shape:
+    """Reads B:CONTEXT, for `argparse`.
+
+    Raises:
+        ArgumentTypeError: it is something else, or the context leaves no room for a prompt.
+    """
+    try:
+        batch, context = map(int, text.split(":"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"not BATCH:CONTEXT: {text!r}") from None
+    least = TOKENS // 2 + WARMUP + 1
+    if batch < 1 or context < least:
+        raise argparse.ArgumentTypeError(
+            f"BATCH must be at least 1 and CONTEXT {least}, got {text!r}"
+        )
+    return batch, context
+
+
+def run_baseline(
+    report: Report,
+    model: str,
+    cases: Sequence[Shape],
+    impls: Sequence[str],
+    *,
+    on_cpu: bool,
+    timeout_s: float,
+    budget: Budget,
+    share: float,
+) -> None:
     """Adds the rows of transformers, measured in a process of its own."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "hf.json"
-        command = [sys.executable, "-m", "benchmarks.baselines.hf_decode", "--model", model]
-        command += ["--tokens", str(TOKENS), "--json", str(file)]
-        if quick:
-            command += ["--device", "cpu", "--dtype", "float32"]
-        command += ["--case", *(f"{b}:{c}:{impl}" for b, c in cases for impl in HF_IMPLS)]
-        done = subprocess.run(command, check=False)
-        if file.exists():
-            report.extend(load(file)["rows"])
-        else:
-            for batch, context in cases:
-                reason = f"the baseline exited with {done.returncode} and left no result"
-                report.fail(case_name(model, batch, context), "hf", reason)
+    keys = [(b, c, impl) for b, c in cases for impl in impls]
+    if not keys:
+        return
+    options = ["--model", model, "--tokens", str(TOKENS)]
+    if on_cpu:
+        options += ["--device", "cpu", "--dtype", "float32"]
+    options += ["--case", *(f"{b}:{c}:{impl}" for b, c, impl in keys)]
+    expected = [(case_name(model, b, c), f"hf_{impl}") for b, c, impl in keys]
+    limit = {"timeout_s": timeout_s, "budget": budget, "share": share}
+    run_peer(report, "hf_decode", options, expected, **limit)
 
 
-def run_model(report: Report, model: str, cases: list[tuple[int, int]], rate: float) -> None:
-    """Adds jpd's rows for one model."""
+def run_model(
+    report: Report,
+    model: str,
+    cases: Sequence[Shape],
+    rate: float,
+    budget: Budget,
+    *,
+    self_check: bool = True,
+) -> float:
+    """Adds jpd's rows for one model, as long as there is time; returns what the engine took, in s.
+
+    An engine that is not built is failed rows.
+    """
     from benchmarks.dummy import dummy_engine
-    from benchmarks.numerics import check_tokens
-    from jpd import SamplingParams
+    from jpd.config import KernelConfig
 
     batches = tuple(sorted({b for b, _ in cases}))
     longest = max(c for _, c in cases) + TOKENS
     most = max(b * c for b, c in cases)
-    engine = dummy_engine(
-        model,
-        max_model_len=longest,
-        max_num_seqs=batches[-1],
-        # All prompts of a case in one step, so that its sequences decode at the same length.
-        max_num_batched_tokens=most,
-        max_prefills_per_step=batches[-1],
-        batch_buckets=batches,
-        token_buckets=tuple(sorted({cases[0][1], most})),
-        # The steps around a context read a little more than it: the same room as the static cache.
-        context_buckets=tuple(c + TOKENS // 2 for c in sorted({c for _, c in cases})),
-        num_pages=max(b * (-(-(c + TOKENS) // 16) + 1) for b, c in cases) + 1,
-        enable_prefix_caching=False,
-    )
+    start = time.perf_counter()
+    try:
+        engine = dummy_engine(
+            model,
+            max_model_len=longest,
+            max_num_seqs=batches[-1],
+            # All prompts of a case in one step, so that its sequences decode at the same length.
+            max_num_batched_tokens=most,
+            max_prefills_per_step=batches[-1],
+            batch_buckets=batches,
+            token_buckets=tuple(sorted({cases[0][1], most})),
+            # The steps around a context read a little more than it: the static cache's room.
+            context_buckets=tuple(c + TOKENS // 2 for c in sorted({c for _, c in cases})),
+            num_pages=max(b * (-(-(c + TOKENS) // 16) + 1) for b, c in cases) + 1,
+            enable_prefix_caching=False,
+            kernels=KernelConfig(self_check=self_check),
+        )
+    except Exception as error:  # one model must not cost the others
+        for batch, context in cases:
+            report.fail(case_name(model, batch, context), "jpd", error)
+        report.save()
+        return time.perf_counter() - start
+    build_s = time.perf_counter() - start
+    for batch, context in cases:
+        if not budget.enough():
+            break
+        with budget.case():
+            _run_case(report, engine, model, batch, context, rate, self_check)
+        report.summary[f"recompiles_{model}"] = engine.executor.compiled.recompiles
+        report.save()
+    return build_s
+
+
+def _run_case(
+    report: Report,
+    engine: Any,
+    model: str,
+    batch: int,
+    context: int,
+    rate: float,
+    self_check: bool,
+) -> None:
+    """Adds the row of one case."""
+    from benchmarks.numerics import check_tokens
+    from jpd import SamplingParams
+
     coordinator = engine.coordinator
     random = np.random.default_rng(0)
     vocab = engine.model_config.vocab_size
@@ -90,98 +161,156 @@ def run_model(report: Report, model: str, cases: list[tuple[int, int]], rate: fl
     def prompts(batch: int, length: int) -> list[list[int]]:
         return random.integers(0, vocab, (batch, length)).tolist()
 
-    for batch, context in cases:
-        name = case_name(model, batch, context)
-        samples = []
-        for run in range(6):
-            start_length = context - TOKENS // 2 - WARMUP
-            params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=TOKENS + WARMUP)
-            outputs = [
-                coordinator.add(f"{name}-{run}-{i}", None, ids, params)
-                for i, ids in enumerate(prompts(batch, start_length))
-            ]
-            while int(coordinator.scheduler.table.decoding.sum()) < batch:
-                coordinator.step()
-            for _ in range(WARMUP - 2):
-                coordinator.step()
-            steps, start = TOKENS - 2, time.perf_counter()
-            for _ in range(steps):
-                deltas = coordinator.step()
-                assert len(deltas) == batch, (name, len(deltas))
-            samples.append((time.perf_counter() - start) * 1e3 / steps)
-            while coordinator.has_work:
-                coordinator.step()
-        check = check_tokens(
-            engine,
-            [(o.prompt_token_ids, o.outputs[0].token_ids) for o in (outputs[0], outputs[-1])],
-        )
-        gc.collect()
-        if not check.ok:
-            report.fail(name, "jpd", f"wrong tokens: {check}")
-            continue
-        cost = decode_cost(MODELS[model], batch, context)
-        report.add(
-            name,
-            "jpd",
-            samples[1:],  # the first run fills caches
-            "ms",
-            nbytes=cost.nbytes,
-            flops=cost.flops,
-            bound=bound_ms(cost.nbytes, cost.flops, bytes_per_s=rate),
-            token_regret=check.regret,
-            dtype_noise=check.noise,
-            tokens_per_s=batch * 1e3 / float(np.median(samples[1:])),
-        )
-    report.summary[f"recompiles_{model}"] = engine.executor.compiled.recompiles
+    name = case_name(model, batch, context)
+    samples = []
+    for run in range(RUNS):
+        start_length = context - TOKENS // 2 - WARMUP
+        params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=TOKENS + WARMUP)
+        outputs = [
+            coordinator.add(f"{name}-{run}-{i}", None, ids, params)
+            for i, ids in enumerate(prompts(batch, start_length))
+        ]
+        while int(coordinator.scheduler.table.decoding.sum()) < batch:
+            coordinator.step()
+        for _ in range(WARMUP - 2):
+            coordinator.step()
+        steps, start = TOKENS - 2, time.perf_counter()
+        for _ in range(steps):
+            deltas = coordinator.step()
+            assert len(deltas) == batch, (name, len(deltas))
+        samples.append((time.perf_counter() - start) * 1e3 / steps)
+        while coordinator.has_work:
+            coordinator.step()
+    check = check_tokens(
+        engine,
+        [(o.prompt_token_ids, o.outputs[0].token_ids) for o in (outputs[0], outputs[-1])],
+    )
+    gc.collect()
+    if not check.ok:
+        report.fail(name, "jpd", f"wrong tokens: {check}")
+        return
+    cost = decode_cost(MODELS[model], batch, context)
+    report.add(
+        name,
+        "jpd",
+        samples[1:],  # the first run fills caches
+        "ms",
+        nbytes=cost.nbytes,
+        flops=cost.flops,
+        bound=bound_ms(cost.nbytes, cost.flops, bytes_per_s=rate),
+        token_regret=check.regret,
+        dtype_noise=check.noise,
+        tokens_per_s=batch * 1e3 / float(np.median(samples[1:])),
+        **({} if self_check else {"self_check": "skipped"}),
+    )
 
 
-def summarise(report: Report, cases: dict[str, list[tuple[int, int]]], rate: float) -> None:
-    """Fills the bounds of the baseline's rows and the summary."""
-    for row in report.rows:
-        if row["status"] == "ok" and row["pct_of_bound"] is None:
+def summarise(
+    rows: Sequence[dict[str, Any]], cases: Mapping[str, Sequence[Shape]], rate: float | None
+) -> dict[str, Any]:
+    """The summary's numbers; fills the bounds of the baseline's rows, if the rate is known."""
+    measured = {(row["case"], row["impl"]): row for row in rows if row["status"] == "ok"}
+    for row in measured.values():
+        if rate is not None and row["pct_of_bound"] is None:
             bound = bound_ms(row["bytes"], row["flops"], bytes_per_s=rate)
             row["pct_of_bound"] = 100 * bound / row["ms"]
-    report.summary["copy_bytes_per_s"] = rate
+    summary: dict[str, Any] = {}
     for model, shapes in cases.items():
         prefix = "" if model in ("llama2-7b", "tiny") else f"{model}_"
         for batch, context in shapes:
             name = case_name(model, batch, context)
-            ours = report.find(name, "jpd")
+            ours = measured.get((name, "jpd"))
             if ours is None:
                 continue
-            report.summary[f"{prefix}ms_b{batch}"] = ours["ms"]
-            report.summary[f"{prefix}pct_of_bound_b{batch}"] = ours["pct_of_bound"]
-            for key, impl in (("eager", "hf_eager"), ("static", "hf_static_compile")):
-                theirs = report.find(name, impl)
+            key = f"b{batch}"
+            if next(shape for shape in shapes if shape[0] == batch) != (batch, context):
+                key += f"_s{context}"  # the benchmark's own case has the short name
+            summary[f"{prefix}ms_{key}"] = ours["ms"]
+            summary[f"{prefix}pct_of_bound_{key}"] = ours["pct_of_bound"]
+            for word, impl in HF_IMPLS.items():
+                theirs = measured.get((name, f"hf_{impl}"))
                 if theirs is not None:
                     speedup = theirs["ms"] / ours["ms"]
-                    report.summary[f"{prefix}speedup_vs_hf_{key}_b{batch}"] = speedup
+                    summary[f"{prefix}speedup_vs_hf_{word}_{key}"] = speedup
+    return summary
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.decode_step")
     add_arguments(parser)
+    add_bounds(parser)
     parser.add_argument("--models", nargs="+", choices=[*CASES], help="[all]")
-    parser.add_argument("--no-baseline", action="store_true", help="do not run transformers")
+    parser.add_argument(
+        "--cases", nargs="+", type=parse_shape, metavar="B:CONTEXT", help="of every model [its own]"
+    )
+    parser.add_argument(
+        "--hf",
+        nargs="+",
+        choices=[*HF_IMPLS, "none"],
+        default=[*HF_IMPLS],
+        help="which runs of transformers, with --cases for each of them [all]",
+    )
+    parser.add_argument(
+        "--no-self-check",
+        action="store_true",
+        help="skip the engine's comparison of its kernels at start; rows say so",
+    )
     args = parser.parse_args()
-    cases = QUICK_CASES if args.quick else CASES
-    if args.models:
-        cases = {model: CASES[model] for model in args.models}
+    if "none" in args.hf and len(args.hf) > 1:
+        parser.error(f"--hf none goes with nothing else, got {args.hf}")
+    budget = Budget(args.seconds)
+    known = QUICK_CASES if args.quick else CASES
+    models = args.models or [*known]
+    shapes = {model: args.cases or (known | CASES)[model] for model in models}
     report = Report(
         "decode_step",
         "How long is one decode step, against Hugging Face and the memory bandwidth?",
         out=args.out,
     )
-    if not args.no_baseline:  # first, while the device's memory is all free
-        for model, shapes in cases.items():
-            run_baseline(report, model, HF_CASES.get(model, shapes), args.quick)
-    from benchmarks.device_time import copy_bytes_per_s
+    everything = [(model, *shape) for model in known for shape in known[model]]
+    ordered = {model: args.cases or spread(some) for model, some in shapes.items()}
+    chosen = [(model, *shape) for model in models for shape in ordered[model]]
+    cases = planned(
+        report,
+        args,
+        chosen,
+        everything,
+        name=lambda key: case_name(*key),
+        order_named=True,
+        once=("copy_bytes_per_s", *(f"recompiles_{model}" for model in MODELS)),
+    )
+    counted = {model: list(dict.fromkeys(known.get(model, []))) for model in known}
+    for model, *shape in chosen:
+        if tuple(shape) not in counted.setdefault(model, []):
+            counted[model].append((shape[0], shape[1]))
+    report.summarise = lambda rows: summarise(rows, counted, report.summary.get("copy_bytes_per_s"))
+    report.expect((case_name(*case), "jpd") for case in cases)
+    todo = {m: [(b, c) for model, b, c in cases if model == m] for m in models}
+    todo = {model: some for model, some in todo.items() if some}
+    impls = [] if "none" in args.hf else [HF_IMPLS[word] for word in args.hf]
+    for place, (model, some) in enumerate(todo.items()):  # while the device's memory is all free
+        least = some if args.cases else HF_CASES.get(model, some)
+        run_baseline(
+            report,
+            model,
+            [shape for shape in some if shape in least],
+            impls,
+            on_cpu=args.quick,
+            timeout_s=args.peer_seconds,
+            budget=budget,
+            share=0.6 / (len(todo) - place),
+        )
+    if todo and budget.enough():
+        from benchmarks.device_time import copy_bytes_per_s
 
-    rate = copy_bytes_per_s((1 << 26) if args.quick else (1 << 32))
-    for model, shapes in cases.items():
-        run_model(report, model, shapes, rate)
-        gc.collect()
-    summarise(report, cases, rate)
+        rate = copy_bytes_per_s((1 << 26) if args.quick else (1 << 32))
+        report.summary["copy_bytes_per_s"] = rate
+        build_s = 0.0
+        for model, some in todo.items():
+            if budget.left_s > build_s:
+                check = not args.no_self_check
+                build_s = run_model(report, model, some, rate, budget, self_check=check)
+                gc.collect()
     report.finish()
     sys.exit(report.failures > 0)
 

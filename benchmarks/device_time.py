@@ -13,13 +13,15 @@ one kernel from the profiler.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import statistics
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -122,6 +124,98 @@ class Timing(NamedTuple):
         return statistics.median(self.samples)
 
 
+class CompileAhead:
+    """Compiles chains in the order in which they will be taken, some of them ahead.
+
+    Chains are lowered by the thread that takes them, as lowering is not safe in several, and
+    compiled by others, also while something is measured: a program's launches are enqueued before
+    they run, and half of the CPUs are left alone. Not so XLA's own products: what it times on the
+    GPU while it compiles would disturb a measurement, and the other way around.
+
+    Use as a context manager; what was not taken at its end is not waited for longer than needed.
+
+    Args:
+        chains: by any key, functions that make the chain.
+        variants: keys of :data:`VARIANTS`; all on a GPU, else one without options.
+        searches: XLA searches products of these chains on the GPU: they are compiled by tens, and
+            nothing is taken before all of its ten are ready.
+        ahead: chains that are compiled before they are asked for.
+    """
+
+    def __init__(
+        self,
+        chains: Mapping[Any, Callable[[], Chain]],
+        variants: Sequence[str] | None = None,
+        *,
+        searches: bool = False,
+        ahead: int | None = None,
+    ) -> None:
+        self._on_gpu = jax.default_backend() == "gpu"
+        self._names = list(variants or VARIANTS) if self._on_gpu else ["stream"]
+        self._workers = max(1, (os.cpu_count() or 1) // 2)
+        self._ahead = ahead or (10 if searches else 2 * self._workers)
+        self._searches = searches
+        self._pool = ThreadPoolExecutor(self._workers)
+        self._waiting = deque(chains.items())
+        self._started: dict[Any, tuple[int, dict[str, Future[Any]]] | Exception] = {}
+
+    def __enter__(self) -> CompileAhead:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def _start_next(self) -> None:
+        key, make = self._waiting.popleft()
+        try:
+            chain = make()
+            lowered = chain.lower()
+        except Exception as error:  # a kernel that refuses a shape must not end the run
+            self._started[key] = error
+            return
+        programs = {}
+        for name in self._names:
+            options = VARIANTS[name] if self._on_gpu else None
+            programs[name] = self._pool.submit(lowered.compile, compiler_options=options)
+        self._started[key] = chain.calls, programs
+
+    def _futures(self, key: Any) -> list[Future[Any]]:
+        started = self._started[key]
+        return [] if isinstance(started, Exception) else [*started[1].values()]
+
+    def take(self, key: Any) -> Compiled | Exception:
+        """The compiled chain; one that fails is its exception. Each can be taken once.
+
+        Raises:
+            KeyError: there is no such chain, or it was taken.
+        """
+        if self._searches and key not in self._started:
+            for _ in range(min(self._ahead, len(self._waiting))):
+                self._start_next()
+        while key not in self._started:
+            if not self._waiting:
+                raise KeyError(key)
+            self._start_next()
+        if self._searches:
+            wait([future for started in self._started for future in self._futures(started)])
+        else:
+            # What is wanted next is lowered while this one is compiled, and one more in any case.
+            more = True
+            while self._waiting and len(self._started) <= self._ahead and more:
+                self._start_next()
+                more = not all(future.done() for future in self._futures(key))
+        futures, started = self._futures(key), self._started.pop(key)
+        if isinstance(started, Exception):
+            return started
+        calls, programs = started
+        wait(futures)
+        ready = {name: f.result() for name, f in programs.items() if f.exception() is None}
+        if ready:
+            return Compiled(calls, ready)
+        error = futures[0].exception()
+        return error if isinstance(error, Exception) else RuntimeError(str(error))
+
+
 def compile_chains(
     chains: Mapping[Any, Callable[[], Chain]], variants: Sequence[str] | None = None
 ) -> dict[Any, Compiled | Exception]:
@@ -131,32 +225,8 @@ def compile_chains(
         chains: by any key, functions that make the chain.
         variants: keys of :data:`VARIANTS`; all on a GPU, else one without options.
     """
-    on_gpu = jax.default_backend() == "gpu"
-    names = list(variants or VARIANTS) if on_gpu else ["stream"]
-    done: dict[Any, Compiled | Exception] = {}
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        pending: dict[Any, tuple[int, dict[str, Future[Any]]]] = {}
-        for key, make in chains.items():
-            try:
-                chain = make()
-                lowered = chain.lower()
-            except Exception as error:  # a kernel that refuses a shape must not end the run
-                done[key] = error
-                continue
-            programs = {}
-            for name in names:
-                options = VARIANTS[name] if on_gpu else None
-                programs[name] = pool.submit(lowered.compile, compiler_options=options)
-            pending[key] = chain.calls, programs
-        for key, (calls, programs) in pending.items():
-            ready, errors = {}, []
-            for name, future in programs.items():
-                try:
-                    ready[name] = future.result()
-                except Exception as error:
-                    errors.append(error)
-            done[key] = Compiled(calls, ready) if ready else errors[0]
-    return {key: done[key] for key in chains}
+    with CompileAhead(chains, variants, searches=True, ahead=len(chains)) as ahead:
+        return {key: ahead.take(key) for key in chains}
 
 
 def seconds_of(program: Callable[..., Any], args: Sequence[Any], runs: int) -> float:
@@ -239,7 +309,14 @@ def copy_bytes_per_s(nbytes: int) -> float:
     return max(rates)
 
 
+@functools.cache
+def _make_random(shape: tuple[int, ...], dtype: Any) -> Callable[..., Any]:
+    return jax.jit(
+        lambda key, scale: jax.random.normal(key, shape, dtype) * jnp.asarray(scale, dtype)
+    )
+
+
 def random_arrays(shape: tuple[int, ...], dtype: Any, count: int, *, seed: int = 0, scale=1.0):
-    """`count` arrays of normal numbers, made on the device."""
-    make = jax.jit(lambda key: jax.random.normal(key, shape, dtype) * jnp.asarray(scale, dtype))
-    return [make(key) for key in jax.random.split(jax.random.key(seed), count)]
+    """`count` arrays of normal numbers, made on the device; each shape is compiled once."""
+    make = _make_random(tuple(shape), dtype)
+    return [make(key, scale) for key in jax.random.split(jax.random.key(seed), count)]

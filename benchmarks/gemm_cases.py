@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Sequence
 from typing import NamedTuple
 
 
@@ -73,6 +75,29 @@ LAYERS: dict[str, dict[str, tuple[int, int]]] = {
 }
 
 
+def parse_shape(text: str) -> tuple[int, int]:
+    """Reads NxK, for `argparse`.
+
+    Raises:
+        ArgumentTypeError: it is not one of the weights in `LAYERS`.
+    """
+    known = shapes(*LAYERS)
+    named = {f"{n}x{k}": (n, k) for n, k in known}
+    if text not in named:
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(named)}")
+    return named[text]
+
+
 def shapes(*models: str) -> list[tuple[int, int]]:
     """The different (N, K) of these models' layers, in order."""
     return list(dict.fromkeys(shape for model in models for shape in LAYERS[model].values()))
+
+
+def in_rounds(shapes: Sequence[tuple[int, int]], rows: Sequence[int]) -> list[Gemm]:
+    """Cases in the order in which they are measured: all shapes with two numbers of rows at a time.
+
+    A run that ends early has every shape with the first numbers of rows; the weights of a shape,
+    which are made anew for each round, serve two cases.
+    """
+    rounds = [rows[i : i + 2] for i in range(0, len(rows), 2)]
+    return [Gemm(m, *shape) for some in rounds for shape in shapes for m in some]

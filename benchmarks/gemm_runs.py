@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+import functools
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 
 from benchmarks import device_time, gemm_impls
 from benchmarks.attention_reference import worst_row_error
+from benchmarks.budget import Budget
 from benchmarks.gemm_cases import Gemm
 from benchmarks.report import Report
 
@@ -37,83 +39,151 @@ def gemm_chain(case: Gemm, impl: str, calls: int) -> device_time.Chain:
     return device_time.Chain(product, x, w, calls, lambda: gemm_impls.scope(impl))
 
 
+class References:
+    """Activations and float32 results of every weight shape, on the host.
+
+    One program to compile for all cases of a shape.
+    """
+
+    def __init__(self, cases: Iterable[Gemm]) -> None:
+        self._rows: dict[tuple[int, ...], list[int]] = {}
+        for case in cases:
+            self._rows.setdefault(case[1:], []).append(case.rows)
+        self._made: dict[tuple[int, ...], tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+        self._exact = jax.jit(
+            lambda x, w: jax.lax.dot_general(
+                x.astype(jnp.float32),
+                w.astype(jnp.float32),
+                (((1,), (1,)), ((), ())),
+                precision=jax.lax.Precision.HIGHEST,
+            ),
+            # Tuning a product that runs once is not worth it.
+            compiler_options={"xla_gpu_autotune_level": 0},
+        )
+
+    def of(self, case: Gemm, weight: jax.Array) -> tuple[jax.Array, np.ndarray, np.ndarray]:
+        """x `[M, K]`, the rows that are checked, and their results.
+
+        Args:
+            case: one of those that were named.
+            weight: `[N, K]`, always the same for a shape.
+        """
+        shape = case[1:]
+        if shape not in self._made:
+            most = (max(self._rows[shape]), case.inputs)
+            x = np.asarray(device_time.random_arrays(most, jnp.bfloat16, 1, seed=1)[0])
+            checked = np.unique(np.concatenate([checked_rows(m) for m in self._rows[shape]]))
+            self._made[shape] = x, checked, np.asarray(self._exact(x[checked], weight))
+        x, checked, want = self._made[shape]
+        inside = checked < case.rows
+        return jnp.asarray(x[: case.rows]), checked[inside], want[inside]
+
+
 def run(
     report: Report,
-    cases: list[Gemm],
+    cases: Sequence[Gemm],
     impls: Callable[[Gemm], Collection[str]],
     *,
     names: dict[str, str],
+    budget: Budget,
     calls: int | None = None,
     variants: Sequence[str] | None = None,
 ) -> None:
     """Checks and times every case with every implementation and adds the rows.
 
+    Case by case as long as there is time, the file written after each. ``xla`` comes after all the
+    others, because XLA's search for a product's fastest kernel would disturb them.
+
     Args:
         report: gets the rows.
-        cases: grouped by weight shape; the weights of a shape are made once.
+        cases: neighbours of one weight shape share its weights.
         impls: keys of `gemm_impls.product` to run a case with.
         names: what rows call an implementation, where it is not its key.
+        budget: the run's.
         calls: of a program; by default as many as the rotation needs.
         variants: how kernels are launched, see `device_time.VARIANTS`; by default every way.
     """
-    chains: dict[Any, Callable[[], device_time.Chain]] = {}
+    wanted = {case: [*impls(case)] for case in cases}
+    report.expect((case.name, names.get(i, i)) for case in cases for i in wanted[case])
+    references = References(cases)
+    for searches in (False, True):
+        left = {c: [i for i in some if (i == "xla") is searches] for c, some in wanted.items()}
+        left = {case: some for case, some in left.items() if some}
+        _run(report, left, names, budget, references, calls, variants, searches)
+
+
+def _run(
+    report: Report,
+    impls: dict[Gemm, list[str]],
+    names: dict[str, str],
+    budget: Budget,
+    references: References,
+    calls: int | None,
+    variants: Sequence[str] | None,
+    searches: bool,
+) -> None:
     # The counters are cleared once in a program; many short calls share that, as in a model's step.
-    least = 16 if max(case.rows for case in cases) <= 128 else 8
-    count = {c: calls or device_time.rotations(c.weight_bytes, least=least) for c in cases}
-    for case in cases:
-        for impl in impls(case):
-            chains[case, impl] = lambda c=case, i=impl: gemm_chain(c, i, count[c])
-    compiled = device_time.compile_chains(chains, variants)
-    # Tuning a product that runs once is not worth it.
-    exact = jax.jit(
-        lambda x, w: jax.lax.dot_general(
-            x.astype(jnp.float32),
-            w.astype(jnp.float32),
-            (((1,), (1,)), ((), ())),
-            precision=jax.lax.Precision.HIGHEST,
-        ),
-        compiler_options={"xla_gpu_autotune_level": 0},
-    )
-    for shape in dict.fromkeys(case[1:] for case in cases):
-        group = [case for case in cases if case[1:] == shape]
-        outputs, inputs = shape
-        scale = inputs**-0.5
-        weights = device_time.random_arrays(shape, jnp.bfloat16, count[group[0]], scale=scale)
-        most = max(case.rows for case in group)
-        x_all = np.asarray(device_time.random_arrays((most, inputs), jnp.bfloat16, 1, seed=1)[0])
-        # One reference for all cases of the shape: no more than one program to compile.
-        checked = np.unique(np.concatenate([checked_rows(case.rows) for case in group]))
-        want_all = np.asarray(exact(x_all[checked], weights[0]))
-        for case in group:
-            x = jnp.asarray(x_all[: case.rows])
-            inside = checked < case.rows
-            picked, want = checked[inside], want_all[inside]
-            for impl in impls(case):
-                name, program = names.get(impl, impl), compiled[case, impl]
-                try:
-                    if isinstance(program, Exception):
-                        raise program
-                    got = program.first_output(x, weights)
-                    if got.shape != (case.rows, outputs):
-                        raise RuntimeError(f"shape {got.shape}")
-                    error = worst_row_error(pick(got, picked), want)
-                    del got
-                    if not error <= MAX_REL_ERR:
-                        raise RuntimeError(f"relative error {error:.2e} > {MAX_REL_ERR:.0e}")
-                    timing = device_time.measure(program, x, weights)
-                    extra: dict[str, Any] = {"mode": gemm_impls.mode(impl, timing.launch)}
-                    if impl == "table":
-                        extra["choice"] = gemm_impls.choice_label(*case)
-                    report.add(
-                        case.name,
-                        name,
-                        timing.samples,
-                        "us",
-                        nbytes=case.nbytes,
-                        flops=case.flops,
-                        rel_err=error,
-                        **extra,
+    least = 16 if max((case.rows for case in impls), default=0) <= 128 else 8
+    count = {c: calls or device_time.rotations(c.weight_bytes, least=least) for c in impls}
+    chains: dict[Any, Callable[[], device_time.Chain]] = {
+        (case, impl): functools.partial(gemm_chain, case, impl, count[case])
+        for case, some in impls.items()
+        for impl in some
+    }
+    with device_time.CompileAhead(chains, variants, searches=searches) as compiled:
+        shape: tuple[int, ...] = ()
+        weights: list[jax.Array] = []
+        for case, some in impls.items():
+            if not budget.enough():
+                return
+            with budget.case():
+                if case[1:] != shape:
+                    shape = case[1:]
+                    del weights
+                    scale = case.inputs**-0.5
+                    weights = device_time.random_arrays(
+                        shape, jnp.bfloat16, count[case], scale=scale
                     )
-                except Exception as error:  # one implementation must not cost the others
-                    report.fail(case.name, name, error)
-        del weights
+                programs = {
+                    (impl, names.get(impl, impl)): compiled.take((case, impl)) for impl in some
+                }
+                _run_case(report, case, programs, references, weights)
+            report.save()
+
+
+def _run_case(
+    report: Report,
+    case: Gemm,
+    programs: dict[tuple[str, str], device_time.Compiled | Exception],
+    references: References,
+    weights: list[jax.Array],
+) -> None:
+    """Adds the rows of one case; programs by implementation and its name in rows."""
+    x, picked, want = references.of(case, weights[0])
+    for (impl, name), program in programs.items():
+        try:
+            if isinstance(program, Exception):
+                raise program
+            got = program.first_output(x, weights)
+            if got.shape != (case.rows, case.outputs):
+                raise RuntimeError(f"shape {got.shape}")
+            error = worst_row_error(pick(got, picked), want)
+            del got
+            if not error <= MAX_REL_ERR:
+                raise RuntimeError(f"relative error {error:.2e} > {MAX_REL_ERR:.0e}")
+            timing = device_time.measure(program, x, weights)
+            extra: dict[str, Any] = {"mode": gemm_impls.mode(impl, timing.launch)}
+            if impl == "table":
+                extra["choice"] = gemm_impls.choice_label(*case)
+            report.add(
+                case.name,
+                name,
+                timing.samples,
+                "us",
+                nbytes=case.nbytes,
+                flops=case.flops,
+                rel_err=error,
+                **extra,
+            )
+        except Exception as error:  # one implementation must not cost the others
+            report.fail(case.name, name, error)

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.budget import spread
+from benchmarks.report import Report
 
 VARIANTS = ("stream", "graph")
+PEER_SECONDS = 300.0
 
 
 def add_variants(parser: argparse.ArgumentParser) -> None:
@@ -19,3 +26,73 @@ def add_variants(parser: argparse.ArgumentParser) -> None:
         default=list(VARIANTS),
         help="how JAX's kernels are launched; the faster one counts [both]",
     )
+
+
+def seconds(text: str) -> float:
+    """Reads a time that is not negative."""
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"seconds must be 0 or more, got {text}")
+    return value
+
+
+def add_bounds(parser: argparse.ArgumentParser, *, peer_seconds: float = PEER_SECONDS) -> None:
+    """Adds ``--seconds``, ``--merge``, ``--missing`` and ``--peer-seconds``."""
+    parser.add_argument(
+        "--seconds",
+        type=seconds,
+        metavar="N",
+        help="begin no case that may not end within N s; 0 measures nothing [no limit]",
+    )
+    parser.add_argument(
+        "--merge",
+        nargs="*",
+        type=Path,
+        metavar="FILE",
+        help="keep the cases of these results that this run does not measure "
+        "[the file that is written, if it exists]",
+    )
+    parser.add_argument(
+        "--missing", action="store_true", help="--merge, and measure only what those files lack"
+    )
+    parser.add_argument(
+        "--peer-seconds",
+        type=seconds,
+        metavar="N",
+        default=peer_seconds,
+        help="limit of each baseline's process; with --seconds it leaves time for "
+        f"the others [{peer_seconds:.0f}]",
+    )
+
+
+def planned(
+    report: Report,
+    args: argparse.Namespace,
+    chosen: Sequence[Any],
+    everything: Sequence[Any] = (),
+    *,
+    name: Callable[[Any], str] = lambda case: case.name,
+    order_named: bool = False,
+    once: Sequence[str] = ("copy_bytes_per_s",),
+) -> list[Any]:
+    """What this run is to measure, in an order of which any beginning tells much.
+
+    Merges earlier files into the report and tells it the names of all cases.
+
+    Args:
+        report: gets them.
+        args: with the options of :func:`add_bounds`.
+        chosen: cases that the other options name.
+        everything: cases of the whole benchmark, in the table's order.
+        name: of a case.
+        order_named: the order of what is chosen was named, and stays as it is.
+        once: keys of the summary that a run measures and that no rows say: kept from the files.
+    """
+    report.cases = list(dict.fromkeys(map(name, [*everything, *chosen])))
+    if args.merge is not None or args.missing:
+        files = args.merge or [file for file in [report.path] if file.exists()]
+        report.merge(files, measures=args.seconds != 0)
+        report.summary |= {k: v for k in once if (v := report.earlier(k)) is not None}
+    if args.missing:
+        chosen = [case for case in chosen if report.lacks(name(case))]
+    return list(chosen) if order_named else spread(chosen)

@@ -29,7 +29,8 @@ from benchmarks.attention_cases import (
     select,
 )
 from benchmarks.baselines import torch_attention
-from benchmarks.options import add_variants
+from benchmarks.budget import Budget
+from benchmarks.options import add_bounds, add_variants, planned
 from benchmarks.peers import run_peer
 from benchmarks.ratios import put, speedups
 from benchmarks.report import Report, add_arguments
@@ -77,14 +78,17 @@ def chain(case: Prefill, impl: str, calls: int) -> Any:
     return Chain(call, carried, (pool, pool), calls, scope)
 
 
-def run_ours(report: Report, cases: list[Prefill], quick: bool, variants: Sequence[str]) -> None:
-    """Adds all rows that are made with JAX."""
+def run_ours(
+    report: Report,
+    cases: Sequence[Prefill],
+    quick: bool,
+    variants: Sequence[str],
+    budget: Budget,
+) -> None:
+    """Adds all rows that are made with JAX, as long as there is time."""
     import jax
-    import jax.numpy as jnp
 
     from benchmarks import device_time
-    from benchmarks.attention_reference import paged_rows, worst_row_error
-    from benchmarks.gemm_impls import mode
 
     quick_cpu = quick and jax.default_backend() != "gpu"
     calls = {c.name: 1 if quick_cpu else device_time.rotations(c.kv_bytes, least=4) for c in cases}
@@ -92,56 +96,70 @@ def run_ours(report: Report, cases: list[Prefill], quick: bool, variants: Sequen
     for case in cases:
         for impl in (OURS, "xla") if quick_cpu else (OURS,):
             chains[case.name, impl] = lambda c=case, i=impl: chain(c, i, calls[c.name])
-    compiled = device_time.compile_chains(chains, variants)
-    for case in cases:
-        pages = Pages.shuffled(case.contexts)
-        shape = (pages.count, PAGE_TOKENS, case.kv_heads, HEAD_SIZE)
-        arrays = device_time.random_arrays(shape, jnp.bfloat16, 2 * calls[case.name])
-        pools = list(zip(arrays[::2], arrays[1::2], strict=True))
-        query = (case.tokens, case.q_heads, HEAD_SIZE)
-        (q,) = device_time.random_arrays(query, jnp.bfloat16, 1)
-        index = tuple(jnp.asarray(x) for x in (case.starts, case.counts, case.contexts))
-        carried = (q, jnp.asarray(pages.table), index)
-        tokens = case.sample()
-        owner, seen = case.owners(tokens)
-        table = jnp.asarray(pages.table[owner])
-        want = np.asarray(paged_rows(q[tokens], *pools[0], table, jnp.asarray(seen), scale=SCALE))
-        del arrays
-        for (name, impl), program in compiled.items():
-            if name != case.name:
-                continue
-            try:
-                if isinstance(program, Exception):
-                    raise program
-                out = program.first_output(carried, pools)
-                error = worst_row_error(getattr(out, "out", out)[tokens], want)
-                del out
-                if not error <= MAX_REL_ERR:
-                    raise RuntimeError(f"relative error {error:.2e} > {MAX_REL_ERR:.0e}")
-                timing = device_time.measure(program, carried, pools)
-                report.add(
-                    name,
-                    impl,
-                    timing.samples,
-                    "us",
-                    nbytes=case.nbytes,
-                    flops=case.flops,
-                    rel_err=error,
-                    mode=mode(impl, timing.launch),
-                )
-            except Exception as error:  # one case must not cost the others
-                report.fail(name, impl, error)
-        del pools
+    report.expect(chains)
+    with device_time.CompileAhead(chains, variants) as compiled:
+        for case in cases:
+            if not budget.enough():
+                return
+            with budget.case():
+                programs = {i: compiled.take((c, i)) for c, i in chains if c == case.name}
+                _run_case(report, case, calls[case.name], programs)
+            report.save()
 
 
-def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The summary's numbers; adds `tflops` to the rows."""
+def _run_case(report: Report, case: Prefill, calls: int, programs: dict[str, Any]) -> None:
+    """Adds the rows of one case; compiled programs by implementation."""
+    import jax.numpy as jnp
+
+    from benchmarks import device_time
+    from benchmarks.attention_reference import paged_rows, worst_row_error
+    from benchmarks.gemm_impls import mode
+
+    pages = Pages.shuffled(case.contexts)
+    shape = (pages.count, PAGE_TOKENS, case.kv_heads, HEAD_SIZE)
+    arrays = device_time.random_arrays(shape, jnp.bfloat16, 2 * calls)
+    pools = list(zip(arrays[::2], arrays[1::2], strict=True))
+    query = (case.tokens, case.q_heads, HEAD_SIZE)
+    (q,) = device_time.random_arrays(query, jnp.bfloat16, 1)
+    index = tuple(jnp.asarray(x) for x in (case.starts, case.counts, case.contexts))
+    carried = (q, jnp.asarray(pages.table), index)
+    tokens = case.sample()
+    owner, seen = case.owners(tokens)
+    table = jnp.asarray(pages.table[owner])
+    want = np.asarray(paged_rows(q[tokens], *pools[0], table, jnp.asarray(seen), scale=SCALE))
+    del arrays
+    for impl, program in programs.items():
+        try:
+            if isinstance(program, Exception):
+                raise program
+            out = program.first_output(carried, pools)
+            error = worst_row_error(getattr(out, "out", out)[tokens], want)
+            del out
+            if not error <= MAX_REL_ERR:
+                raise RuntimeError(f"relative error {error:.2e} > {MAX_REL_ERR:.0e}")
+            timing = device_time.measure(program, carried, pools)
+            report.add(
+                case.name,
+                impl,
+                timing.samples,
+                "us",
+                nbytes=case.nbytes,
+                flops=case.flops,
+                rel_err=error,
+                mode=mode(impl, timing.launch),
+            )
+        except Exception as error:  # one case must not cost the others
+            report.fail(case.name, impl, error)
+
+
+def summarise(rows: Sequence[dict[str, Any]], of: int | None = None) -> dict[str, Any]:
+    """The summary's numbers, `of` so many cases; adds `tflops` to the rows."""
     for row in rows:
         if row["status"] == "ok" and row.get("us") and row["flops"]:
             row["tflops"] = row["flops"] / row["us"] / 1e6
     summary: dict[str, Any] = {}
     best = speedups(rows, OURS, PEERS)
-    put(summary, "geomean_vs_best_peer", best, low="min_vs_best_peer")
+    put(summary, "geomean_vs_best_peer", best, low="min_vs_best_peer", of=of)
     for peer in PEERS:
         put(summary, f"geomean_vs_{peer}", speedups(rows, OURS, [peer]))
     summary["cases_with_a_peer"] = len(best)
@@ -152,29 +170,38 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.prefill_attention")
     add_arguments(parser)
     add_variants(parser)
+    add_bounds(parser)
     parser.add_argument("--cases", nargs="+", metavar="NAME", help="names or their beginnings")
     parser.add_argument("--no-peers", action="store_true", help="no torch, no FlashInfer")
     parser.add_argument("--flashinfer-modes", nargs="+", help="see the baseline's --modes")
     args = parser.parse_args()
-    cases = select(QUICK_PREFILL if args.quick else PREFILL, args.cases)
+    budget = Budget(args.seconds)
     report = Report(
         "prefill_attention",
         "How fast is attention of prompt chunks over paged KV, against the best of its peers?",
         out=args.out,
     )
-    if not args.no_peers:  # first, while the device's memory is all free
+    known = QUICK_PREFILL if args.quick else PREFILL
+    chosen = select(known, args.cases)
+    cases = planned(report, args, chosen, known, order_named=args.cases is not None)
+    report.summarise = lambda rows: summarise(rows, len(report.cases))
+    report.expect((case.name, OURS) for case in cases)
+    if cases and not args.no_peers:  # first, while the device's memory is all free
+        limit = {"timeout_s": args.peer_seconds, "budget": budget}
         single = [case.name for case in cases if torch_attention.applies(case)]
         if single:
             expected = [(n, impl) for n in single for impl in torch_attention.impls("prefill")]
             options = ["--kind", "prefill", "--cases", *single]
-            run_peer(report, "torch_attention", options, expected)
+            run_peer(report, "torch_attention", options, expected, **limit, share=1 / 3)
         names = [case.name for case in cases]
         options = ["--kind", "prefill", "--cases", *names]
         if args.flashinfer_modes:
             options += ["--modes", *args.flashinfer_modes]
-        run_peer(report, "flashinfer_attention", options, [(n, "flashinfer") for n in names])
-    run_ours(report, cases, args.quick, args.variants)
-    report.summary |= summarise(report.rows)
+        run_peer(
+            report, "flashinfer_attention", options, [(n, "flashinfer") for n in names], **limit
+        )
+    if cases and budget.enough():
+        run_ours(report, cases, args.quick, args.variants, budget)
     report.finish()
     sys.exit(report.failures > 0)
 

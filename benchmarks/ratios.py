@@ -42,16 +42,33 @@ def speedups(rows: Sequence[Row], ours: str, peers: Collection[str]) -> dict[str
     return out
 
 
-def put(summary: dict[str, Any], name: str, ratios: Mapping[str, float], *, low: str = "") -> None:
-    """Stores the geometric mean as `name`, the least as `low`; nothing where there is no ratio."""
+def put(
+    summary: dict[str, Any],
+    name: str,
+    ratios: Mapping[str, float],
+    *,
+    low: str = "",
+    of: int | None = None,
+) -> None:
+    """Stores the geometric mean as `name`, the least as `low`; nothing where there is no ratio.
+
+    A mean over fewer than `of` cases says so in `NAME_over`: it may not stand for all of them.
+    """
     if ratios:
+        if of is not None and len(ratios) < of:
+            summary[f"{name}_over"] = f"{len(ratios)} of {of}"
         summary[name] = geomean(ratios.values())
         if low:
             summary[low] = min(ratios.values())
 
 
-def fill_bounds(rows: Sequence[dict[str, Any]], bytes_per_s: float) -> None:
-    """Sets `pct_of_bound` of measured rows: their bytes at this rate, over their time."""
+def fill_bounds(rows: Sequence[dict[str, Any]], bytes_per_s: float | None) -> None:
+    """Sets `pct_of_bound` of measured rows: their bytes at this rate, over their time.
+
+    A rate that was not measured yet (None) leaves them as they are.
+    """
+    if bytes_per_s is None:
+        return
     for row in rows:
         if row["status"] == "ok" and row.get("us") and row["bytes"]:
             row["pct_of_bound"] = 100 * row["bytes"] / bytes_per_s * 1e6 / row["us"]

@@ -56,6 +56,8 @@ def _provenance(doc: Mapping[str, Any]) -> str:
     if doc["git"]:
         commit, dirty, _ = doc["git"].partition("-dirty")
         parts.append(commit[:10] + dirty)
+    if "runs" in doc:
+        parts.append(f"rows of {len(doc['runs'])} runs")
     return ", ".join(parts)
 
 
@@ -118,7 +120,8 @@ def write_svg(doc: Mapping[str, Any], path: Path, metric: str | None = None) -> 
             at = x + (i - (len(impls) - 1) / 2) * width
             value = row.get(unit)
             if value is None:
-                axes.text(at, 0, " failed", rotation=90, ha="center", va="bottom", color="C3")
+                word = " failed" if row["status"].startswith("failed") else " not run"
+                axes.text(at, 0, word, rotation=90, ha="center", va="bottom", color="C3")
                 continue
             top, spread = value, None
             if unit in TIME_UNITS:

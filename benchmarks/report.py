@@ -9,6 +9,10 @@ A benchmark makes one :class:`Report`, adds a row per (case, implementation) and
     report.summary["speedup"] = 3.2
     report.finish()
 
+A long one names its cases (`report.cases`, `report.expect`), sets `report.summarise` and calls
+:meth:`Report.save` after each case, so that a run that is killed leaves what it measured;
+:meth:`Report.merge` continues an earlier file.
+
 ``python -m benchmarks.report FILE.json ...`` prints stored results again (``--markdown`` for a
 README, ``--svg`` to draw the chart on a machine that has matplotlib).
 
@@ -19,14 +23,25 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
-from collections.abc import Iterable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import merging
 from benchmarks.environment import capture_env, command_line, git_commit, gpu_slug
 from benchmarks.render import print_table, to_markdown, write_svg
-from benchmarks.rows import SCHEMA, failed_row, load, make_row, validate, validate_row
+from benchmarks.rows import (
+    OUT_OF_TIME,
+    SCHEMA,
+    failed_row,
+    load,
+    make_row,
+    skipped_row,
+    validate,
+    validate_row,
+    write,
+)
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -49,6 +64,13 @@ class Report:
         self.env = capture_env()
         self.rows: list[dict[str, Any]] = []
         self.summary: dict[str, Any] = {}
+        self.cases: list[str] = []
+        """Names of all cases of the benchmark, in the table's order; `cases` in the summary says
+        how many of them were run."""
+        self.summarise: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None
+        """Computes the summary's numbers from all rows, those of merged files too."""
+        self._expected: dict[tuple[str, str], None] = {}
+        self._earlier = merging.Earlier()
         self.folder = out or RESULTS / gpu_slug(None if host_only else self.env["gpu"])
 
     def add(self, case: str, impl: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -66,6 +88,40 @@ class Report:
             validate_row(row)
             self.rows.append(dict(row))
 
+    def expect(self, keys: Iterable[tuple[str, str]]) -> None:
+        """Promises rows of (case, impl); those that the run does not come to say "not run"."""
+        self._expected |= dict.fromkeys(keys)
+
+    def merge(self, files: Sequence[Path], *, measures: bool = True) -> None:
+        """Keeps the cases of earlier runs that this one does not measure.
+
+        Args:
+            files: result files of this benchmark.
+            measures: this run measures too, so that it must be on the same GPU.
+
+        Raises:
+            ValueError: a file answers another question, or was measured on another GPU.
+        """
+        self._earlier = merging.read(files, self.question)
+        if measures:
+            merging.check_gpu(self._earlier, self.env["gpu"])
+
+    def earlier(self, key: str) -> Any:
+        """What the summary of the merged files says; None where it has no such key."""
+        return self._earlier.summary.get(key)
+
+    def lacks(self, case: str) -> bool:
+        """Whether no merged file holds this case as a whole."""
+        return not merging.complete(merging.by_case(self._earlier.rows).get(case, []))
+
+    def all_rows(self, reason: str = OUT_OF_TIME) -> list[dict[str, Any]]:
+        """The rows of this run, those of merged files, and "not run" for what is missing."""
+        have = {(row["case"], row["impl"]) for row in self.rows}
+        skipped = [skipped_row(*key, reason) for key in self._expected if key not in have]
+        rows = merging.replace(self._earlier.rows, [*self.rows, *skipped])
+        place = {case: i for i, case in enumerate(self.cases)}
+        return sorted(rows, key=lambda row: place.get(row["case"], len(place)))
+
     def find(self, case: str, impl: str) -> dict[str, Any] | None:
         """The row of this case and implementation if it was measured, None if not or failed."""
         match = (r for r in self.rows if (r["case"], r["impl"], r["status"]) == (case, impl, "ok"))
@@ -74,20 +130,40 @@ class Report:
     @property
     def failures(self) -> int:
         """Number of failed rows so far."""
-        return sum(row["status"] != "ok" for row in self.rows)
+        return sum(row["status"].startswith("failed") for row in self.rows)
 
-    def document(self) -> dict[str, Any]:
-        """The result file's content."""
+    @property
+    def path(self) -> Path:
+        """The JSON file."""
+        return self.folder / f"{self.name}.json"
+
+    @functools.cached_property
+    def _git(self) -> str | None:
+        return git_commit()
+
+    def document(self, reason: str = OUT_OF_TIME) -> dict[str, Any]:
+        """The result file's content; `reason` is why promised rows are not there."""
+        rows = self.all_rows(reason)
+        computed = self.summarise(rows) if self.summarise else {}
+        if self.cases:
+            done = sum(map(merging.complete, merging.by_case(rows).values()))
+            computed = {"cases": f"{done} of {len(self.cases)}"} | computed
+        run = {
+            "command": command_line(),
+            "git": self._git,
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "env": self.env,
+        }
+        rows, runs = merging.number_runs(rows, [*self._earlier.runs, run])
         doc = {
             "schema": SCHEMA,
             "question": self.question,
-            "command": command_line(),
-            "git": git_commit(),
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "env": self.env,
-            "rows": self.rows,
-            "summary": self.summary,
+            **runs[-1],
+            "rows": rows,
+            "summary": self.summary | computed,
         }
+        if len(runs) > 1:
+            doc["runs"] = runs
         validate(doc)
         return doc
 
@@ -99,12 +175,18 @@ class Report:
         """Prints the table, writes ``NAME.json`` and ``NAME.svg``; returns the JSON's path."""
         doc = self.document()
         print_table(doc)
+        self._write(doc)
+        write_svg(doc, self.path.with_suffix(".svg"))
+        print(f"wrote {self.path}")
+        return self.path
+
+    def save(self) -> None:
+        """Writes ``NAME.json`` as it is now: a run that is killed leaves that."""
+        self._write(self.document("the run had not come to it"))
+
+    def _write(self, doc: Mapping[str, Any]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"{self.name}.json"
-        path.write_text(json.dumps(doc, indent=1, allow_nan=False) + "\n")
-        write_svg(doc, path.with_suffix(".svg"))
-        print(f"wrote {path}")
-        return path
+        write(doc, self.path)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

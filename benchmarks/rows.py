@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +31,9 @@ ROW_KEYS = (
     "rel_err",
     "status",
 )
+OUT_OF_TIME = "out of time"
+NOT_REACHED = "the process ended before this case"
+"""Why a baseline's row failed that it had not come to yet."""
 DOC_KEYS = ("schema", "question", "command", "git", "date", "env", "rows", "summary")
 
 
@@ -112,6 +116,19 @@ def failed_row(case: str, impl: str, reason: str | BaseException, **extra: Any) 
     return row
 
 
+def skipped_row(case: str, impl: str, reason: str = OUT_OF_TIME, **extra: Any) -> dict[str, Any]:
+    """A row for a measurement that was not begun: it says nothing about the implementation."""
+    row: dict[str, Any] = dict.fromkeys(ROW_KEYS)
+    row |= {"case": case, "impl": impl, **extra, "status": f"not run: {reason}"}
+    validate_row(row)
+    return row
+
+
+def was_run(row: Mapping[str, Any]) -> bool:
+    """Whether it was measured or failed."""
+    return not row["status"].startswith("not run: ")
+
+
 def validate_row(row: Mapping[str, Any]) -> None:
     """Checks one row against the schema.
 
@@ -137,10 +154,13 @@ def validate_row(row: Mapping[str, Any]) -> None:
             raise ValueError(f"{where}: a time needs p10, p90 and n")
         if not numbers:
             raise ValueError(f"{where}: status ok, but no result")
-    elif not row["status"].startswith("failed: "):
-        raise ValueError(f"{where}: status must be 'ok' or 'failed: REASON', got {row['status']!r}")
+    elif not row["status"].startswith(("failed: ", "not run: ")):
+        raise ValueError(
+            f"{where}: status must be 'ok', 'failed: REASON' or 'not run: REASON', "
+            f"got {row['status']!r}"
+        )
     elif timed:
-        raise ValueError(f"{where}: a failed row must not show a time")
+        raise ValueError(f"{where}: a row that is not ok must not show a time")
 
 
 def validate(doc: Mapping[str, Any]) -> None:
@@ -158,6 +178,15 @@ def validate(doc: Mapping[str, Any]) -> None:
         raise ValueError("a result file needs at least one row")
     for row in doc["rows"]:
         validate_row(row)
+        if not 0 <= row.get("run", 0) < len(doc.get("runs", [None])):
+            raise ValueError(f"row {row['case']!r} / {row['impl']!r}: no run {row['run']}")
+
+
+def write(doc: Mapping[str, Any], path: Path) -> None:
+    """Writes a result file, all or nothing: a process killed meanwhile leaves the one before."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(doc, indent=1, allow_nan=False) + "\n")
+    os.replace(part, path)
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -28,7 +28,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import share_problems
+from benchmarks.budget import Budget, spread
 from benchmarks.mps import run_bounded
+from benchmarks.options import add_bounds, planned
 from benchmarks.report import Report, add_arguments
 from benchmarks.rows import failed_row, make_row
 from native.mps import Mps, MpsError
@@ -40,6 +42,7 @@ CHILD_TIMEOUT_S = 60
 CUBLAS_TIMEOUT_S = 40
 CUBLAS_AT_ONCE = 4
 WARM_AT_ONCE = 4
+HUNG = "hung"
 PROMPT_TOKENS, NEW_TOKENS, BATCH = 200, 6, 4
 
 
@@ -231,9 +234,12 @@ def compare_model(case: str, got: Any, want: Any, **extra: Any) -> dict[str, Any
     return make_row(case, "jpd", [got["step_us"]], "us", **extra)
 
 
-def summarise(rows: Sequence[dict[str, Any]], hangs: int, cublas_hangs: int) -> dict[str, Any]:
+def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The summary's numbers from all rows."""
-    summary: dict[str, Any] = {"hangs": hangs, "cublas_hangs": cublas_hangs}
+    summary: dict[str, Any] = {}
+    for impl, key in (("jpd", "hangs"), ("cublas", "cublas_hangs")):
+        hung = [r for r in rows if r["impl"] == impl and r["status"] == f"failed: {HUNG}"]
+        summary[key] = len({r["share"] for r in hung})
     for impl, key in (("jpd", "max_rel_err"), ("cublas", "cublas_max_rel_err")):
         errors = [
             row["rel_err"] if row["rel_err"] is not None else row.get("wrong_by")
@@ -243,7 +249,11 @@ def summarise(rows: Sequence[dict[str, Any]], hangs: int, cublas_hangs: int) -> 
         errors = [error for error in errors if error is not None]
         if errors:
             summary[key] = max(errors)
-    summary["jpd_failed"] = sum(r["impl"] == "jpd" and r["status"] != "ok" for r in rows)
+    summary["jpd_failed"] = sum(
+        r["impl"] == "jpd" and r["status"].startswith("failed") for r in rows
+    )
+    shares = {r["share"] for r in rows if r["impl"] == "jpd" and r.get("share") is not None}
+    summary["shares"] = f"{len(shares)} of {len(shares | {*SHARES})}"
     summary["cublas_not_finite"] = sum(
         r["impl"] == "cublas" and "not finite" in r["status"] for r in rows
     )
@@ -256,82 +266,161 @@ def summarise(rows: Sequence[dict[str, Any]], hangs: int, cublas_hangs: int) -> 
     return summary
 
 
-def run_shares(report: Report, daemon: Mps | None, args: argparse.Namespace) -> None:
-    """Starts the children of all shares and collects what they found."""
-    folder, quick = args.problems, args.quick
-    problems = share_problems.QUICK_PROBLEMS if quick else share_problems.PROBLEMS
-    for name, make in problems.items():
-        share_problems.save(make(), folder / f"{name.replace('/', '-')}.npz")
-    options = ["--problems", str(folder)] + ["--quick"] * quick
+class Children:
+    """Starts the processes of this run.
 
-    with_model = set() if args.no_model else {100, *(args.model_shares or args.shares)}
+    Args:
+        args: the command line, with the folder of the problems.
+        daemon: None where there is no GPU to share.
+        budget: a process is stopped when its time is over.
+    """
 
-    def start(kind: str, share: int, file: Path, timeout_s: float) -> tuple[int | None, str]:
-        env = os.environ | (daemon.environment(share) if daemon else {})
+    def __init__(self, args: argparse.Namespace, daemon: Mps | None, budget: Budget) -> None:
+        self._args, self._daemon, self._budget = args, daemon, budget
+        with_model = {100, *(args.model_shares or args.shares)}
+        self.with_model = set() if args.no_model else with_model
+        """Shares on which the engine runs too."""
+
+    def run(
+        self, kind: str, share: int, file: Path, timeout_s: float, *, model: bool = False
+    ) -> tuple[int | None, str, bool]:
+        """One process on a share.
+
+        Returns:
+            Exit status (None for one that was stopped), standard error, and whether it was stopped
+            because the time of the whole run was over.
+        """
+        env = os.environ | (self._daemon.environment(share) if self._daemon else {})
         # Several processes at a time take memory as they need it.
         env |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TF_CPP_MIN_LOG_LEVEL": "2"}
-        command = [sys.executable, "-m", "benchmarks.sm_shares", kind, str(share), *options]
-        command += ["--no-model"] * (share not in with_model)
-        return run_bounded([*command, "--json", str(file)], env, timeout_s, daemon)
+        command = [sys.executable, "-m", "benchmarks.sm_shares", kind, str(share)]
+        command += ["--problems", str(self._args.problems), "--json", str(file)]
+        command += ["--quick"] * self._args.quick + ["--no-model"] * (not model)
+        limit_s = self._budget.limit_s(timeout_s)
+        status, text = run_bounded(command, env, limit_s, self._daemon)
+        return status, text, status is None and limit_s < timeout_s
 
-    cublas_hangs = 0
-    if not args.no_peers:  # nothing is timed: several at once
 
-        def cublas(share: int) -> tuple[int | None, str]:
-            return start("--cublas-child", share, folder / f"cublas{share}.json", CUBLAS_TIMEOUT_S)
-
-        with ThreadPoolExecutor(CUBLAS_AT_ONCE) as pool:
-            found = dict(zip(args.shares, pool.map(cublas, args.shares), strict=True))
-        gemms = [name for name in problems if share_problems.kernel_of(name).endswith("_gemm")]
-        for share, (status, text) in found.items():
-            cublas_hangs += status is None
-            file = folder / f"cublas{share}.json"
-            errors = json.loads(file.read_text()) if file.exists() else {}
-            for name in gemms:
-                case = case_name(name, share)
-                if name not in errors:
-                    last = text.strip().splitlines()[-1:] or [f"exited with {status}"]
-                    reason = "hung" if status is None else last[0]
-                    report.fail(case, "cublas", reason, share=share)
-                elif errors[name] is None:
-                    report.fail(case, "cublas", "the result is not finite", share=share)
-                else:
-                    report.add(case, "cublas", rel_err=errors[name], share=share)
+def run_shares(
+    report: Report, daemon: Mps | None, args: argparse.Namespace, budget: Budget
+) -> None:
+    """Starts the children of all shares, as long as there is time, and collects what they found."""
+    problems = problems_of(args.quick)
+    for name, make in problems.items():
+        share_problems.save(make(), args.problems / f"{name.replace('/', '-')}.npz")
+    children = Children(args, daemon, budget)
     if args.warm:  # compiles for all shares, several at once; the runs that count find it done
 
         def warm(share: int) -> None:
-            start("--child", share, folder / f"warm{share}.json", CHILD_TIMEOUT_S)
+            if budget.left_s > 0:
+                file = args.problems / f"warm{share}.json"
+                children.run("--child", share, file, CHILD_TIMEOUT_S)
 
         with ThreadPoolExecutor(WARM_AT_ONCE) as pool:
             list(pool.map(warm, args.shares))
-    hangs, whole = 0, None
+    whole: Any = None
     for share in args.shares:
-        file = folder / f"share{share}.json"
-        began = time.perf_counter()
-        status, text = start("--child", share, file, CHILD_TIMEOUT_S)
-        hangs += status is None
-        print(f"{share} %: {time.perf_counter() - began:.1f} s, status {status}", flush=True)
-        if not file.exists():
+        if not budget.enough():
+            break
+        with budget.case():
+            whole = run_share(report, children, args.problems, share, problems, whole)
+        report.save()
+    # Last: a client that hangs may do harm to the daemon.
+    if not args.no_peers:
+        run_cublas(report, children, args, budget, problems)
+
+
+def run_share(
+    report: Report, children: Children, folder: Path, share: int, problems: Any, whole: Any
+) -> Any:
+    """Adds our rows of one share; returns what the model did on all SMs."""
+    file = folder / f"share{share}.json"
+    began = time.perf_counter()
+    model_too = share in children.with_model
+    status, text, cut = children.run("--child", share, file, CHILD_TIMEOUT_S, model=model_too)
+    print(f"{share} %: {time.perf_counter() - began:.1f} s, status {status}", flush=True)
+    if not file.exists():
+        if not cut:
             last = text.strip().splitlines()[-1:] or [f"exited with {status}"]
-            reason = "hung" if status is None else last[0]
+            reason = HUNG if status is None else last[0]
             for name in problems:
                 report.fail(case_name(name, share), "jpd", reason, share=share)
+        return whole
+    result = json.loads(file.read_text())
+    report.extend(result["rows"])
+    if model_too:
+        model = result["model"]
+        if model is None and status is None:
+            if cut:
+                return whole
+            report.fail(case_name(MODEL, share), "jpd", HUNG, share=share)
+            return whole
+        whole = model if share == 100 else whole
+        report.extend([compare_model(case_name(MODEL, share), model, whole, share=share)])
+    return whole
+
+
+def run_cublas(
+    report: Report, children: Children, args: argparse.Namespace, budget: Budget, problems: Any
+) -> None:
+    """Adds the rows of torch's products: nothing is timed, so several shares at once."""
+    gemms = [name for name in problems if is_gemm(name)]
+
+    def cublas(share: int) -> tuple[int | None, str, bool] | None:
+        if budget.left_s <= 0:
+            return None
+        file = args.problems / f"cublas{share}.json"
+        return children.run("--cublas-child", share, file, args.peer_seconds)
+
+    with ThreadPoolExecutor(CUBLAS_AT_ONCE) as pool:
+        found = dict(zip(args.shares, pool.map(cublas, args.shares), strict=True))
+    for share, ended in found.items():
+        if ended is None:
             continue
-        result = json.loads(file.read_text())
-        report.extend(result["rows"])
-        if share in with_model:
-            model = result["model"]
-            if model is None and status is None:
-                model = {"error": "hung"}
-            whole = model if share == 100 else whole
-            row = compare_model(case_name(MODEL, share), model, whole, share=share)
-            report.extend([row])
-    report.summary |= summarise(report.rows, hangs, cublas_hangs)
+        status, text, cut = ended
+        file = args.problems / f"cublas{share}.json"
+        errors = json.loads(file.read_text()) if file.exists() else {}
+        for name in gemms:
+            case = case_name(name, share)
+            if name not in errors:
+                if cut:
+                    continue
+                last = text.strip().splitlines()[-1:] or [f"exited with {status}"]
+                report.fail(case, "cublas", HUNG if status is None else last[0], share=share)
+            elif errors[name] is None:
+                report.fail(case, "cublas", "the result is not finite", share=share)
+            else:
+                report.add(case, "cublas", rel_err=errors[name], share=share)
+    report.save()
+
+
+def problems_of(quick: bool) -> dict[str, Any]:
+    """What every share computes, by name."""
+    return share_problems.QUICK_PROBLEMS if quick else share_problems.PROBLEMS
+
+
+def is_gemm(name: str) -> bool:
+    """Whether cuBLAS has a part in it."""
+    return share_problems.kernel_of(name).endswith("_gemm")
+
+
+def expected_rows(shares: Sequence[int], args: argparse.Namespace) -> list[tuple[str, str]]:
+    """(case, impl) of the rows of these shares."""
+    names = [*problems_of(args.quick)]
+    keys = [(case_name(name, share), "jpd") for share in shares for name in names]
+    if not args.no_model:
+        models = {100, *(args.model_shares or shares)}
+        keys += [(case_name(MODEL, share), "jpd") for share in shares if share in models]
+    if not args.no_peers:
+        gemms = [name for name in names if is_gemm(name)]
+        keys += [(case_name(name, share), "cublas") for share in shares for name in gemms]
+    return keys
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sm_shares")
     add_arguments(parser)
+    add_bounds(parser, peer_seconds=CUBLAS_TIMEOUT_S)
     parser.add_argument("--shares", nargs="+", type=int, metavar="PERCENT", help=f"[{SHARES}]")
     parser.add_argument("--no-peers", action="store_true", help="no cuBLAS")
     parser.add_argument("--no-model", action="store_true", help="kernels only")
@@ -348,23 +437,33 @@ def main() -> None:
         child(args)
     if args.cublas_child is not None:
         cublas_child(args)
-    args.shares = args.shares or ([100] if args.quick else list(SHARES))
-    if args.shares[0] != 100:
-        args.shares = [100, *args.shares]
+    budget = Budget(args.seconds)
     report = Report("sm_shares", "Are the kernels right on every share of the SMs?", out=args.out)
-    with tempfile.TemporaryDirectory(prefix="shares-") as folder:
-        args.problems = Path(folder)
-        if args.quick and report.env["gpu"] is None:
-            run_shares(report, None, args)  # no GPU to share: the kernels are interpreted
-        else:
-            try:
-                with Mps.start() as daemon:
-                    run_shares(report, daemon, args)
-            except MpsError as error:
-                report.fail("all", "jpd", error)
+    named = args.shares or ([100] if args.quick else SHARES)
+    known = named if args.quick else dict.fromkeys((*SHARES, *named))
+    names = [*problems_of(args.quick), *([] if args.no_model else [MODEL])]
+    every = [(name, share) for share in known for name in names]
+    chosen = [(name, share) for share in (args.shares or spread(named)) for name in names]
+    cases = planned(report, args, chosen, every, name=lambda key: case_name(*key), order_named=True)
+    # 100 % always: the models on other shares are compared with it.
+    args.shares = list(dict.fromkeys([100, *(share for _, share in cases)])) if cases else []
+    report.summarise = summarise
+    report.expect(expected_rows(args.shares, args))
+    if args.shares and budget.enough():
+        with tempfile.TemporaryDirectory(prefix="shares-") as folder:
+            args.problems = Path(folder)
+            if args.quick and report.env["gpu"] is None:
+                run_shares(report, None, args, budget)  # nothing to share: kernels are interpreted
+            else:
+                try:
+                    with Mps.start() as daemon:
+                        run_shares(report, daemon, args, budget)
+                except MpsError as error:
+                    report.fail("all", "jpd", error)
     report.finish()
     # cuBLAS is expected to fail here.
-    sys.exit(any(row["impl"] == "jpd" and row["status"] != "ok" for row in report.rows))
+    failed = [row for row in report.rows if row["status"].startswith("failed")]
+    sys.exit(any(row["impl"] == "jpd" for row in failed))
 
 
 if __name__ == "__main__":

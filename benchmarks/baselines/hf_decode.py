@@ -34,7 +34,6 @@ import argparse
 import copy
 import gc
 import itertools
-import json
 import statistics
 import sys
 import time
@@ -44,7 +43,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from benchmarks.models import MODELS, case_name, decode_cost
 from benchmarks.report import Report
-from benchmarks.rows import failed_row, make_row
+from benchmarks.rows import NOT_REACHED, failed_row, make_row
+from benchmarks.rows import write as write_file
 
 if TYPE_CHECKING:
     import torch
@@ -254,7 +254,7 @@ def run_cases(args: argparse.Namespace, write: Callable[[list[dict[str, Any]]], 
     rows = []
     for case in args.case:
         name = case_name(args.model, case.batch, case.context)
-        rows.append(failed_row(name, f"hf_{case.impl}", "the process ended before this case"))
+        rows.append(failed_row(name, f"hf_{case.impl}", NOT_REACHED))
 
     def record(index: int, row: dict[str, Any]) -> None:
         rows[index] = row
@@ -360,7 +360,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def write(rows: list[dict[str, Any]]) -> None:
         report.rows = rows
         if args.json is not None:
-            args.json.write_text(json.dumps(report.document(), indent=1, allow_nan=False) + "\n")
+            write_file(report.document(), args.json)
 
     run_cases(args, write)
     report.show()

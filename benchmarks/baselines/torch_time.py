@@ -5,7 +5,6 @@ The twin of `benchmarks/device_time.py`, which explains the method; the numbers 
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks.report import Report
-from benchmarks.rows import failed_row
+from benchmarks.rows import NOT_REACHED, failed_row, write
 
 ROTATED_BYTES = 400_000_000
 MIN_SAMPLE_S = 0.02
@@ -106,9 +105,7 @@ class Rows:
 
     def __init__(self, name: str, keys: Sequence[tuple[str, str]], file: Path | None) -> None:
         self._report = Report(name, f"How fast is {name}?")
-        self._report.rows = [
-            failed_row(case, impl, "the process ended before this case") for case, impl in keys
-        ]
+        self._report.rows = [failed_row(case, impl, NOT_REACHED) for case, impl in keys]
         self._index = {key: i for i, key in enumerate(keys)}
         self._file = file
         self._write()
@@ -120,8 +117,7 @@ class Rows:
 
     def _write(self) -> None:
         if self._file is not None and self._report.rows:
-            text = json.dumps(self._report.document(), indent=1, allow_nan=False)
-            self._file.write_text(text + "\n")
+            write(self._report.document(), self._file)
 
     @property
     def rows(self) -> list[dict[str, Any]]:

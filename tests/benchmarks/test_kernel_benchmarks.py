@@ -40,7 +40,7 @@ from benchmarks.gemm_runs import checked_rows
 from benchmarks.peers import run_peer
 from benchmarks.ratios import fill_bounds, geomean, speedups
 from benchmarks.report import Report
-from benchmarks.rows import failed_row, load, make_row
+from benchmarks.rows import failed_row, load, make_row, skipped_row
 from native.mps import MpsError
 
 ROOT = Path(benchmarks.__file__).parents[1]
@@ -216,12 +216,18 @@ def test_share_summary_counts_what_is_wrong():
         failed_row("flat_gemm @ 60 %", "jpd", "relative error", wrong_by=0.3),
         make_row("flat_gemm @ 60 %", "cublas", rel_err=0.45),
         failed_row("flat_gemm @ 50 %", "cublas", "the result is not finite"),
+        failed_row("flat_gemm @ 40 %", "jpd", "hung", share=40),
+        failed_row("dense_gemm @ 40 %", "jpd", "hung", share=40),
+        failed_row("flat_gemm @ 40 %", "cublas", "hung", share=40),
+        failed_row("flat_gemm @ 30 %", "cublas", "hung", share=30),
+        skipped_row("flat_gemm @ 10 %", "jpd"),
     ]
-    summary = sm_shares.summarise(rows, 1, 2)
+    summary = sm_shares.summarise(rows)
     assert summary["max_rel_err"] == pytest.approx(0.3)
     assert summary["cublas_max_rel_err"] == pytest.approx(0.45)
     assert (summary["hangs"], summary["cublas_hangs"]) == (1, 2)
-    assert (summary["jpd_failed"], summary["cublas_not_finite"]) == (1, 1)
+    assert (summary["jpd_failed"], summary["cublas_not_finite"]) == (3, 1)
+    assert summary["shares"] == "1 of 19"
 
 
 def test_a_model_on_a_share_may_differ_by_a_near_tie_only():

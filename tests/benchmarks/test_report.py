@@ -111,7 +111,7 @@ def test_rows_of_another_process_are_checked(filled):
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"status": "fine"}, "status must be 'ok' or 'failed: REASON'"),
+        ({"status": "fine"}, "status must be 'ok', 'failed: REASON' or 'not run: REASON'"),
         ({"status": "failed: x"}, "must not show a time"),
         ({"us": 1.0}, "one time unit"),
         ({"p90": None}, "needs p10, p90 and n"),

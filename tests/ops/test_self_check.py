@@ -115,3 +115,21 @@ def test_an_engine_with_a_wrong_kernel_is_not_built(tmp_path: Path) -> None:
         tiny_engine(folder, kernels=KernelConfig(rms_norm="wrong"))
     engine = tiny_engine(folder, kernels=KernelConfig(rms_norm="wrong", self_check=False))
     engine.executor.release()
+
+
+def test_nothing_is_compiled_but_the_ops_and_the_picked_columns() -> None:
+    """Each program costs some tenths of a second on a GPU."""
+    seen: list[str] = []
+
+    def listen(event: str, seconds: float, **_: Any) -> None:
+        seen.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        check()  # with the weights, which the test makes
+        seen.clear()
+        checked = check()
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    compiled = sum(event.endswith("backend_compile_duration") for event in seen)
+    assert 0 < compiled <= len(checked) + 5

@@ -1,0 +1,58 @@
+"""Line charts for benchmarks whose results are curves; `benchmarks/render.py` draws bars."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One pair of axes."""
+
+    title: str
+    x_label: str
+    y_label: str
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]
+    """x and y by the name of each curve; equal names get equal colours in all panels."""
+    log_y: bool = False
+
+
+def write_svg(path: Path, question: str, rows: Sequence[Sequence[Panel]]) -> bool:
+    """Draws a grid of panels.
+
+    Returns:
+        False, with a line on standard output, where matplotlib (extra ``bench``) is missing.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        print(f"matplotlib is not installed (extra `bench`): {path.name} was not drawn")
+        return False
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    columns = max(map(len, rows))
+    names = list(dict.fromkeys(name for row in rows for panel in row for name in panel.curves))
+    figure = Figure(figsize=(4.2 * columns, 3.2 * len(rows)), layout="constrained")
+    grid = figure.subplots(len(rows), columns, squeeze=False)
+    for axes_row, row in zip(grid, rows, strict=True):
+        for axes in axes_row[len(row) :]:
+            axes.set_visible(False)
+        for axes, panel in zip(axes_row, row, strict=False):
+            for name, (xs, ys) in panel.curves.items():
+                axes.plot(xs, ys, "o-", color=f"C{names.index(name)}", label=name, markersize=3)
+            axes.set_title(panel.title, size=9)
+            axes.set_xlabel(panel.x_label, size=8)
+            axes.set_ylabel(panel.y_label, size=8)
+            if panel.log_y:
+                axes.set_yscale("log")
+            else:
+                axes.set_ylim(bottom=0)
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.legend(frameon=False, fontsize=7)
+    figure.suptitle(question, size=9)
+    # Fixed ids and no date: the same numbers give the same file, so a diff means new numbers.
+    with matplotlib.rc_context({"svg.hashsalt": "jpd"}):
+        figure.savefig(path, metadata={"Date": None})
+    return True

@@ -1,0 +1,277 @@
+"""What does a change of SM shares cost running requests, and the hand-over from prefill to decode?
+
+One engine of semi-PD keeps a fixed number of requests running; when one ends, the next one comes.
+
+``hand-over``
+    with fixed shares. `ms` is the time from the end of a request's last prefill step (on the
+    device) to the launch of its first decode step; `to_start_*` counts to the moment at which the
+    device begins it, so the decode step that runs meanwhile is included. `message_bytes` is what
+    is sent to the decode executor with that step, for all its rows; `kv_bytes` are the keys and
+    values that the request has by then. `kv_bytes_copied` are those that executors moved besides:
+    none on a GPU, where steps write the pages in place and what is handed over are page ids. On a
+    CPU XLA cannot, so each step copies back what it wrote (`jpd/semi_pd/host_pages.py`), in either
+    phase; that is counted from the steps.
+``pool``
+    shares change between two pairs whose executors are kept ready.
+``background``
+    they change to pairs that nobody keeps: both executors are started while the old ones serve.
+
+For the last two, `ms` is the pause of a switch: the largest gap between two tokens of a running
+request from the moment at which the shares were asked for until the first token after the switch,
+less the median gap of the case. For `background` that includes what the start of a process costs
+those that run. `at_switch_*` looks at the gaps around the hand-over of the decode lane alone, and
+`serve_*` is the time from asking until both phases run on their new shares.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from benchmarks import topologies
+from benchmarks.engine_load import Load, LoggedStep, StepLog, random_requests, seats
+from benchmarks.report import Report, add_arguments
+from jpd.engine.build import Engine
+from jpd.engine.lane import Switch
+from jpd.semi_pd.controller import Shares
+
+POOL = (Shares(100, 100), Shares(50, 50))
+BACKGROUND = (Shares(60, 60), Shares(70, 70))
+SETTLE_STEPS = 20
+"""Engine steps after a switch before the next one is asked for."""
+
+
+class HandOver(NamedTuple):
+    """Of one request, from prefill to decode."""
+
+    launch_s: float
+    """From the end of its last prefill step to the launch of its first decode step."""
+    start_s: float
+    """To the moment at which the device could begin that."""
+    context_tokens: int
+    """Whose keys and values were handed over."""
+    decode: LoggedStep
+    """Its first decode step."""
+
+
+def hand_overs(steps: Iterable[LoggedStep]) -> list[HandOver]:
+    """Of every request whose last prefill step and first decode step have run."""
+    prefilled: dict[int, tuple[LoggedStep, int]] = {}
+    found = []
+    for step in steps:
+        if step.begun_s is None:
+            continue
+        for sequence in step.plan.sequences:
+            before = prefilled.pop(id(sequence), None)
+            if before is not None:
+                prefill, tokens = before
+                ended_s = prefill.ended_s
+                found.append(
+                    HandOver(step.launched_s - ended_s, step.begun_s - ended_s, tokens, step)
+                )
+        for chunk in step.plan.chunks:
+            if chunk.last:
+                prefilled[id(chunk.sequence)] = step, chunk.end
+    return found
+
+
+def kv_token_bytes(engine: Engine) -> int:
+    """Keys and values of one token in all layers."""
+    from jax.numpy import dtype
+
+    model = engine.model_config
+    values = 2 * model.num_layers * model.num_kv_heads * model.head_dim
+    return values * dtype(engine.config.dtype).itemsize
+
+
+def measure_hand_overs(engine: Engine, load: Load, count: int, *, on_gpu: bool) -> dict[str, Any]:
+    """Runs the load until `count` requests have been handed over; the row's fields."""
+    with StepLog() as log:
+        done: list[HandOver] = []
+        while len(done) < count:
+            for _ in range(SETTLE_STEPS):
+                load.step()
+            done = hand_overs(log.steps)
+    token_bytes = kv_token_bytes(engine)
+    written = sum(step.plan.num_tokens for step in log.steps if step.begun_s is not None)
+    launch_ms, start_ms = (
+        1e3 * np.array([getattr(d, name) for d in done]) for name in ("launch_s", "start_s")
+    )
+    messages = [len(pickle.dumps(d.decode.plan.without_sequences())) for d in done]
+    return {
+        "samples": launch_ms,
+        "p50_ms": float(np.percentile(launch_ms, 50)),
+        "p99_ms": float(np.percentile(launch_ms, 99)),
+        "to_start_p50_ms": float(np.percentile(start_ms, 50)),
+        "to_start_p99_ms": float(np.percentile(start_ms, 99)),
+        "message_bytes": float(np.median(messages)),
+        "kv_bytes": token_bytes * float(np.median([d.context_tokens for d in done])),
+        "kv_bytes_copied": 0 if on_gpu else token_bytes * written,
+    }
+
+
+class Switched(NamedTuple):
+    """A change of both shares."""
+
+    prefill: Switch
+    decode: Switch
+
+    @property
+    def asked_s(self) -> float:
+        return min(self.prefill.asked_s, self.decode.asked_s)
+
+    @property
+    def done_s(self) -> float:
+        return max(self.prefill.done_s, self.decode.done_s)
+
+
+def switch(engine: Engine, load: Load, shares: Shares) -> Switched:
+    """Changes both shares under load, waits until they serve, and goes on for a while.
+
+    Raises:
+        RuntimeError: a phase did not switch once: it had its share before, or lost an executor.
+    """
+    both = seats(engine).values()
+    before = [len(seat.switches) for seat in both]
+    engine.topology.shares = shares
+    while engine.topology.shares != shares:
+        load.step()
+    for _ in range(SETTLE_STEPS):
+        load.step()
+    new = [seat.switches[n:] for seat, n in zip(both, before, strict=True)]
+    if any(len(of) != 1 for of in new):
+        raise RuntimeError(f"{[len(of) for of in new]} switches to {shares}, not one a phase")
+    return Switched(*(of[0] for of in new))
+
+
+def largest_gap_s(gaps: tuple[np.ndarray, np.ndarray], begin_s: float, end_s: float) -> float:
+    """Of those between two tokens of a request that have a moment in common with a span."""
+    before, after = gaps
+    inside = (after >= begin_s) & (before <= end_s)
+    if not inside.any():
+        raise ValueError("no request was running during the span")
+    return float((after - before)[inside].max())
+
+
+def switch_fields(switches: Sequence[Switched], gaps: tuple[np.ndarray, np.ndarray]) -> dict:
+    """Fields of a row from its switches and all gaps of its case, in seconds."""
+    median_s = float(np.median(gaps[1] - gaps[0]))
+    pause_ms, at_switch_ms = (
+        1e3 * (np.array([largest_gap_s(gaps, *span) for span in spans]) - median_s)
+        for spans in (
+            [(s.asked_s, s.done_s) for s in switches],
+            [(s.decode.held_s, s.decode.done_s) for s in switches],
+        )
+    )
+    serve_ms = 1e3 * np.array([s.done_s - s.asked_s for s in switches])
+    return {
+        "samples": pause_ms,
+        "p99_ms": float(np.percentile(pause_ms, 99)),
+        "max_ms": float(pause_ms.max()),
+        "at_switch_p50_ms": float(np.percentile(at_switch_ms, 50)),
+        "at_switch_p99_ms": float(np.percentile(at_switch_ms, 99)),
+        "serve_p50_ms": float(np.percentile(serve_ms, 50)),
+        "serve_p99_ms": float(np.percentile(serve_ms, 99)),
+        "median_gap_ms": 1e3 * median_s,
+    }
+
+
+def measure_switches(
+    engine: Engine, load: Load, pairs: Sequence[Shares], count: int
+) -> dict[str, Any]:
+    """Switches `count` times between the pairs; the row's fields."""
+    begun_s = time.monotonic()
+    for _ in range(SETTLE_STEPS):
+        load.step()
+    switches = [switch(engine, load, pairs[i % len(pairs)]) for i in range(count)]
+    return switch_fields(switches, load.gaps(begun_s))
+
+
+def summarise(report: Report, case: str) -> None:
+    """Fills the summary from the rows."""
+    for impl in ("pool", "background"):
+        row = report.find(case, impl)
+        if row is not None:
+            report.summary |= {
+                f"{impl}_pause_p99_ms": row["p99_ms"],
+                f"{impl}_at_switch_p99_ms": row["at_switch_p99_ms"],
+                f"{impl}_serve_p99_ms": row["serve_p99_ms"],
+                f"{impl}_switches": row["n"],
+            }
+    row = report.find(case, "hand-over")
+    if row is not None:
+        report.summary |= {
+            "hand_over_p50_ms": row["p50_ms"],
+            "hand_over_p99_ms": row["p99_ms"],
+            "hand_over_kv_bytes_copied": row["kv_bytes_copied"],
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.semi_pd_switch")
+    add_arguments(parser)
+    topologies.add_arguments(parser)
+    parser.add_argument("--switches", type=int, help="to kept shares [100; 10 with --quick]")
+    parser.add_argument(
+        "--background-switches", type=int, help="to shares not kept [100; 2 with --quick]"
+    )
+    parser.add_argument("--hand-overs", type=int, help="at least [200; 20 with --quick]")
+    parser.add_argument("--running", type=int, help="requests at once [64; 6 with --quick]")
+    args = parser.parse_args()
+    model, sizes = topologies.sizes(args, short=True)
+    report = Report(
+        "semi_pd_switch",
+        "What does a change of SM shares cost running requests, and the hand-over from prefill to "
+        "decode?",
+        out=args.out,
+    )
+    running = args.running or (6 if args.quick else 64)
+    kept = {"kept_shares": [(pair.prefill, pair.decode) for pair in POOL]}
+    engine = topologies.build(**topologies.engine_args(model, "semi_pd", **sizes, semi_pd=kept))
+    longest = sizes["max_model_len"]
+    requests = random_requests(
+        0,
+        engine.model_config.vocab_size,
+        (longest // 8, longest // 2),
+        (longest // 4, longest // 2),
+    )
+    load = Load(engine.coordinator, requests, running)
+    case = f"{model} running={running}"
+    while load.num_decoding < running // 2:
+        load.step()
+    cases = {
+        "hand-over": lambda: measure_hand_overs(
+            engine,
+            load,
+            args.hand_overs or (20 if args.quick else 200),
+            on_gpu=topologies.on_gpu(report.env),
+        ),
+        "pool": lambda: measure_switches(
+            engine, load, POOL[::-1], args.switches or (10 if args.quick else 100)
+        ),
+        "background": lambda: measure_switches(
+            engine, load, BACKGROUND, args.background_switches or (2 if args.quick else 100)
+        ),
+    }
+    for impl, measure in cases.items():
+        try:
+            fields = measure()
+        except Exception as error:  # one case must not cost the others
+            report.fail(case, impl, error)
+        else:
+            report.add(case, impl, fields.pop("samples"), "ms", **fields)
+    load.abort()
+    engine.coordinator.close()
+    summarise(report, case)
+    report.finish()
+    sys.exit(report.failures > 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""From the points of `benchmarks/semi_pd_serving.py` to its summary and its chart."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from benchmarks.curves import Panel
+from jpd.bench import slo
+from jpd.bench.slo import Goodput
+
+UNIFIED = ("chunked", "prefill_first")
+STATIC, DYNAMIC = "semi_pd_100_100", "semi_pd_dynamic"
+SLOS = {"tight": slo.TIGHT, "loose": slo.LOOSE}
+"""Times the unloaded latencies."""
+GOODPUT_RATIOS = {
+    "goodput_vs_prefill_first": ("prefill_first", 1),
+    "goodput_vs_chunked": ("chunked", 1),
+    "goodput_dynamic_vs_100_100": (STATIC, 1),
+    "goodput_vs_disaggregated_per_gpu": ("disaggregated", 2),
+}
+"""Whose goodput, and on how many GPUs."""
+
+
+class Curve(NamedTuple):
+    """Means over the seeds of one workload and implementation, by rising rate."""
+
+    rates: list[float]
+    loads: list[float]
+    e2e_ms: list[float]
+    attained: dict[str, list[float]]
+    """For each SLO."""
+    spread: float | None
+    """Largest difference of mean E2E between seeds, over their mean; None with one seed."""
+
+
+def curve(rows: Sequence[Mapping[str, Any]]) -> Curve:
+    """Of the points of one workload and implementation, at least one."""
+    by_rate: dict[float, list[Mapping[str, Any]]] = defaultdict(list)
+    for row in rows:
+        by_rate[row["rate"]].append(row)
+    rates = sorted(by_rate)
+
+    def means(key: str) -> list[float]:
+        return [float(np.mean([row[key] for row in by_rate[rate]])) for rate in rates]
+
+    spreads = [
+        float(np.ptp(values) / np.mean(values))
+        for values in ([row["mean_e2el_ms"] for row in by_rate[rate]] for rate in rates)
+        if len(values) > 1
+    ]
+    attained = {scale: means(scale) for scale in SLOS}
+    spread = max(spreads, default=None)
+    return Curve(rates, means("load"), means("mean_e2el_ms"), attained, spread)
+
+
+def divide(ours: Goodput, theirs: Goodput, gpus: int = 1) -> tuple[float, str] | None:
+    """Ratio of two goodputs and its relation to the true one; None if nothing can be said.
+
+    Args:
+        ours: on one GPU.
+        theirs: on all of theirs together.
+        gpus: how many those are.
+    """
+    relations = {ours.relation, theirs.relation}
+    if relations == {"="}:
+        relation = "="
+    elif ours.relation != "<" and theirs.relation != ">=":
+        relation = ">="
+    elif ours.relation != ">=" and theirs.relation != "<":
+        relation = "<="
+    else:
+        return None
+    return gpus * ours.rate / theirs.rate, relation
+
+
+def break_even(rates: Sequence[float], speedups: Sequence[float]) -> tuple[float | None, str]:
+    """The rate from which on the speed-up is 1 or more, and how it relates to the true one."""
+    below = np.flatnonzero(np.array(speedups) < 1)
+    if len(below) == 0:
+        return rates[0], "<"
+    i = int(below[-1])
+    if i == len(rates) - 1:
+        return None, ">"
+    part = (1 - speedups[i]) / (speedups[i + 1] - speedups[i])
+    return rates[i] + part * (rates[i + 1] - rates[i]), "="
+
+
+def summarise_workload(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One workload's part of the summary, from its points that were measured."""
+    curves = {
+        impl: curve([row for row in rows if row["impl"] == impl])
+        for impl in dict.fromkeys(row["impl"] for row in rows)
+    }
+    summary: dict[str, Any] = {"relations": {}, "null_because": {}}
+    missing = summary["null_because"]
+
+    def absent(impls: Iterable[str]) -> str | None:
+        lacking = [impl for impl in impls if impl not in curves]
+        return f"{', '.join(lacking)} not measured" if lacking else None
+
+    keys = ("mean_e2e_speedup_max", "mean_e2e_speedup_at_80pct_load", "break_even_rate")
+    summary |= dict.fromkeys(keys)
+    reason = absent((*UNIFIED, DYNAMIC))
+    if reason is None:
+        ours = curves[DYNAMIC]
+        e2e = {impl: dict(zip(of.rates, of.e2e_ms, strict=True)) for impl, of in curves.items()}
+        common = [r for r in ours.rates if all(r in e2e[impl] for impl in UNIFIED)]
+        if not common:
+            reason = "no rate was measured with all three"
+    if reason is not None:
+        missing |= dict.fromkeys(keys, reason)
+    else:
+        speedups = [min(e2e[impl][r] for impl in UNIFIED) / e2e[DYNAMIC][r] for r in common]
+        loads = [ours.loads[ours.rates.index(r)] for r in common]
+        summary["mean_e2e_speedup_max"] = max(speedups)
+        if min(loads) - 0.005 <= 0.8 <= max(loads) + 0.005:  # rates have three digits
+            summary["mean_e2e_speedup_at_80pct_load"] = float(np.interp(0.8, loads, speedups))
+        else:
+            missing["mean_e2e_speedup_at_80pct_load"] = (
+                f"loads {min(loads):.2f} to {max(loads):.2f} were measured"
+            )
+        rate, relation = break_even(common, speedups)
+        summary["break_even_rate"] = rate
+        summary["relations"]["break_even_rate"] = relation
+        if rate is None:
+            missing["break_even_rate"] = "a unified policy is better at the highest rate measured"
+
+    summary["loose"] = {}
+    for scale, part in (("tight", summary), ("loose", summary["loose"])):
+        goodputs = {i: slo.goodput(c.rates, c.attained[scale]) for i, c in curves.items()}
+        part["goodput"] = {impl: list(found) for impl, found in goodputs.items()}
+        for key, (other, gpus) in GOODPUT_RATIOS.items():
+            part[key], label = None, key if scale == "tight" else f"{scale} {key}"
+            reason = absent((DYNAMIC, other))
+            if reason is None:
+                ratio = divide(goodputs[DYNAMIC], goodputs[other], gpus)
+                if ratio is not None:
+                    part[key], summary["relations"][label] = ratio
+                else:
+                    reason = "both curves stay on the same side of 90 % at all rates measured"
+            if reason is not None:
+                missing[label] = reason
+    spreads = [c.spread for c in curves.values() if c.spread is not None]
+    summary["seed_spread"] = max(spreads, default=None)
+    return summary
+
+
+def points_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """Measured points of each workload, without its unloaded row."""
+    found: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for row in rows:
+        if row["status"] == "ok" and row.get("workload") is not None:
+            found[row["workload"]].append(row)
+    return dict(found)
+
+
+def panels(rows: Iterable[Mapping[str, Any]]) -> list[list[Panel]]:
+    """Mean latencies and attainment over the rate, a column for each workload."""
+    grid: list[list[Panel]] = [[], []]
+    for workload, points in points_of(rows).items():
+        e2e, tight = {}, {}
+        for impl in dict.fromkeys(row["impl"] for row in points):
+            of = curve([row for row in points if row["impl"] == impl])
+            e2e[impl] = of.rates, of.e2e_ms
+            tight[impl] = of.rates, of.attained["tight"]
+        grid[0].append(Panel(workload, "requests/s", "mean E2E in ms", e2e, log_y=True))
+        grid[1].append(Panel(workload, "requests/s", "part within the tight SLO", tight))
+    return grid

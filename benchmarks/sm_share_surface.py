@@ -1,0 +1,272 @@
+"""How long do prefill and decode steps take under each SM share, alone and side by side?
+
+One engine of semi-PD, whose executors of all shares are ready. Decode: `rows` sequences whose
+contexts begin with so many tokens each. Prefill: prompts of so many tokens, one in a step (cut into
+chunks where `max_num_batched_tokens` is less), one always waiting. Each alone, and side by side
+under each pair of shares.
+
+A row is one kind of step under one pair of shares. `seconds` is the median on the executor's
+device, `other_busy` the part of a step's time, 0..1, in which the other phase ran one too (mean);
+the other columns are those of `jpd.simulate.fit.MeasuredStep`. A file of those,
+`sm_share_surface_steps.json`, is what `jpd simulate` fits its latency model to; it has no overheads
+of the host, which are not measured here.
+
+The summary has the errors |predicted / measured - 1| of what is fitted to these rows, mean and
+largest. `prefill_model` and `decode_model` are those of `jpd/semi_pd/share_models.py`, a fit for
+each size of step since they know only how its time depends on shares (and decode's on rows);
+`paper_prefill` and `paper_decode` are the paper's Eq. 4 (arXiv 2504.19867 §5) on the steps that ran
+alone, as it takes no account of the other phase.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from benchmarks import topologies
+from benchmarks.curves import write_svg
+from benchmarks.engine_load import Load, LoadRequest, LoggedStep, StepLog
+from benchmarks.report import Report, add_arguments
+from benchmarks.share_fits import Key, Size, panels, summarise, typical
+from jpd.engine.build import Engine
+from jpd.engine.executor import shape_table
+from jpd.semi_pd.controller import Shares
+from jpd.semi_pd.slo_controller import DEFAULT_SHARES
+from jpd.simulate.fit import MeasuredStep, StepTimes
+from jpd.simulate.latency import Overheads, StepWork
+
+IMPL = "jpd"
+WARM_STEPS = 2
+"""Steps of each phase that are passed over in each configuration."""
+
+
+def busy_part(step: LoggedStep, others: Sequence[LoggedStep]) -> float:
+    """Part of a step's time in which one of the others ran; those do not overlap one another."""
+    overlaps = (min(step.ended_s, o.ended_s) - max(step.begun_s, o.begun_s) for o in others)
+    return min(1.0, sum(max(0.0, overlap) for overlap in overlaps) / step.seconds)
+
+
+class Bench:
+    """Runs one configuration after another on an engine and gathers its steps.
+
+    Args:
+        engine: of semi-PD, with the prefix cache: the prompts that decode begins with are computed
+            once.
+        steps: of each phase, for each configuration.
+    """
+
+    def __init__(self, engine: Engine, steps: int) -> None:
+        self.measured: dict[Key, list[MeasuredStep]] = defaultdict(list)
+        self._engine = engine
+        self._steps = steps
+        self._random = np.random.default_rng([0, 1])
+        self._prompts: dict[tuple[int, int], list[list[int]]] = {}
+        config = engine.config
+        self._shapes = {
+            "prefill": shape_table(config, decode=False),
+            "decode": shape_table(config, prefill=False),
+        }
+
+    def measure(
+        self, shares: Shares, decode: tuple[int, int] | None, prompt_tokens: int | None
+    ) -> None:
+        """Runs decode steps, prefill steps, or both side by side.
+
+        Args:
+            shares: of both phases.
+            decode: rows, and tokens that each begins with; None runs none.
+            prompt_tokens: of each prompt; None runs none.
+        """
+        self._switch(shares)
+        rows = decode[0] if decode else 0
+        load = Load(self._engine.coordinator, self._requests(decode, prompt_tokens or 1), rows)
+        while load.num_decoding < rows:
+            load.step()
+        with StepLog() as log:
+            if prompt_tokens is not None:
+                # One after the other: two that come at once would go into one step, and on so.
+                for _ in range(2):
+                    load.at_once += 1
+                    load.step()
+            wanted, found = self._steps + WARM_STEPS, {}
+            while min(map(len, found.values()), default=0) < self._steps:
+                while not self._enough(log.steps, rows, prompt_tokens, wanted):
+                    load.step()
+                found = self._measured(log.steps, decode, prompt_tokens, shares)
+                wanted += self._steps  # of some it is not known what ran beside them
+        load.abort()
+        beside = {
+            "prefill": f"{decode[0]} x {decode[1]}" if decode else None,
+            "decode": None if prompt_tokens is None else str(prompt_tokens),
+        }
+        for phase, steps in found.items():
+            for size, step in steps:
+                self.measured[Key(size, shares, beside[phase])].append(step)
+
+    def _switch(self, shares: Shares) -> None:
+        """Waits until the idle engine has the shares."""
+        self._engine.topology.shares = shares
+        while self._engine.topology.shares != shares:
+            self._engine.coordinator.step()
+            time.sleep(1e-3)
+
+    def _requests(
+        self, decode: tuple[int, int] | None, prompt_tokens: int
+    ) -> Iterator[LoadRequest]:
+        """Those that decode, always the same for a size, then endless new prompts."""
+        if decode is not None:
+            if decode not in self._prompts:
+                self._prompts[decode] = [self._prompt(decode[1]) for _ in range(decode[0])]
+            room = self._engine.config.max_model_len - decode[1]
+            yield from (LoadRequest(prompt, room) for prompt in self._prompts[decode])
+        while True:
+            yield LoadRequest(self._prompt(prompt_tokens), 1)
+
+    def _prompt(self, tokens: int) -> list[int]:
+        return self._random.integers(self._engine.model_config.vocab_size, size=tokens).tolist()
+
+    def _enough(
+        self, steps: Sequence[LoggedStep], rows: int, prompt_tokens: int | None, wanted: int
+    ) -> bool:
+        ran = [step for step in steps if step.ended_s is not None]
+        chunks = sum(bool(step.plan.chunks) for step in ran)
+        return (prompt_tokens is None or chunks >= wanted) and (
+            rows == 0 or len(ran) - chunks >= wanted
+        )
+
+    def _measured(
+        self,
+        steps: Sequence[LoggedStep],
+        decode: tuple[int, int] | None,
+        prompt_tokens: int | None,
+        shares: Shares,
+    ) -> dict[str, list[tuple[Size, MeasuredStep]]]:
+        """Steps of each phase of which it is known what ran beside them."""
+        ran = [step for step in steps if step.ended_s is not None]
+        by_phase = {
+            "prefill": [step for step in ran if step.plan.chunks],
+            "decode": [step for step in ran if not step.plan.chunks],
+        }
+        known_s = min(of[-1].ended_s for of in by_phase.values() if of)
+        found: dict[str, list[tuple[Size, MeasuredStep]]] = {}
+        if decode is not None:
+            size = Size(decode[0], decode[1], decode[1])
+            whole = (s for s in by_phase["decode"][WARM_STEPS:] if len(s.plan.rows) == decode[0])
+            found["decode"] = [
+                (size, self._step("decode", step, by_phase["prefill"], shares))
+                for step in whole
+                if step.ended_s <= known_s
+            ]
+        if prompt_tokens is not None:
+            single = (s for s in by_phase["prefill"][WARM_STEPS:] if len(s.plan.chunks) == 1)
+            found["prefill"] = [
+                (
+                    Size(0, len(step.plan.chunks[0].tokens), step.plan.chunks[0].end),
+                    self._step("prefill", step, by_phase["decode"], shares),
+                )
+                for step in single
+                if step.ended_s <= known_s
+            ]
+        return found
+
+    def _step(
+        self, phase: str, step: LoggedStep, others: Sequence[LoggedStep], shares: Shares
+    ) -> MeasuredStep:
+        return MeasuredStep(
+            **dataclasses.asdict(StepWork.of(step.plan, self._shapes[phase])),
+            prefill_share=shares.prefill,
+            decode_share=shares.decode,
+            other_busy=busy_part(step, others),
+            seconds=step.seconds,
+        )
+
+
+# --- command ---------------------------------------------------------------------------------
+
+
+def pair(text: str) -> Shares:
+    """`80,100` as shares."""
+    prefill, decode = map(int, text.split(","))
+    return Shares(prefill, decode)
+
+
+def rows_by_tokens(text: str) -> tuple[int, int]:
+    """`32x1024` as rows and tokens."""
+    rows, tokens = map(int, text.split("x"))
+    return rows, tokens
+
+
+def configurations(
+    pairs: Sequence[Shares], decodes: Sequence[tuple[int, int]], prompts: Sequence[int]
+) -> list[tuple[Shares, tuple[int, int] | None, int | None]]:
+    """What is measured, with few switches: by pair; alone once for each share of a phase."""
+    found: list[tuple[Shares, tuple[int, int] | None, int | None]] = []
+    seen: set[tuple[str, int]] = set()
+    for shares in pairs:
+        if ("decode", shares.decode) not in seen:
+            found += [(shares, decode, None) for decode in decodes]
+        if ("prefill", shares.prefill) not in seen:
+            found += [(shares, None, prompt) for prompt in prompts]
+        seen |= {("decode", shares.decode), ("prefill", shares.prefill)}
+        found += [(shares, *sizes) for sizes in itertools.product(decodes, prompts)]
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.sm_share_surface")
+    add_arguments(parser)
+    topologies.add_arguments(parser)
+    parser.add_argument(
+        "--pairs", nargs="+", type=pair, metavar="X,Y", help="prefill,decode shares"
+    )
+    parser.add_argument("--decode", nargs="+", type=rows_by_tokens, metavar="ROWSxTOKENS")
+    parser.add_argument("--prompts", nargs="+", type=int, metavar="TOKENS")
+    parser.add_argument("--steps", type=int, help="of each configuration [20; 5 with --quick]")
+    args = parser.parse_args()
+    model, sizes = topologies.sizes(args)
+    report = Report(
+        "sm_share_surface",
+        "How long do prefill and decode steps take under each SM share, alone and side by side?",
+        out=args.out,
+    )
+    small = model == "tiny"
+    pairs = args.pairs or ([Shares(100, 100), Shares(50, 50)] if small else DEFAULT_SHARES)
+    decodes = args.decode or (
+        [(2, 64), (6, 64)] if small else [(8, 1024), (64, 1024), (128, 1024), (32, 4096)]
+    )
+    prompts = args.prompts or ([64, 128] if small else [512, 2048])
+    most = sizes["max_num_seqs"] - 2  # two prompts may be under way
+    if max(rows for rows, _ in decodes) > most:
+        parser.error(f"--decode takes at most {most} rows with this model")
+    kept = {"kept_shares": [(shares.prefill, shares.decode) for shares in pairs]}
+    engine = topologies.build(**topologies.engine_args(model, "semi_pd", **sizes, semi_pd=kept))
+    bench = Bench(engine, args.steps or (5 if args.quick else 20))
+    for configuration in configurations(pairs, decodes, prompts):
+        bench.measure(*configuration)
+    engine.coordinator.close()
+    steps = {key: typical(of) for key, of in bench.measured.items()}
+    for key, of in bench.measured.items():
+        p10, p90 = np.percentile([step.seconds for step in of], (10, 90))
+        fields = {"phase": key.size.phase, **dataclasses.asdict(steps[key])}
+        report.add(key.case, IMPL, **fields, p10_s=p10, p90_s=p90, steps=len(of))
+    report.summary |= summarise(steps)
+    report.show()
+    report.save()
+    source = f"{model} on {report.env['gpu'] or report.env['cpu']}, benchmarks/sm_share_surface.py"
+    StepTimes(source, Overheads(), list(steps.values())).write(
+        report.folder / "sm_share_surface_steps.json"
+    )
+    write_svg(report.path.with_suffix(".svg"), report.question, panels(steps))
+    print(f"wrote {report.path}")
+    sys.exit(report.failures > 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,328 @@
+"""The semi-PD benchmarks on small engines; their arithmetic is in `test_semi_pd_summaries.py`."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks import (
+    semi_pd_crash,
+    semi_pd_memory,
+    semi_pd_parity,
+    semi_pd_serving,
+    semi_pd_switch,
+    serving_summary,
+    sm_share_surface,
+    topologies,
+)
+from benchmarks.engine_load import Load, random_requests, seats
+from benchmarks.report import Report
+from benchmarks.rows import load as load_document
+from jpd import AsyncLLM
+from jpd.bench.slo import Slo
+from jpd.engine.build import Engine
+from jpd.semi_pd.controller import Observation, Shares
+from jpd.semi_pd.slo_controller import SloController
+from jpd.simulate.fit import StepTimes
+
+SIZES = topologies.SIZES["tiny"]
+PAIRS = semi_pd_parity.PAIRS
+QUESTION = "How fast do the topologies serve, and how much load do they bear within an SLO?"
+
+
+def test_a_controller_is_put_in_between_two_points() -> None:
+    steering = semi_pd_serving.Steering()
+    seen = Observation(now_s=0.0)
+    assert steering.decide(seen, Shares(50, 50)) == Shares(100, 100)
+    steering.inner = SimpleNamespace(decide=lambda observation, current: Shares(30, 70))
+    assert steering.decide(seen, Shares(50, 50)) == Shares(30, 70)
+
+
+class InThisProcess:
+    """Stands in for `EngineProcess`."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+
+    def call(self, function: Any, *args: Any) -> Any:
+        return function(self.engine, *args)
+
+    def __enter__(self) -> InThisProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def run_main(module: Any, monkeypatch: pytest.MonkeyPatch, *args: str) -> int:
+    """Its `main` in this process; the exit status."""
+    monkeypatch.setattr(sys, "argv", [module.__name__, *args])
+    with pytest.raises(SystemExit) as end:
+        module.main()
+    return end.value.code
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        semi_pd_crash,
+        semi_pd_memory,
+        semi_pd_parity,
+        semi_pd_serving,
+        semi_pd_switch,
+        sm_share_surface,
+    ],
+)
+def test_help(
+    module: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_main(module, monkeypatch, "--help") == 0
+    assert "--quick" in capsys.readouterr().out
+
+
+def test_serving_in_two_calls(tmp_path, monkeypatch, capsys) -> None:
+    arguments = topologies.engine_args("tiny", "chunked", **SIZES, enable_prefix_caching=False)
+    llm = AsyncLLM(**arguments)
+    monkeypatch.setattr(topologies, "EngineProcess", lambda make, args: InThisProcess(llm))
+    common = ("--quick", "--topologies", "chunked", "--loads", "0.2", "0.4", "--out", str(tmp_path))
+    try:
+        first = ("--point-seconds", "0.1", "--cases", "1")
+        assert run_main(semi_pd_serving, monkeypatch, *common, *first) == 0
+        file = tmp_path / "semi_pd_serving.json"
+        before = load_document(file)
+        assert [row["case"] for row in before["rows"][:1]] == ["azure_conv unloaded"]
+        assert len(before["rows"]) == 2
+        again = ("--point-seconds", "0.1", "--missing")
+        assert run_main(semi_pd_serving, monkeypatch, *common, *again) == 0
+    finally:
+        llm.close()
+    after = load_document(file)
+    assert [row | {"run": 0} for row in before["rows"]] == after["rows"][:2]
+    assert [row["run"] for row in after["rows"]] == [0, 0, 1]
+    unloaded, *measured = after["rows"]
+    assert [row["load"] for row in measured] == pytest.approx([0.2, 0.4], rel=0.01)
+    assert all(row["failed"] == 0 and row["completed"] >= 4 for row in measured)
+    assert unloaded["loose_ttft_s"] == pytest.approx(unloaded["tight_ttft_s"] * 10 / 7.5)
+    assert set(after["summary"]) == {"model", "azure_conv"}
+    assert "E2E" in capsys.readouterr().out
+
+
+def test_rows_of_another_model_are_refused(tmp_path, monkeypatch, capsys) -> None:
+    report = Report("semi_pd_serving", QUESTION, out=tmp_path)
+    report.add("azure_conv unloaded", "chunked", capacity=1.0)
+    report.summary["model"] = "llama31-8b"
+    report.save()
+    args = ("--quick", "--merge", str(report.path), "--out", str(tmp_path))
+    assert run_main(semi_pd_serving, monkeypatch, *args) == 2
+    assert "results of llama31-8b, not of tiny" in capsys.readouterr().err
+
+
+# --- on an engine ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    """One for all benchmarks, with two pairs of executors."""
+    options = {"kept_shares": PAIRS}
+    engine = topologies.build(**topologies.engine_args("tiny", "semi_pd", **SIZES, semi_pd=options))
+    yield engine
+    engine.coordinator.close()
+
+
+class Shared:
+    """A coordinator that outlives those who close it."""
+
+    def __init__(self, coordinator: Any) -> None:
+        self._coordinator = coordinator
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._coordinator, name)
+
+    def close(self) -> None:
+        assert not self._coordinator.has_work
+
+
+@pytest.fixture
+def shared_engine(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
+    """`topologies.build` gives it."""
+    shared = dataclasses.replace(engine, coordinator=Shared(engine.coordinator))
+    monkeypatch.setattr(topologies, "build", lambda **args: shared)
+    return shared
+
+
+def settle(engine: Engine, shares: Shares) -> None:
+    """Waits until the shares serve and all executors are ready, whatever was killed before."""
+    engine.topology.shares = shares
+    while engine.topology.shares != shares or any(
+        seat.pool.num_starting for seat in seats(engine).values()
+    ):
+        engine.coordinator.step()
+        time.sleep(0.01)
+
+
+def check_idle(engine: Engine) -> None:
+    assert not engine.coordinator.has_work
+    assert semi_pd_crash.leaked_pages(engine) == 0
+
+
+def test_a_load_keeps_requests_running(engine: Engine) -> None:
+    requests = list(islice(random_requests(1, 256, (4, 20), (2, 9), common_tokens=8), 12))
+    assert requests == list(islice(random_requests(1, 256, (4, 20), (2, 9), common_tokens=8), 12))
+    load = Load(engine.coordinator, requests, 3)
+    while load.running:
+        load.step()
+        assert engine.coordinator.stats().running + engine.coordinator.stats().waiting <= 3
+    load.finish()
+    assert [len(t) for t in load.tokens] == [r.output_tokens for r in requests]
+    assert [len(t) for t in load.token_times_s] == [r.output_tokens for r in requests]
+    earlier, later = load.gaps()
+    assert len(earlier) == sum(r.output_tokens - 1 for r in requests)
+    assert (later >= earlier).all()
+    middle = float(np.median(earlier))
+    assert (load.gaps(since_s=middle)[0] >= middle).all()
+    check_idle(engine)
+
+
+def test_parity_finds_a_wrong_token(engine: Engine, tmp_path) -> None:
+    work = semi_pd_parity.make_work(12, SIZES["max_model_len"], 256)
+    want = semi_pd_parity.run_reference(engine, work)
+    tokens, counts = semi_pd_parity.run_disturbed(engine, work, kills=1, switch_every_s=0.0)
+    assert counts["kills"] == 1
+    assert counts["switches"] > 2
+    report = Report("semi_pd_parity", "?", out=tmp_path)
+    semi_pd_parity.add_result(report, "c", "semi_pd", want, tokens, counts, 0.0)
+    assert (report.rows[0]["identical"], report.failures) == (12, 0)
+    tokens[5][3] += 1
+    semi_pd_parity.add_result(report, "c", "semi_pd", want, tokens, counts, 0.0)
+    assert report.rows[1]["status"].startswith("failed: wrong tokens: request 5, position 3")
+    check_idle(engine)
+
+
+def test_switches(shared_engine: Engine, tmp_path, monkeypatch) -> None:
+    settle(shared_engine, Shares(100, 100))
+    monkeypatch.setattr(semi_pd_switch, "BACKGROUND", semi_pd_switch.POOL[::-1])
+    args = ("--quick", "--switches", "4", "--background-switches", "2", "--hand-overs", "8")
+    assert run_main(semi_pd_switch, monkeypatch, *args, "--out", str(tmp_path)) == 0
+    document = load_document(tmp_path / "semi_pd_switch.json")
+    hand_over, pool, background = document["rows"]
+    assert hand_over["n"] >= 8
+    assert (pool["n"], background["n"]) == (4, 2)
+    assert document["summary"]["pool_switches"] == 4
+    assert 0 <= hand_over["p50_ms"] <= hand_over["to_start_p50_ms"]
+    # Pages are handed over, not what is in them.
+    assert hand_over["message_bytes"] < hand_over["kv_bytes"]
+    assert pool["serve_p99_ms"] > 0
+    assert document["summary"]["pool_pause_p99_ms"] == pool["p99_ms"]
+    check_idle(shared_engine)
+
+
+def test_crashes(shared_engine: Engine, tmp_path, monkeypatch) -> None:
+    args = ("--quick", "--kinds", "warm", "--kills", "2", "--out", str(tmp_path))
+    assert run_main(semi_pd_crash, monkeypatch, *args) == 0
+    summary = load_document(tmp_path / "semi_pd_crash.json")["summary"]
+    expected = {"kills": 2, "requests_lost": 0, "pages_leaked": 0, "ties": 0, "wrong": 0}
+    assert {key: summary[key] for key in expected} == expected
+    assert 0 < summary["warm_recovery_p50_ms"] <= summary["warm_recovery_p99_ms"]
+    check_idle(shared_engine)
+
+
+def test_surface(shared_engine: Engine, tmp_path, monkeypatch) -> None:
+    args = ("--quick", "--pairs", "100,100", "50,50", "--decode", "4x40", "--prompts", "48")
+    args += ("--steps", "3", "--out", str(tmp_path))
+    assert run_main(sm_share_surface, monkeypatch, *args) == 0
+    rows = load_document(tmp_path / "sm_share_surface.json")["rows"]
+    sizes = {(r["phase"], r["rows"], r["prompt_tokens"]) for r in rows}
+    assert sizes == {("decode", 4, 0), ("prefill", 0, 48)}
+    assert {(r["prefill_share"], r["decode_share"]) for r in rows} == {(100, 100), (50, 50)}
+    assert len(rows) == 8
+    for row in rows:
+        assert row["steps"] >= 3
+        assert row["seconds"] > 0
+        assert ("alone" in row["case"]) <= (row["other_busy"] == 0)
+    beside = [row["other_busy"] for row in rows if "beside" in row["case"]]
+    assert max(beside) > 0
+    decodes = [row for row in rows if row["rows"]]
+    assert all(row["context_tokens"] >= 4 * 41 for row in decodes)
+    times = StepTimes.read(tmp_path / "sm_share_surface_steps.json")
+    assert [step.seconds for step in times.steps] == [row["seconds"] for row in rows]
+    check_idle(shared_engine)
+
+
+def test_memory_of_the_processes(engine: Engine) -> None:
+    settle(engine, Shares(100, 100))
+    rows = semi_pd_memory.host_memory(engine)
+    names = sorted(row["name"] for row in rows)
+    assert names == [
+        "coordinator",
+        "decode executor",
+        "kept executor",
+        "kept executor",
+        "prefill executor",
+        "storage owner",
+    ]
+    shared = semi_pd_memory.shared_bytes(engine)
+    mapped = sum(row["mapped_gb"] for row in rows) * semi_pd_memory.GB
+    # Blocks are whole pages of the host.
+    assert 0 < mapped < sum(shared.values()) + 2 * (1 << 16)
+    assert all(row["gb"] > 0.005 for row in rows)
+    semi_pd_memory.warm_up(engine, 3)
+    check_idle(engine)
+
+
+def test_engines_in_processes_of_their_own() -> None:
+    with topologies.EngineProcess(io.StringIO, {"initial_value": "text"}, JPD_TEST="1") as process:
+        assert process.call(io.StringIO.read) == "text"
+        with pytest.raises(TypeError):
+            process.call(io.StringIO.seek, None)
+        process.call(io.StringIO.seek, 0)
+        assert process.call(io.StringIO.read) == "text"
+    with (
+        pytest.raises(BrokenProcessPool),
+        topologies.EngineProcess(io.StringIO, {"no_such": 1}) as process,
+    ):
+        process.call(io.StringIO.read)
+
+
+def test_every_engine_gets_the_same_sizes() -> None:
+    for topology in topologies.TOPOLOGIES:
+        args = topologies.engine_args("tiny", topology, **SIZES)
+        assert {key: args[key] for key in SIZES} == SIZES
+        assert args.get("topology", "unified") == (
+            "unified"
+            if topology in serving_summary.UNIFIED
+            else "disaggregated"
+            if topology == "disaggregated"
+            else "semi_pd"
+        )
+    kept = topologies.engine_args("tiny", "time_slices", semi_pd={"kept_shares": ()})
+    assert kept["semi_pd"] == {"sm_shares": False, "kept_shares": ()}
+    assert [t for t in topologies.TOPOLOGIES if topologies.can_switch(t)] == ["semi_pd"]
+
+
+def test_the_dynamic_point_aims_at_the_slo(engine: Engine, monkeypatch) -> None:
+    steering = semi_pd_serving.Steering()
+    options = SimpleNamespace(controller=steering, kept_shares=PAIRS)
+    llm = SimpleNamespace(
+        config=SimpleNamespace(semi_pd=options),
+        stats=engine.coordinator.stats(),
+        _engine=engine,
+    )
+    monkeypatch.setattr(semi_pd_serving, "send", lambda *args, **options: [])
+    records, counts = semi_pd_serving.run_point(llm, None, 0, Slo(0.5, 0.05))
+    assert records == []
+    assert counts == {"preemptions": 0, "recompiles": 0, "executors_lost": 0, "switches": 0}
+    assert isinstance(steering.inner, SloController)
+    assert steering.inner.slo.ttft_s == 0.5
+    assert steering.inner.allowed == [Shares(*pair) for pair in PAIRS]
+    semi_pd_serving.run_point(llm, None, 0, None)
+    assert steering.inner.decide(None, Shares(50, 50)) == Shares(100, 100)

@@ -1,0 +1,365 @@
+"""The arithmetic of the semi-PD benchmarks, on made-up rows and steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks import (
+    curves,
+    semi_pd_crash,
+    semi_pd_memory,
+    semi_pd_parity,
+    semi_pd_serving,
+    semi_pd_switch,
+    serving_summary,
+    share_fits,
+    sm_share_surface,
+)
+from benchmarks.engine_load import LoadRequest, LoggedStep
+from benchmarks.report import Report
+from benchmarks.token_parity import Reference, compare
+from jpd.bench.slo import Goodput, RequestRecord, Slo
+from jpd.engine.lane import Switch
+from jpd.semi_pd.controller import Shares
+from jpd.semi_pd.share_models import H200, decode_curve, overlap_wait, prefill_curve
+from jpd.simulate.fit import MeasuredStep
+
+# --- tokens ----------------------------------------------------------------------------------
+
+
+def reference(*steps: dict[int, float]) -> Reference:
+    return Reference([max(step, key=step.get) for step in steps], list(steps))
+
+
+def test_identical_ties_and_wrong_tokens() -> None:
+    want = reference({1: -0.1, 2: -3.0}, {3: -0.50, 4: -0.55, 5: -0.7}, {6: -0.1, 7: -4.0})
+    found = compare([want] * 4, [[1, 3, 6], [1, 4, 9], [1, 5, 6], [2, 3, 6]], tie_below=0.1)
+    assert (found.identical, found.ties, found.wrong) == (1, 1, 2)
+    assert found.compared_tokens == 3 + 1 + 1 + 0
+    assert found.first_wrong == "request 2, position 1: token 5, not 3, margin 0.2"
+
+
+def test_without_a_threshold_nothing_is_a_tie() -> None:
+    want = reference({1: -0.5, 2: -0.5})
+    assert compare([want], [[2]], tie_below=0.0).wrong == 1
+
+
+def test_tokens_that_are_missing_or_unheard_of_are_wrong() -> None:
+    want = reference({1: -0.1, 2: -0.2}, {3: -0.1, 4: -0.2})
+    found = compare([want, want, want], [[1], [1, 3, 5], [1, 99]], tie_below=5.0)
+    assert (found.identical, found.ties, found.wrong) == (0, 0, 3)
+    assert found.first_wrong == "request 0: 1 tokens, not 2"
+
+
+def test_parity_summary_counts_engines_that_did_not_run() -> None:
+    ran = {"identical": 5, "ties": 1, "wrong": 0, "compared_tokens": 60}
+    rows = [ran, ran | {"switches": 7, "kills": 2, "wrong": 1}, {"status": "failed: x"}]
+    assert semi_pd_parity.summarise(rows) == {
+        "identical": 10,
+        "ties": 2,
+        "wrong": 1,
+        "compared_tokens": 120,
+        "switches": 7,
+        "kills": 2,
+        "not_run": 1,
+    }
+
+
+# --- serving ---------------------------------------------------------------------------------
+
+
+def point(impl: str, rate: float, e2e_ms: float, tight: float, seed: int = 0) -> dict[str, Any]:
+    return {
+        "workload": "w",
+        "impl": impl,
+        "rate": rate,
+        "load": rate / 10,
+        "seed": seed,
+        "mean_e2el_ms": e2e_ms,
+        "tight": tight,
+        "loose": min(1.0, tight + 0.05),
+    }
+
+
+def points(**of: list[tuple[float, float, float]]) -> list[dict[str, Any]]:
+    return [point(impl, *values) for impl, found in of.items() for values in found]
+
+
+def test_summary_of_a_workload() -> None:
+    rows = points(
+        chunked=[(4, 100, 1.0), (6, 200, 0.95), (8, 500, 0.75), (10, 1000, 0.1)],
+        prefill_first=[(4, 120, 1.0), (6, 300, 0.8), (8, 450, 0.5), (10, 900, 0.1)],
+        semi_pd_100_100=[(4, 130, 1.0), (6, 180, 0.95), (8, 300, 0.85), (10, 600, 0.5)],
+        semi_pd_dynamic=[(4, 125, 1.0), (6, 160, 0.98), (8, 250, 0.94), (10, 450, 0.54)],
+    )
+    found = serving_summary.summarise_workload(rows)
+    # The better unified policy changes with the rate.
+    assert found["mean_e2e_speedup_max"] == pytest.approx(2.0)
+    assert found["mean_e2e_speedup_at_80pct_load"] == pytest.approx(450 / 250)
+    # Speed-ups 0.8 at 4/s and 1.25 at 6/s.
+    assert found["break_even_rate"] == pytest.approx(4 + 2 * 0.2 / 0.45)
+    ours = 8 + 2 * 0.04 / 0.4
+    assert found["goodput"]["semi_pd_dynamic"] == [pytest.approx(ours), "="]
+    assert found["goodput_vs_chunked"] == pytest.approx(ours / (6 + 2 * 0.05 / 0.2))
+    assert found["goodput_vs_prefill_first"] == pytest.approx(ours / 5)
+    assert found["goodput_dynamic_vs_100_100"] == pytest.approx(ours / 7)
+    assert found["loose"]["goodput_vs_chunked"] != found["goodput_vs_chunked"]
+    assert found["goodput_vs_disaggregated_per_gpu"] is None
+    assert set(found["null_because"]) == {
+        "goodput_vs_disaggregated_per_gpu",
+        "loose goodput_vs_disaggregated_per_gpu",
+    }
+    assert found["seed_spread"] is None
+    # Two GPUs that bear as much as one are worth half of it.
+    rows += [row | {"impl": "disaggregated"} for row in rows if row["impl"] == "semi_pd_dynamic"]
+    found = serving_summary.summarise_workload(rows)
+    assert found["goodput_vs_disaggregated_per_gpu"] == pytest.approx(2.0)
+
+
+def test_what_was_not_measured_is_null_and_says_why() -> None:
+    rows = points(chunked=[(4, 100, 1.0)], semi_pd_dynamic=[(4, 90, 1.0)])
+    found = serving_summary.summarise_workload(rows)
+    keys = [
+        "mean_e2e_speedup_max",
+        "mean_e2e_speedup_at_80pct_load",
+        "break_even_rate",
+        "goodput_vs_prefill_first",
+        "goodput_vs_chunked",
+        "goodput_dynamic_vs_100_100",
+        "goodput_vs_disaggregated_per_gpu",
+    ]
+    assert all(found[key] is None and found["null_because"][key] for key in keys)
+    assert found["null_because"]["goodput_vs_prefill_first"] == "prefill_first not measured"
+    assert "same side" in found["null_because"]["goodput_vs_chunked"]
+    json.dumps(found, allow_nan=False)
+
+
+def test_load_of_80_percent_is_not_guessed() -> None:
+    same = [(2, 100, 1.0), (7, 200, 1.0)]
+    rows = points(chunked=same, prefill_first=same, semi_pd_dynamic=same)
+    found = serving_summary.summarise_workload(rows)
+    assert found["mean_e2e_speedup_max"] == 1.0
+    assert found["mean_e2e_speedup_at_80pct_load"] is None
+    assert "0.20 to 0.70" in found["null_because"]["mean_e2e_speedup_at_80pct_load"]
+
+
+def test_seeds_are_averaged_and_their_spread_is_told() -> None:
+    rows = [point("chunked", 4, 90, 1.0), point("chunked", 4, 110, 0.8, seed=1)]
+    found = serving_summary.curve([*rows, point("chunked", 2, 50, 1.0)])
+    assert found.rates == [2, 4]
+    assert found.e2e_ms == [50, 100]
+    assert found.attained["tight"] == [1.0, pytest.approx(0.9)]
+    assert found.spread == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "relation"),
+    [
+        ("=", "=", "="),
+        (">=", "=", ">="),
+        ("=", "<", ">="),
+        (">=", "<", ">="),
+        ("=", ">=", "<="),
+        ("<", "=", "<="),
+        ("<", ">=", "<="),
+        (">=", ">=", None),
+        ("<", "<", None),
+    ],
+)
+def test_ratio_of_goodputs_that_are_bounds(ours: str, theirs: str, relation: str | None) -> None:
+    found = serving_summary.divide(Goodput(6.0, ours), Goodput(4.0, theirs))
+    assert found == (None if relation is None else (1.5, relation))
+
+
+def test_break_even() -> None:
+    assert serving_summary.break_even([1, 2], [1.1, 1.2]) == (1, "<")
+    assert serving_summary.break_even([1, 2], [1.1, 0.9]) == (None, ">")
+    # Noise at a low rate does not count: from there on it must stay better.
+    assert serving_summary.break_even([1, 2, 3, 4], [0.9, 1.1, 0.5, 1.5]) == (3.5, "=")
+
+
+def test_fields_of_a_point() -> None:
+    times = {"due_s": 0.0, "sent_s": 0.0, "prompt_tokens": 9, "wanted_tokens": 5}
+    records = [
+        RequestRecord(first_token_s=0.1, finished_s=0.5, output_tokens=5, **times),
+        RequestRecord(first_token_s=0.3, finished_s=0.7, output_tokens=5, **times),
+        RequestRecord(first_token_s=0.1, finished_s=1.3, output_tokens=5, **times),
+    ]
+    slos = {"tight": Slo(0.2, 0.1), "loose": Slo(0.3, 0.2)}
+    fields = semi_pd_serving.point_fields(records, slos)
+    assert fields["mean_e2el_ms"] == pytest.approx(2500 / 3)
+    assert [fields[k] for k in ("tight", "tight_ttft", "tight_tpot")] == pytest.approx(
+        [1 / 3, 2 / 3, 2 / 3]
+    )
+    assert fields["loose"] == pytest.approx(2 / 3)
+
+
+# --- switches and hand-overs -----------------------------------------------------------------
+
+
+def logged(begun_s: float, ended_s: float, *, launched_s: float = 0.0, **plan: Any) -> LoggedStep:
+    plan = {"sequences": [], "chunks": [], "rows": np.zeros(0, np.int32)} | plan
+    step = LoggedStep(SimpleNamespace(**plan), 1, launched_s)
+    step.begun_s, step.ended_s = begun_s, ended_s
+    return step
+
+
+def test_hand_overs_count_from_the_last_chunk_to_the_first_decode_step() -> None:
+    a, b = object(), object()
+    first = SimpleNamespace(sequence=a, last=False, end=8)
+    last = SimpleNamespace(sequence=a, last=True, end=12)
+    alone = SimpleNamespace(sequence=b, last=True, end=5)
+    steps = [
+        logged(0.0, 1.0, chunks=[first]),
+        logged(1.0, 2.0, chunks=[last, alone]),
+        logged(2.5, 3.5, launched_s=2.25, sequences=[a]),
+        logged(3.5, 4.0, launched_s=2.5, sequences=[a, b]),
+    ]
+    found = semi_pd_switch.hand_overs(steps)
+    assert [(h.launch_s, h.start_s, h.context_tokens) for h in found] == [
+        (0.25, 0.5, 12),
+        (0.5, 1.5, 5),
+    ]
+    steps[1].begun_s = None  # it never ran
+    assert semi_pd_switch.hand_overs(steps) == []
+
+
+def test_a_pause_is_the_largest_gap_around_a_switch() -> None:
+    # Tokens every 10 ms, but for one gap of 50 ms while the executors change and 60 ms before.
+    times = np.cumsum([0.0, *[0.01] * 20, 0.06, *[0.01] * 5, 0.05, *[0.01] * 20])
+    gaps = times[:-1], times[1:]
+    held_s = float(times[26]) + 0.02
+
+    def of(phase: str, asked_s: float) -> Switch:
+        return Switch(phase, 100, 50, asked_s, held_s, held_s + 0.01)
+
+    early = semi_pd_switch.Switched(of("prefill", times[15]), of("decode", times[15]))
+    fields = semi_pd_switch.switch_fields([early], gaps)
+    assert fields["p99_ms"] == pytest.approx(50)
+    assert fields["at_switch_p50_ms"] == pytest.approx(40)
+    assert fields["median_gap_ms"] == pytest.approx(10)
+    assert fields["serve_p50_ms"] == pytest.approx(1e3 * (held_s + 0.01 - times[15]))
+    shares = dataclasses.replace(early.decode, held_s=times[5] + 0.001, done_s=times[5] + 0.002)
+    quick = semi_pd_switch.Switched(early.prefill, shares)
+    fields = semi_pd_switch.switch_fields([quick], gaps)
+    assert fields["at_switch_p99_ms"] == pytest.approx(0, abs=1e-6)
+    with pytest.raises(ValueError, match="no request was running"):
+        semi_pd_switch.largest_gap_s(gaps, 100.0, 101.0)
+
+
+# --- memory ----------------------------------------------------------------------------------
+
+
+def test_memory_of_a_process() -> None:
+    rollup = "5581-7ffd ---p 0 00:00 0 [rollup]\nRss:  400 kB\nPss:  123 kB\nPss_Dirty: 9 kB\n"
+    assert semi_pd_memory.parse_pss(rollup) == 123 * 1024
+    smaps = (
+        "7f00-7f10 rw-s 00000000 00:01 12    /memfd:jpd (deleted)\nSize: 64 kB\nPss:  32 kB\n"
+        "Pss_Dirty: 1 kB\n"
+        "7f10-7f20 r-xp 00000000 00:01 13    /usr/lib/libc.so\nPss:  900 kB\n"
+        "7f20-7f30 rw-s 00000000 00:01 14    /memfd:jpd (deleted)\nPss:  8 kB\n"
+    )
+    assert semi_pd_memory.parse_mapped(smaps) == 40 * 1024
+
+
+def test_memory_summary() -> None:
+    unified = {"processes": [{"name": "executor", "gb": 30.0}], "shared": {}}
+    semi_pd = {
+        "processes": [
+            {"name": "prefill executor", "gb": 1.0},
+            {"name": "decode executor", "gb": 1.2},
+            {"name": "storage owner and MPS", "gb": 29.5},
+        ],
+        "shared": {"weights": 16e9, "pages": 13e9},
+    }
+    found = semi_pd_memory.summarise(unified, semi_pd)
+    assert found["extra_gb"] == pytest.approx(1.7)
+    assert found["weights_counted"] == 1
+    semi_pd["processes"][1]["gb"] = 17.0
+    assert semi_pd_memory.summarise(unified, semi_pd)["weights_counted"] == 2
+    for row, mapped in zip(semi_pd["processes"], (14.5, 14.5, 0.0), strict=True):
+        row["mapped_gb"] = mapped
+    assert semi_pd_memory.summarise(unified, semi_pd)["weights_counted"] == pytest.approx(1.0)
+
+
+# --- SM shares -------------------------------------------------------------------------------
+
+
+def measured(seconds: float, **changes: Any) -> MeasuredStep:
+    work = {"rows": 0, "context_tokens": 0, "prompt_tokens": 0, "pairs": 0}
+    padded = {"padded_rows": 0, "padded_tokens": 0, "padded_context": 0}
+    return MeasuredStep(**(work | padded | changes), seconds=seconds)
+
+
+def test_models_that_made_the_times_have_no_error() -> None:
+    decode, prefill = share_fits.Size(32, 1024, 1024), share_fits.Size(0, 2048, 2048)
+    steps = {}
+    for x, y in ((30, 70), (50, 50), (80, 20), (100, 100)):
+        shares = Shares(x, y)
+        alone = decode_curve(y, 35.0)
+        beside = H200.decode_slowdown * alone + overlap_wait(shares, H200)
+        key = share_fits.Key(decode, shares, None)
+        steps[key] = measured(0.01 * alone, rows=32)
+        steps[key._replace(beside="2048")] = measured(0.01 * beside, rows=32, other_busy=1.0)
+        key = share_fits.Key(prefill, shares, None)
+        alone = 0.1 * prefill_curve(x, 0.6)
+        beside = H200.prefill_slowdown * alone
+        steps[key] = measured(alone, prompt_tokens=2048)
+        steps[key._replace(beside="32 x 1024")] = measured(
+            beside, prompt_tokens=2048, other_busy=1.0
+        )
+    found = share_fits.summarise(steps)
+    assert found["decode_model_max_error"] < 1e-9
+    assert found["prefill_model_max_error"] < 1e-9
+    assert found["prefill_max_slowdown_beside"] == pytest.approx(H200.prefill_slowdown)
+    # The paper's decode is proportional to 1/y plus a constant: it has no knee.
+    assert found["paper_decode_max_error"] > 0.01
+    assert len(share_fits.panels(steps)) == 2
+
+
+def test_the_part_of_a_step_beside_others() -> None:
+    step, busy_part = logged(1.0, 3.0), sm_share_surface.busy_part
+    assert busy_part(step, [logged(0.0, 1.5), logged(2.5, 2.75), logged(5.0, 6.0)]) == (
+        pytest.approx(0.375)
+    )
+    assert busy_part(step, []) == 0
+
+
+def test_configurations_measure_each_share_alone_once() -> None:
+    pairs = [Shares(50, 50), Shares(50, 100), Shares(100, 100)]
+    found = sm_share_surface.configurations(pairs, [(2, 64)], [32])
+    alone = [c for c in found if None in c]
+    assert [(c[0].decode if c[1] else c[0].prefill) for c in alone] == [50, 50, 100, 100]
+    assert len(found) == 4 + 3
+
+
+def test_curves_need_no_matplotlib(tmp_path, capsys) -> None:
+    panel = curves.Panel("t", "x", "y", {"a": ([1, 2], [3, 4])})
+    drawn = curves.write_svg(tmp_path / "a.svg", "?", [[panel, panel], [panel]])
+    assert drawn == (tmp_path / "a.svg").exists()
+    assert drawn or "matplotlib is not installed" in capsys.readouterr().out
+
+
+# --- crashes ---------------------------------------------------------------------------------
+
+
+def test_a_crash_that_loses_something_is_a_failed_row(tmp_path) -> None:
+    report = Report("semi_pd_crash", "?", out=tmp_path)
+    done = semi_pd_crash.CrashRun(
+        kills=[semi_pd_crash.Kill("decode", 7, 1.0, 1.5)],
+        requests=[LoadRequest([1], 2), LoadRequest([1], 3)],
+        tokens=[[5, 6], [5, 6]],
+        leaked_pages=4,
+    )
+    parity = compare([], [], 0.0)
+    semi_pd_crash.add_rows(report, "c", "cold", done, parity)
+    assert report.find("c decode", "cold")["ms"] == pytest.approx(500)
+    assert report.rows[-1]["status"] == "failed: 1 lost, 4 leaked_pages"
+    summary = semi_pd_crash.summarise(report.rows, {"cold": [500.0]})
+    assert (summary["requests_lost"], summary["pages_leaked"], summary["kills"]) == (1, 4, 1)

@@ -1,0 +1,116 @@
+"""Tuning that ends in time: what is tried, in which order, and what is left out. No GPU needed."""
+
+import argparse
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import tune
+from pallas_kernels.flat_gemm import candidates, default
+
+SHAPE = (4096, 4096, False)
+OURS = [("flat_gemm", config) for config in candidates(8, 4096, False)]
+
+
+def table(*winners):
+    """A stored table: (shape, candidate) with 8 rows."""
+    return {
+        "products": [
+            {
+                "n": n,
+                "k": k,
+                "gated": gated,
+                "rows": {"8": {"kernel": kernel, "config": vars_of(config), "us": 1.0}},
+            }
+            for (n, k, gated), (kernel, config) in winners
+        ]
+    }
+
+
+def vars_of(config):
+    return {name: getattr(config, name) for name in config.__dataclass_fields__}
+
+
+def test_winners_of_the_product_itself_come_first_then_the_most_frequent():
+    one, two, three = OURS[-3:]
+    stored = table(
+        ((1, 1, False), two), ((2, 2, False), three), ((3, 3, False), three), (SHAPE, one)
+    )
+    assert tune.winners(stored, SHAPE, 8) == [one, three, two]
+    assert tune.winners(stored, SHAPE, 16) == []
+
+
+def test_an_entry_of_other_settings_is_passed_over():
+    stored = table((SHAPE, OURS[0]))
+    stored["products"][0]["rows"]["8"]["config"]["no_such_setting"] = 1
+    assert tune.winners(stored, SHAPE, 8) == []
+    stored["products"][0]["rows"]["8"] = {"kernel": "unknown", "config": {}}
+    assert tune.winners(stored, SHAPE, 8) == []
+
+
+def test_likely_candidates_come_first_and_xla_stays():
+    xla = ("xla", None)
+    unknown = ("flat_gemm", "of another shape")
+    order = tune.ranked([*OURS, xla], [OURS[2], unknown, OURS[1], OURS[2]], None)
+    assert order[:3] == [OURS[2], OURS[1], OURS[0]]
+    assert sorted(map(str, order)) == sorted(map(str, [*OURS, xla]))
+    assert tune.ranked([*OURS, xla], [OURS[2]], 2) == [OURS[2], OURS[0], xla]
+
+
+class FakeProduct:
+    """Candidates take the times that they are given, and the clock runs on with each."""
+
+    n, k, gated = SHAPE
+
+    def __init__(self, clock):
+        self.clock, self.tried = clock, []
+        self.weights = [jnp.zeros((1, 1))]
+
+    def candidates(self, rows):
+        return [*OURS, ("xla", None)]
+
+    def lower(self, rows, kernel, config):
+        return SimpleNamespace(compile=lambda options: (kernel, config)), {}
+
+    def x(self, rows):
+        return jnp.zeros((1, 1))
+
+    def time(self, rows, program, expected):
+        self.tried.append((rows, program))
+        self.clock.now += 1
+        return 20.0 if program[0] == "xla" else 10.0 + OURS.index(program)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    ticking = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(tune.time, "monotonic", lambda: ticking.now)
+    return ticking
+
+
+def test_no_number_of_rows_is_begun_that_may_not_end_in_time(clock, capsys):
+    product = FakeProduct(clock)
+    limits = {"table": table((SHAPE, OURS[3])), "most": 3, "end": 9.0}
+    done = tune.tune(product, [8, 16, 32, 64], nullcontext(), **limits)
+    # 4 s each: the third would end at 12 s.
+    assert [*done["rows"]] == ["8", "16"]
+    assert "M=32: out of time" in capsys.readouterr().out
+    tried = [program for rows, program in product.tried if rows == 8]
+    assert tried[0] == OURS[3]
+    assert ("flat_gemm", default(8, 4096, False)) in tried
+    assert tried[-1] == ("xla", None)
+    assert len(tried) == 4
+    entry = done["rows"]["8"]
+    assert entry["us"] == min(10.0 + OURS.index(p) for p in tried[:-1])
+    assert entry["xla_us"] == 20.0
+    assert entry["rule_us"] is not None
+
+
+def test_shapes_are_those_of_the_models():
+    assert tune.parse_shape("12288x4096") == (12288, 4096, False)
+    assert tune.parse_shape("22016x4096:gated") == (22016, 4096, True)
+    for text in ("7x7", "12288x4096:gated"):
+        with pytest.raises(argparse.ArgumentTypeError, match="is none of"):
+            tune.parse_shape(text)
