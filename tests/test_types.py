@@ -186,7 +186,7 @@ def test_times_to_and_between_tokens() -> None:
 
 
 def test_finish_reasons_are_their_strings() -> None:
-    assert [str(r) for r in FinishReason] == ["stop", "length", "abort"]
+    assert [str(r) for r in FinishReason] == ["stop", "length", "abort", "error"]
     assert FinishReason.STOP == "stop"
 
 

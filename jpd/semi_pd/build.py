@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from jpd.config import EngineConfig, SemiPDConfig
 from jpd.engine import build as engine_build
 from jpd.engine.build import Engine
+from jpd.engine.lane import PagesLostError
 from jpd.errors import ConfigError
 from jpd.semi_pd.controller import Controller, Shares, Slo
 from jpd.semi_pd.paper_controller import PaperController
@@ -165,12 +166,15 @@ def _wait_until_seated(topology: TwoPhases, show_progress: bool) -> None:
     """Waits for the first executor of each phase and for those to be kept ready.
 
     Raises:
-      ConfigError: one of them could not be built.
+      ConfigError: one of them could not be built, or what they map is gone.
     """
     pools = (topology.prefill.pool, topology.decode.pool)
     with tqdm(desc="executors", unit="ready", disable=not show_progress) as bar:
         while True:
-            topology.seat()
+            try:
+                topology.seat()
+            except PagesLostError as error:
+                raise ConfigError("the storage owner ended while executors were started") from error
             for pool in pools:
                 if pool.last_failure is not None:
                     raise ConfigError(

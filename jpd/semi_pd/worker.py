@@ -94,7 +94,7 @@ def _build(spec: WorkerSpec) -> tuple[_Worker, int]:
         from native.mps import visible_sms
 
         executor = Executor(*common, kv=arrays.kv_pages(pages, spec.pages), **options)
-        units = visible_sms()
+        units = visible_sms(int(where.removeprefix("cuda:")))
     executor.compile_ahead()
     check = None
     if spec.generations is not None:

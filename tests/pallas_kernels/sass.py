@@ -23,6 +23,7 @@ PLACES = (
     "tests.pallas_kernels.test_dense_gemm",
     "pallas_kernels.decode_attention.shapes",
     "pallas_kernels.prefill_attention.shapes",
+    "pallas_kernels.signal_gemm.shapes",
     "tests.pallas_kernels.test_rms_norm",
     "tests.pallas_kernels.test_rope_write",
 )
