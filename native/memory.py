@@ -150,7 +150,8 @@ class Block:
     def close(self) -> None:
         """Gives the block up; a second call does nothing.
 
-        The memory goes back when the last view of it in this process is gone too; no view may be
+        The memory goes back when the last view of it in this process is gone too (for an array of
+        JAX's, at the latest when Python's garbage collector ran); no view may be
         used any more once the process that made the block has closed it on a GPU.
         """
         self._memory = None
