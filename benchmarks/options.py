@@ -36,14 +36,8 @@ def seconds(text: str) -> float:
     return value
 
 
-def add_bounds(parser: argparse.ArgumentParser, *, peer_seconds: float = PEER_SECONDS) -> None:
-    """Adds ``--seconds``, ``--merge``, ``--missing`` and ``--peer-seconds``."""
-    parser.add_argument(
-        "--seconds",
-        type=seconds,
-        metavar="N",
-        help="begin no case that may not end within N s; 0 measures nothing [no limit]",
-    )
+def add_merge_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--merge`` and ``--missing``."""
     parser.add_argument(
         "--merge",
         nargs="*",
@@ -55,6 +49,17 @@ def add_bounds(parser: argparse.ArgumentParser, *, peer_seconds: float = PEER_SE
     parser.add_argument(
         "--missing", action="store_true", help="--merge, and measure only what those files lack"
     )
+
+
+def add_bounds(parser: argparse.ArgumentParser, *, peer_seconds: float = PEER_SECONDS) -> None:
+    """Adds ``--seconds``, ``--merge``, ``--missing`` and ``--peer-seconds``."""
+    parser.add_argument(
+        "--seconds",
+        type=seconds,
+        metavar="N",
+        help="begin no case that may not end within N s; 0 measures nothing [no limit]",
+    )
+    add_merge_arguments(parser)
     parser.add_argument(
         "--peer-seconds",
         type=seconds,

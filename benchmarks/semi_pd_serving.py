@@ -38,13 +38,13 @@ import asyncio
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from benchmarks import topologies
 from benchmarks.curves import write_svg
+from benchmarks.options import add_merge_arguments
 from benchmarks.render import print_table
 from benchmarks.report import Report, add_arguments
 from benchmarks.serving_summary import (
@@ -300,17 +300,7 @@ def main() -> None:
     parser.add_argument("--point-seconds", type=float, help="of sending [20; 2 with --quick]")
     parser.add_argument("--seeds", nargs="+", type=int, help="[0 1; 0 with --quick]")
     parser.add_argument("--cases", type=int, help="rates and seeds in this call, at most [all]")
-    parser.add_argument(
-        "--merge",
-        nargs="*",
-        type=Path,
-        metavar="FILE",
-        help="keep the cases of these results that this run does not measure "
-        "[the file that is written, if it exists]",
-    )
-    parser.add_argument(
-        "--missing", action="store_true", help="--merge, and measure only what those files lack"
-    )
+    add_merge_arguments(parser)
     args = parser.parse_args()
     quick = args.quick
     args.workloads = args.workloads or (["azure_conv"] if quick else [*traces.NAMES])

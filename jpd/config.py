@@ -23,7 +23,7 @@ Controller = Literal["static", "paper", "slo"]
 
 MAX_STEP_TOKENS = 65_536
 
-_ONE_GPU = "jpd runs on one GPU"
+_ONE_GPU = "jpd runs on one GPU (topology='disaggregated' on two, one for each phase)"
 _LORA = "jpd serves no LoRA adapters"
 _DRAFTS = "jpd does no speculative decoding"
 _TEXT_ONLY = "jpd serves models of text alone"
@@ -116,7 +116,8 @@ class SemiPDConfig:
     """SM share of the decode executor in percent, to begin with; the paper's y. Both may sum to
     more than 100: then the phases compete for the SMs that they have in common."""
     sm_shares: bool = True
-    """Give processes their shares, by MPS on a GPU and by CPU affinity without one. With False
+    """Give processes their shares, by MPS on a GPU and by CPU affinity without one. Under MPS
+    `kernels.pallas_only` holds: cuBLAS computes wrong numbers on a part of the SMs. With False
     a GPU gives both processes slices of its time; both shares are 100 then."""
     controller: Any = "static"
     """Who changes the shares while requests are served: "static" nobody, "paper" Algorithm 1 of the
