@@ -24,6 +24,8 @@ class FinishReason(StrEnum):
     """`max_tokens` or `max_model_len` was reached."""
     ABORT = "abort"
     """The caller gave the request up."""
+    TIMEOUT = "timeout"
+    """`timeout_s` was over."""
     ERROR = "error"
     """Every executor that computed it was lost."""
 
@@ -79,6 +81,8 @@ class SamplingParams:
     fall the other way."""
     max_tokens: int | None = 16
     """Tokens to generate; None generates up to `max_model_len`."""
+    timeout_s: float | None = None
+    """Seconds from the request's arrival after which it ends with the tokens that it has."""
     min_tokens: int = 0
     """No end of sequence, stop token or stop string ends the output before this many tokens."""
     stop: str | Sequence[str] = ()
@@ -133,6 +137,12 @@ class SamplingParams:
             "logprobs",
             self.logprobs,
             f"at most {MAX_LOGPROBS}",
+        )
+        _check(
+            self.timeout_s is None or (_is_number(self.timeout_s) and self.timeout_s > 0),
+            "timeout_s",
+            self.timeout_s,
+            "None or seconds greater than 0",
         )
         _check(
             _is_int(self.min_tokens) and self.min_tokens >= 0,

@@ -42,6 +42,9 @@ from jpd.types import FinishReason, RequestMetrics, SamplingParams
         ("seed", 1.0),
         ("seed", True),
         ("max_tokens", 0),
+        ("timeout_s", 0),
+        ("timeout_s", float("nan")),
+        ("timeout_s", "1"),
         ("max_tokens", "16"),
         ("max_tokens", True),
         ("min_tokens", -1),
@@ -186,7 +189,7 @@ def test_times_to_and_between_tokens() -> None:
 
 
 def test_finish_reasons_are_their_strings() -> None:
-    assert [str(r) for r in FinishReason] == ["stop", "length", "abort", "error"]
+    assert [str(r) for r in FinishReason] == ["stop", "length", "abort", "timeout", "error"]
     assert FinishReason.STOP == "stop"
 
 

@@ -7,6 +7,7 @@ host.
 
 from __future__ import annotations
 
+import heapq
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -73,6 +74,7 @@ class Coordinator:
         self._eos_token_ids = eos_token_ids
         self._requests: dict[str, Request] = {}
         self._arrivals = 0
+        self._deadlines: list[tuple[float, int, RequestOutput]] = []
         self._cause: BaseException | None = None
         self._given_up: list[Delta] = []
         self._seeds = np.random.default_rng(config.seed)
@@ -201,6 +203,9 @@ class Coordinator:
             request.sequences.append(sequence)
             self.scheduler.add(sequence)
         self._requests[request_id] = request
+        if params.timeout_s is not None:
+            deadline = request.output.metrics.arrival_s + params.timeout_s
+            heapq.heappush(self._deadlines, (deadline, self._arrivals, request.output))
         return request.output
 
     def abort(self, request_id: str) -> list[Delta]:
@@ -208,12 +213,29 @@ class Coordinator:
         request = self._requests.pop(request_id, None)
         if request is None:
             return []
+        self._stats.requests_aborted += 1
+        return self._end_all(request, FinishReason.ABORT)
+
+    def _time_out(self) -> list[Delta]:
+        """Ends the requests whose time is over, in whatever state they are."""
+        deltas, now = [], self.clock()
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, _, output = heapq.heappop(self._deadlines)
+            request = self._requests.get(output.request_id)
+            # The id may be in use again, by a later request.
+            if request is not None and request.output is output:
+                del self._requests[output.request_id]
+                self._stats.requests_timed_out += 1
+                deltas += self._end_all(request, FinishReason.TIMEOUT)
+        return deltas
+
+    def _end_all(self, request: Request, reason: FinishReason) -> list[Delta]:
+        """Ends what is left of a request."""
         deltas = []
         for sequence, completion in zip(request.sequences, request.output.outputs, strict=True):
             if completion.finish_reason is None:
-                self.scheduler.finish(sequence, FinishReason.ABORT)
-                deltas.append(self._end(request, sequence, FinishReason.ABORT))
-        self._stats.requests_aborted += 1
+                self.scheduler.finish(sequence, reason)
+                deltas.append(self._end(request, sequence, reason))
         return deltas
 
     def _end(self, request: Request, sequence: Sequence, reason: FinishReason) -> Delta:
@@ -238,7 +260,7 @@ class Coordinator:
                 f"the engine has stopped: {type(self._cause).__name__}: {self._cause}"
             ) from self._cause
         try:
-            deltas = self._step()
+            deltas = self._time_out() + self._step()
         except BaseException as error:
             self._cause = error
             raise

@@ -14,6 +14,8 @@ class EngineStats:
     """Tokens delivered."""
     requests_finished: int = 0
     requests_aborted: int = 0
+    requests_timed_out: int = 0
+    """Requests that `timeout_s` ended."""
     requests_failed: int = 0
     """Requests that every executor failed on."""
     preemptions: int = 0

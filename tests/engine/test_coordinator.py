@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -37,8 +38,13 @@ def letters() -> Tokenizer:
     return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend), "letters")
 
 
-def make(eos: tuple[int, ...] = (), tokenizer: Tokenizer | None = None, **options: Any):
-    """A coordinator whose clock counts its readings."""
+def make(
+    eos: tuple[int, ...] = (),
+    tokenizer: Tokenizer | None = None,
+    clock: Callable[[], float] | None = None,
+    **options: Any,
+):
+    """A coordinator whose clock counts its readings, if none is given."""
     sizes = {
         "max_model_len": MAX_LEN,
         "max_num_seqs": 4,
@@ -55,7 +61,7 @@ def make(eos: tuple[int, ...] = (), tokenizer: Tokenizer | None = None, **option
         config.max_prefills_per_step,
         shape_table(config),
     )
-    clock = itertools.count(1).__next__
+    clock = clock or itertools.count(1).__next__
     model = SimpleNamespace(vocab_size=VOCAB)
     return Coordinator(
         config, model, one_executor(config, device), tokenizer, eos, clock=lambda: float(clock())
@@ -133,6 +139,56 @@ def test_an_unknown_or_finished_request_is_not_aborted() -> None:
     assert coordinator.abort("a") == coordinator.abort("nobody") == []
     assert output.outputs[0].finish_reason is FinishReason.LENGTH
     assert coordinator.stats().requests_aborted == 0
+
+
+# ---- time-outs
+
+
+@pytest.mark.parametrize("asynchronous", [True, False], ids=["in_flight", "synchronous"])
+@pytest.mark.parametrize("wanted", ["waiting", "prefilling", "decoding", "preempted"])
+def test_a_request_whose_time_is_over_ends_in_any_state_and_no_other(
+    wanted: str, asynchronous: bool
+) -> None:
+    now = 5.0
+    options = {"max_num_batched_tokens": 8, "async_scheduling": asynchronous}
+    coordinator = make(clock=lambda: now, num_pages=17, **options)
+    prompts = [[i, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2] for i in range(3)]
+    limits = [None, 100.5, 100]
+    outputs = [
+        coordinator.add(
+            str(i), None, p, SamplingParams(temperature=0, max_tokens=20, timeout_s=limit)
+        )
+        for i, (p, limit) in enumerate(zip(prompts, limits, strict=True))
+    ]
+    while stage(coordinator, "2") != wanted:
+        coordinator.step()
+    now = 104.9
+    assert all(d.finish_reason is None for d in coordinator.step())
+    seen, now = list(outputs[2].outputs[0].token_ids), 105.0
+    ended = [d for d in coordinator.step() if d.finish_reason is not None]
+    assert ended == [Delta("2", 0, "", [], FinishReason.TIMEOUT)]
+    assert outputs[2].finished
+    assert outputs[2].metrics.finished_s == 105.0
+    coordinator.scheduler.check_integrity()
+    drain(coordinator)
+    assert outputs[2].outputs[0].token_ids == seen == alone(prompts[2], 20)[: len(seen)]
+    for output, prompt in zip(outputs[:2], prompts, strict=False):
+        assert output.outputs[0].token_ids == alone(prompt, 20)
+    stats = coordinator.stats()
+    assert (stats.requests_finished, stats.requests_timed_out, stats.requests_aborted) == (2, 1, 0)
+
+
+def test_the_time_of_an_earlier_request_does_not_end_a_later_one_of_its_name() -> None:
+    now = 0.0
+    coordinator = make(clock=lambda: now)
+    params = SamplingParams(temperature=0, max_tokens=2, timeout_s=10)
+    coordinator.add("a", None, [1], params)
+    drain(coordinator)
+    now = 9.0
+    later = coordinator.add("a", None, [1], params)
+    now = 11.0
+    drain(coordinator)
+    assert later.outputs[0].finish_reason is FinishReason.LENGTH
 
 
 # ---- ends
