@@ -71,7 +71,8 @@ class Commands:
         self.connection.send("ready")
         handle = memory.receive_handle(self.connection)
         self.open(handle)
-        os.close(*handle.fds)
+        for fd in handle.fds:
+            os.close(fd)
 
     def give(self):
         memory.send_handle(self.connection, self.blocks[-1].handle())

@@ -139,11 +139,12 @@ def test_opened_twice_closed_once(block):
 def test_opening_and_closing_leaks_no_file(block):
     handle = block.handle()
     with OtherProcess(handle) as other:
-        before = other.open_files()
         for number in range(20):
             other.open(handle)
             other.add(number, 0, (1,), "float32", 1)
             other.close(number)
+            if number == 0:  # CUDA, when it starts, opens files of its own
+                before = other.open_files()
         assert other.open_files() == before
 
 
