@@ -17,14 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from pallas_kernels import mosaic
 from pallas_kernels.dense_gemm import DenseConfig, dense_gemm
 from pallas_kernels.dense_gemm import default as default_dense
-from pallas_kernels.flat_gemm import FlatConfig, flat_gemm, norm_refusal
+from pallas_kernels.flat_gemm import FlatConfig, flat_gemm
 from pallas_kernels.flat_gemm import default as default_flat
-from pallas_kernels.rms_norm import rms_norm
 
 TUNED = Path(__file__).parent / "tuned"
 FLAT_ROWS = 64
@@ -122,28 +120,19 @@ def linear(
     *,
     bias: jax.Array | None = None,
     residual: jax.Array | None = None,
-    norm: tuple[jax.Array, float] | None = None,
     gated: bool = False,
     pallas_only: bool = False,
     interpret: Any = None,
 ) -> jax.Array:
     """x w^T (+ bias) (+ residual) or its gated form, by the kernel that `choose` names.
 
-    Arguments as for `pallas_kernels.flat_gemm`, w as `[N, K]`. A `norm` is part of the flat GEMM
-    where that takes it, and a kernel before the product elsewhere: for many rows, and in fp16,
-    which may not hold x times the norm's weight.
+    Arguments as for `pallas_kernels.flat_gemm`, w as `[N, K]`.
 
     Raises:
       NotImplementedError: XLA is the choice, or no kernel takes the shape.
     """
     choice = choose(x.shape[0], *w.shape, gated=gated, pallas_only=pallas_only)
     operands = {"bias": bias, "residual": residual, "gated": gated, "interpret": interpret}
-    if norm is not None and choice.kernel != "xla":
-        fused = choice.kernel == "flat_gemm" and x.dtype == jnp.bfloat16
-        if fused and norm_refusal(*x.shape, choice.config) is None:
-            operands["norm"] = norm
-        else:
-            x = rms_norm(x, norm[0], eps=norm[1], interpret=interpret)
     match choice.kernel:
         case "flat_gemm":
             return flat_gemm(x, w, **operands, config=choice.config)

@@ -35,18 +35,8 @@ def tiled(dtype: Any, minor: int, swizzle: int | None = None) -> tuple[Any, ...]
     )
 
 
-def take_ticket(counter: Any, slot: Any, *, interpret: Any = None) -> jax.Array:
-    """Adds one to `counter` (a GMEM int32 scalar ref) and returns what it was, to the warpgroup.
-
-    Everything that the warpgroup wrote to GMEM before is visible to whoever draws a later ticket
-    (acquire-release at GPU scope). `slot` is a SMEM `[1]` int32 ref through which the first thread
-    hands the number to the others. In interpret mode blocks run one after another, so that a plain
-    read and write does.
-    """
-    if interpret is not None:
-        old = counter[...]
-        counter[...] = old + 1
-        return old
+def _by_first_thread(instruction: str, counter: Any, slot: Any) -> jax.Array:
+    """What a PTX instruction on `counter` gives the first thread, handed to the warpgroup."""
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.RefType(), plgpu.RefType()),
@@ -61,19 +51,45 @@ def take_ticket(counter: Any, slot: Any, *, interpret: Any = None) -> jax.Array:
         # kernels at once (jax 0.11.2) one of them loses the predicate: four warps draw tickets.
         first = scf.IfOp(utils.single_thread_predicate(utils.ThreadSubset.WARPGROUP))
         with ir.InsertionPoint(first.then_block):
-            old = utils.inline_ptx(
-                "atom.acq_rel.gpu.global.add.u32 $0, [$1], 1;",
+            number = utils.inline_ptx(
+                instruction,
                 utils.memref_ptr(counter_ref),
                 result_types=i32,
                 has_side_effects=True,
             )
-            memref.store(old, slot_ref, [utils.c(0, ir.IndexType.get())])
+            memref.store(number, slot_ref, [utils.c(0, ir.IndexType.get())])
             scf.YieldOp([])
         utils.warpgroup_barrier()
         number = memref.load(slot_ref, [utils.c(0, ir.IndexType.get())])
         return mgpu.FragmentedArray.splat(number, (), is_signed=True)
 
     return draw(counter, slot)
+
+
+def take_ticket(counter: Any, slot: Any, *, interpret: Any = None) -> jax.Array:
+    """Adds one to `counter` (a GMEM int32 scalar ref) and returns what it was, to the warpgroup.
+
+    Everything that the warpgroup wrote to GMEM before is visible to whoever draws a later ticket
+    (acquire-release at GPU scope). `slot` is a SMEM `[1]` int32 ref through which the first thread
+    hands the number to the others. In interpret mode blocks run one after another, so that a plain
+    read and write does.
+    """
+    if interpret is not None:
+        old = counter[...]
+        counter[...] = old + 1
+        return old
+    return _by_first_thread("atom.acq_rel.gpu.global.add.u32 $0, [$1], 1;", counter, slot)
+
+
+def read_ticket(counter: Any, slot: Any, *, interpret: Any = None) -> jax.Array:
+    """How many tickets of `counter` were taken; what their takers wrote before is visible.
+
+    Arguments as for `take_ticket`. One thread reads (acquire at GPU scope), so that the warpgroup
+    agrees on the number.
+    """
+    if interpret is not None:
+        return counter[...]
+    return _by_first_thread("ld.acquire.gpu.global.u32 $0, [$1];", counter, slot)
 
 
 def wait_for_previous(interpret: Any = None) -> None:

@@ -146,9 +146,7 @@ def check_kernels(
         return
     shapes = shape_table(config)
     batches = shapes.batches
-    # Up to 8 rows a product does the norm before it: the fewest and the most of them.
-    few = max((batch for batch in batches if batch <= 8), default=batches[0])
-    decode = sorted({batches[0], few, batches[len(batches) // 2], batches[-1]})
+    decode = sorted({batches[0], batches[len(batches) // 2], batches[-1]})
     rows = [*decode, shapes.mixed_batches[-1] + shapes.tokens[-1]]
     layer = params["layers"][0]
     attention, mlp = layer["attention"], layer["mlp"]
@@ -171,11 +169,9 @@ def check_kernels(
         ),
         config.kernels,
         [
-            product("qkv", attention["qkv"], rows, norm=layer["attention_norm"]["weight"]),
+            product("qkv", attention["qkv"], rows),
             product("out", attention["out"], rows, residual=True),
-            product(
-                "gate and up", mlp["gate_up"], rows, gated=True, norm=layer["mlp_norm"]["weight"]
-            ),
+            product("gate and up", mlp["gate_up"], rows, gated=True),
             product("down", mlp["down"], rows, residual=True),
             product("logits", head, decode),
         ],

@@ -38,6 +38,8 @@ class PagedAttend:
         self._config = config
         self._phi = phi
         self._batch = batch
+        self._lengths = batch.positions + 1
+        self._attended: set[int | None] = set()
         decode_slots = self._slots(batch.positions, batch.page_table, page_size)
         rows = batch.chunk_page_table[batch.chunk_of_token] if len(batch.chunk_tokens) else None
         self._slots_of_tokens = (
@@ -84,17 +86,24 @@ class PagedAttend:
             norms=norms,
         )
         self.kv[layer] = tuple(pages)
-        options = {"scale": q.shape[-1] ** -0.5, "window": config.windows[layer]}
+        window = config.windows[layer]
+        options = {"scale": q.shape[-1] ** -0.5, "window": window}
         parts = []
         if batch:
+            # All but the newest token of a decoding row was written by earlier steps: by whole ones
+            # of this executor, or by another's that had ended when the plan was made. So were the
+            # pages that it found in the prefix cache, since it was admitted before its first chunk.
+            # This step's chunks are written into pages that no decoding row has.
             decoded = ops.decode_attention(
                 q[:batch],
                 *pages,
                 b.page_table,
-                b.positions + 1,
+                self._lengths,
                 phi=None if self._phi is None else self._phi[layer],
+                early=window in self._attended,
                 **options,
             )
+            self._attended.add(window)
             parts.append(decoded.out)
             if decoded.recomputed is not None:
                 self._recomputed.append(decoded.recomputed)

@@ -48,10 +48,9 @@ class Attention(nnx.Module):
         sin: jax.Array,
         attend: Attend,
         residual: jax.Array | None = None,
-        norm: RMSNorm | None = None,
     ) -> jax.Array:
-        """Attention of x `[T, E]`, normed if a `norm` is given, plus `residual` if given."""
-        qkv = self.qkv(x, norm=norm).reshape(-1, self.heads + 2 * self.kv_heads, self.size)
+        """Attention of x `[T, E]`, plus `residual` if given."""
+        qkv = self.qkv(x).reshape(-1, self.heads + 2 * self.kv_heads, self.size)
         norms = None
         if self.q_norm is not None:
             weights = self.q_norm.weight[...], self.k_norm.weight[...]

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jpd import ops
-from jpd.layers.norm import RMSNorm
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: jnp.dtype) -> nnx.Param:
@@ -20,20 +19,13 @@ class Linear(nnx.Module):
         self.weight = normal(rngs, (outputs, inputs), dtype)
         self.bias = nnx.Param(jnp.zeros((outputs,), dtype)) if bias else None
 
-    def __call__(
-        self, x: jax.Array, residual: jax.Array | None = None, norm: RMSNorm | None = None
-    ) -> jax.Array:
-        """The product, plus the bias if there is one, plus `residual` `[M, N]` if given.
+    def __call__(self, x: jax.Array, residual: jax.Array | None = None) -> jax.Array:
+        """The product, plus the bias if there is one, plus `residual` `[M, N]` if given."""
+        return ops.linear(x, self.weight[...], bias=self._bias(), residual=residual)
 
-        With a `norm`, x is normed first; the product does both.
-        """
-        options = {"bias": self._bias(), "residual": residual, "norm": norm and norm.argument()}
-        return ops.linear(x, self.weight[...], **options)
-
-    def gated(self, x: jax.Array, norm: RMSNorm | None = None) -> jax.Array:
+    def gated(self, x: jax.Array) -> jax.Array:
         """`silu(gate) * up` `[M, N / 2]`, where gate and up are the halves of the product."""
-        norm = norm and norm.argument()
-        return ops.gated_linear(x, self.weight[...], bias=self._bias(), norm=norm)
+        return ops.gated_linear(x, self.weight[...], bias=self._bias())
 
     def _bias(self) -> jax.Array | None:
         return None if self.bias is None else self.bias[...]

@@ -15,8 +15,4 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return ops.rms_norm(x, *self.argument())
-
-    def argument(self) -> ops.Norm:
-        """This norm as an argument of the product that comes after it."""
-        return ops.Norm(self.weight[...], self.eps)
+        return ops.rms_norm(x, self.weight[...], self.eps)

@@ -31,17 +31,12 @@ class MLP(nnx.Module):
         self.gate_up = Linear(width, 2 * ffn, bias=bias, dtype=dtype, rngs=rngs)
         self.down = Linear(ffn, width, bias=bias, dtype=dtype, rngs=rngs)
 
-    def __call__(
-        self, x: jax.Array, residual: jax.Array | None = None, norm: RMSNorm | None = None
-    ) -> jax.Array:
-        return self.down(self.gate_up.gated(x, norm), residual)
+    def __call__(self, x: jax.Array, residual: jax.Array | None = None) -> jax.Array:
+        return self.down(self.gate_up.gated(x), residual)
 
 
 class DecoderLayer(nnx.Module):
-    """Attention and MLP, each after a norm and added to the residual.
-
-    The first product of each does the norm: for few rows it is part of its kernel.
-    """
+    """Attention and MLP, each after a norm and added to the residual."""
 
     def __init__(self, config: ModelConfig, layer: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_eps, dtype=dtype)
@@ -50,8 +45,8 @@ class DecoderLayer(nnx.Module):
         self.mlp = MLP(config, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend) -> jax.Array:
-        x = self.attention(x, cos, sin, attend, residual=x, norm=self.attention_norm)
-        return self.mlp(x, residual=x, norm=self.mlp_norm)
+        x = self.attention(self.attention_norm(x), cos, sin, attend, residual=x)
+        return self.mlp(self.mlp_norm(x), residual=x)
 
 
 class Decoder(nnx.Module):

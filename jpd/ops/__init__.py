@@ -2,7 +2,7 @@
 
 from jpd.ops.attention import DecodeAttention, decode_attention, prefill_attention
 from jpd.ops.linear import gated_linear, linear
-from jpd.ops.norm import Norm, rms_norm
+from jpd.ops.norm import rms_norm
 from jpd.ops.pallas import describe as describe_kernels
 from jpd.ops.pallas import kernels_without_gpu, may_run, workspace
 from jpd.ops.registry import check, choices, implementations, register, using
@@ -11,7 +11,6 @@ from jpd.ops.rope import HeadNorms, rope_write, rotate, split_heads
 __all__ = [
     "DecodeAttention",
     "HeadNorms",
-    "Norm",
     "check",
     "choices",
     "decode_attention",

@@ -27,7 +27,8 @@ class DecodeAttention(NamedTuple):
 
 
 decode_attention = Op("decode_attention")
-"""decode_attention(q, k_pages, v_pages, page_table, lengths, *, scale, window=None, phi=None).
+"""decode_attention(q, k_pages, v_pages, page_table, lengths, *, scale, window=None, phi=None,
+early=False).
 
 Attends one new token per sequence over its paged KV: q `[B, Hq, D]`, pages `[P, S, Hkv, D]`,
 page_table `[B, W]` int32, lengths `[B]` int32 tokens in the cache with the new one (0 marks a
@@ -35,6 +36,12 @@ padded row, whose output is zero). `window`: only the last `window` tokens are s
 float32, the value near the log-sum-exp of a head's scaled scores that asynchronous softmax
 subtracts from them (FlashDecoding++, section 3); it changes no result, only how often rows are
 computed again. Returns a `DecodeAttention`.
+
+`early`: keys and values may be read before the kernel ahead has ended. The caller promises that
+the pages come right from `rope_write`, which was given no token of these rows but the newest, and
+that the program has attended with the same page_table, lengths and window before (so that they, and
+what is computed from them, are there). An implementation that does not overlap kernels, such as
+XLA's, ignores it.
 """
 
 prefill_attention = Op("prefill_attention")
@@ -143,9 +150,11 @@ def _multi_head_decode(q, k_pages, v_pages, page_table, lengths, *, scale, windo
     return jnp.where(lengths[:, None, None] > 0, out, 0.0).astype(q.dtype)
 
 
-def decode_attention_xla(q, k_pages, v_pages, page_table, lengths, *, scale, window=None, phi=None):
+def decode_attention_xla(
+    q, k_pages, v_pages, page_table, lengths, *, scale, window=None, phi=None, early=False
+):
     """Sums over the pages with a key for each query head, else gathers and dots."""
-    del phi  # the softmax here takes the maximum of every row
+    del phi, early  # the softmax here takes the maximum of every row; XLA orders its kernels
     if q.shape[1] == k_pages.shape[2]:
         return DecodeAttention(
             _multi_head_decode(q, k_pages, v_pages, page_table, lengths, scale=scale, window=window)

@@ -3,22 +3,20 @@
 import jax
 import jax.numpy as jnp
 
-from jpd.ops.norm import Norm, rms_norm_xla
 from jpd.ops.registry import Op, register
 
 linear = Op("linear")
-"""linear(x [M, K], weight [N, K], *, bias=None, residual=None, norm=None) -> [M, N].
+"""linear(x [M, K], weight [N, K], *, bias=None, residual=None) -> [M, N].
 
 `x @ weight.T + bias + residual` in x's dtype, the product accumulated in float32; bias `[N]`,
-residual `[M, N]`. With `norm: Norm`, x stands for `rms_norm(x, norm.weight, norm.eps)`, which a
-kernel may compute with one rounding instead of two.
+residual `[M, N]`.
 """
 
 gated_linear = Op("gated_linear")
-"""gated_linear(x [M, K], weight [2F, K], *, bias=None, norm=None) -> [M, F].
+"""gated_linear(x [M, K], weight [2F, K], *, bias=None) -> [M, F].
 
 `silu(gate) * up`, where gate and up are the products with the first and the second half of the
-weight's rows; bias `[2F]`, norm as for `linear`.
+weight's rows; bias `[2F]`.
 """
 
 
@@ -28,15 +26,12 @@ def linear_xla(
     *,
     bias: jax.Array | None = None,
     residual: jax.Array | None = None,
-    norm: Norm | None = None,
 ) -> jax.Array:
-    """The norm, and XLA's dot; float32 inputs are multiplied in float32, never in TF32.
+    """XLA's dot; float32 inputs are multiplied in float32, never in TF32.
 
     One row of 16-bit numbers is a product and a sum over K instead: XLA's row reduction reads the
     weights faster than its matrix kernels (Llama-2-7B decode step on an H200: 4.67 -> 4.38 ms).
     """
-    if norm is not None:
-        x = rms_norm_xla(x, *norm)
     if x.shape[0] == 1 and x.dtype.itemsize == 2:
         product = weight.astype(jnp.float32) * x.astype(jnp.float32)
         y = product.sum(-1)[None].astype(x.dtype)
@@ -54,14 +49,10 @@ def linear_xla(
 
 
 def gated_linear_xla(
-    x: jax.Array,
-    weight: jax.Array,
-    *,
-    bias: jax.Array | None = None,
-    norm: Norm | None = None,
+    x: jax.Array, weight: jax.Array, *, bias: jax.Array | None = None
 ) -> jax.Array:
     """One dot that reads gate and up, and the activation, which XLA fuses."""
-    gate, up = jnp.split(linear_xla(x, weight, bias=bias, norm=norm), 2, axis=-1)
+    gate, up = jnp.split(linear_xla(x, weight, bias=bias), 2, axis=-1)
     return jax.nn.silu(gate) * up
 
 

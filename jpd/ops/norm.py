@@ -1,20 +1,9 @@
 """Root-mean-square norm."""
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 
 from jpd.ops.registry import Op, register
-
-
-class Norm(NamedTuple):
-    """A norm of the rows that a product takes, as an argument of the product."""
-
-    weight: jax.Array
-    """`[K]`."""
-    eps: float
-
 
 rms_norm = Op("rms_norm")
 """rms_norm(x [M, E], weight [E], eps) -> [M, E]: the last axis is normalised in float32, rounded to

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import weakref
 from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
@@ -17,7 +18,6 @@ import jax
 from jpd.config import KernelConfig
 from jpd.ops import registry
 from jpd.ops.attention import DecodeAttention
-from jpd.ops.norm import Norm
 from jpd.ops.registry import register
 from jpd.ops.rope import HeadNorms
 
@@ -30,6 +30,8 @@ class _Target:
 
 
 _TARGET: ContextVar[_Target | None] = ContextVar("jpd_pallas_target", default=None)
+_WRITTEN: ContextVar[Any] = ContextVar("jpd_pallas_written", default=lambda: None)
+"""Weak reference to the pages of keys that the kernel `rope_write` returned last."""
 
 
 @contextlib.contextmanager
@@ -111,7 +113,7 @@ def describe() -> dict[str, str]:
     }
 
 
-def _linear(x, weight, *, bias, residual, norm, gated):
+def _linear(x, weight, *, bias, residual, gated):
     interpret = _interpret()
     from pallas_kernels import dataflow
 
@@ -120,24 +122,20 @@ def _linear(x, weight, *, bias, residual, norm, gated):
         weight,
         bias=bias,
         residual=residual,
-        norm=norm,
         gated=gated,
         pallas_only=registry.selection().pallas_only,
         interpret=interpret,
     )
 
 
-def linear_pallas(x, weight, *, bias=None, residual=None, norm: Norm | None = None):
-    """Flat GEMM, dense GEMM or, unless `pallas_only`, a refusal in favour of XLA: by the table.
-
-    A norm is part of the flat GEMM of at most 8 rows, else a launch before the product.
-    """
-    return _linear(x, weight, bias=bias, residual=residual, norm=norm, gated=False)
+def linear_pallas(x, weight, *, bias=None, residual=None):
+    """Flat GEMM, dense GEMM or, unless `pallas_only`, a refusal in favour of XLA: by the table."""
+    return _linear(x, weight, bias=bias, residual=residual, gated=False)
 
 
-def gated_linear_pallas(x, weight, *, bias=None, norm: Norm | None = None):
+def gated_linear_pallas(x, weight, *, bias=None):
     """The same with the activation in the epilogue."""
-    return _linear(x, weight, bias=bias, residual=None, norm=norm, gated=True)
+    return _linear(x, weight, bias=bias, residual=None, gated=True)
 
 
 def rms_norm_pallas(x, weight, eps):
@@ -157,7 +155,7 @@ def rope_write_pallas(
     interpret = _interpret()
     from pallas_kernels.rope_write import rope_write
 
-    return rope_write(
+    q, k_pages, v_pages = rope_write(
         qkv,
         cos,
         sin,
@@ -170,12 +168,18 @@ def rope_write_pallas(
         eps=None if norms is None else norms.eps,
         interpret=interpret,
     )
+    _WRITTEN.set(weakref.ref(k_pages))
+    return q, k_pages, v_pages
 
 
 def decode_attention_pallas(
-    q, k_pages, v_pages, page_table, lengths, *, scale, window=None, phi=None
+    q, k_pages, v_pages, page_table, lengths, *, scale, window=None, phi=None, early=False
 ):
-    """Asynchronous softmax over splits of each row; rows that leave its range are redone."""
+    """Asynchronous softmax over splits of each row; rows that leave its range are redone.
+
+    Early only if the pages come from the kernel `rope_write`, which starts no other before all that
+    came before it is complete. What XLA writes them by may copy them and lets others start at will.
+    """
     interpret = _interpret()
     from pallas_kernels.decode_attention import decode_attention
 
@@ -188,6 +192,7 @@ def decode_attention_pallas(
         scale=scale,
         window=window,
         phi=phi,
+        early=early and _WRITTEN.get()() is k_pages,
         interpret=interpret,
     )
     return DecodeAttention(result.out, result.recomputed)

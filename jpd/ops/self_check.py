@@ -27,7 +27,7 @@ from jpd.errors import KernelError
 from jpd.ops import registry
 from jpd.ops.attention import decode_attention, prefill_attention
 from jpd.ops.linear import gated_linear, linear
-from jpd.ops.norm import Norm, rms_norm
+from jpd.ops.norm import rms_norm
 from jpd.ops.rope import HeadNorms, rope_write
 
 MAX_RELATIVE_ERROR = 1e-2
@@ -64,8 +64,6 @@ class Product:
     bias: jax.Array | None = None
     residual: bool = False
     gated: bool = False
-    norm: jax.Array | None = None
-    """`[K]`, weight of the norm before the layer, which the product does."""
 
 
 Draw = Callable[..., np.ndarray]
@@ -204,7 +202,6 @@ def _product_case(
     widths: Widths, product: Product, checked: _Columns, rows: int, draw: Draw
 ) -> _Case:
     weight, bias, gated = product.weight, product.bias, product.gated
-    norm, eps = product.norm, widths.eps
     outputs, width = weight.shape[0] // (1 + gated), weight.shape[1]
     some = np.unique(np.linspace(0, rows - 1, _ROWS).astype(int))
     x = draw(rows, width)
@@ -212,8 +209,7 @@ def _product_case(
 
     def want(got: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         at = np.ix_(some, checked.columns)
-        rows = _float(x[some])
-        y, *up = checked.multiply(rows if norm is None else _normed(rows, _float(norm), eps))
+        y, *up = checked.multiply(_float(x[some]))
         if gated:
             y = y * np.exp(-np.logaddexp(0, -y)) * up[0]
         if residual is not None:
@@ -221,16 +217,14 @@ def _product_case(
         yield _float(got[at]), y
         yield _all_finite(got)
 
-    def run(x: jax.Array, weight: jax.Array, bias: Any, residual: Any, norm: Any) -> jax.Array:
-        norm = None if norm is None else Norm(norm, eps)
+    def run(x: jax.Array, weight: jax.Array, bias: Any, residual: Any) -> jax.Array:
         if gated:
-            return gated_linear(x, weight, bias=bias, norm=norm)
-        return linear(x, weight, bias=bias, residual=residual, norm=norm)
+            return gated_linear(x, weight, bias=bias)
+        return linear(x, weight, bias=bias, residual=residual)
 
     op = "gated_linear" if gated else "linear"
-    first = "" if norm is None else "norm and "
-    name = f"{op} {first}{product.name} {x.dtype}{list(x.shape)} x {list(weight.shape)}"
-    return _Case(name, run, (x, weight, bias, residual, norm), want)
+    name = f"{op} {product.name} {x.dtype}{list(x.shape)} x {list(weight.shape)}"
+    return _Case(name, run, (x, weight, bias, residual), want)
 
 
 def _all_finite(got: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -52,6 +52,7 @@ def decode_attention(
     phi: Any = None,
     softmax: str = "async",
     return_lse: bool = False,
+    early: bool = False,
     config: DecodeConfig | None = None,
     interpret: Any = None,
 ) -> DecodeAttention:
@@ -72,6 +73,22 @@ def decode_attention(
       normal float16 number, and what the coarse spacing below 2^-14 costs is less than 2^-10 of
       the result.
 
+    With `early` the caller promises that these were complete before the kernel directly ahead on
+    the stream let this one start:
+
+    * k_pages and v_pages, but for the newest token of each row (the last of its `length`),
+    * page_table and lengths, and the plan that is computed here from lengths and window. That is
+      so if the same program attended with the same three before; not in a program's first
+      attention, since XLA may compute any of these directly ahead of it.
+
+    `rope_write` lets the next kernel start after its own wait (`mosaic.take_turn`), when all before
+    it is complete. So a decoding step may set `early` from the second layer on if `rope_write` gets
+    one token of each row and nothing between it and this kernel writes to pages. Directly after a
+    product nobody may, unless the promise holds before the product too: products let the next
+    kernel start at once. Nor who writes several tokens of a row, copies pages or writes them by XLA
+    directly ahead. A broken promise is a race: wrong results at times, or reads at places that a
+    stale plan names.
+
     Args:
       q: [B, Hq, D] bfloat16 or float16, D one of 64, 96, 128, 256.
       k_pages: [P, S, Hkv, D] in q's dtype, S one of 16, 32, 64, Hq / Hkv a whole number up to 16.
@@ -88,6 +105,9 @@ def decode_attention(
       softmax: "async"; "sync" keeps a running maximum and rescales at every tile; "lazy" rescales
         only when the maximum grows by more than 2^8. The latter two need no phi and no guard.
       return_lse: also return lse.
+      early: the first keys and values are read before the kernel ahead of this one has ended
+        (programmatic dependent launch). q and the 64 tokens around each row's newest one are read
+        after its end in any case. See below for who may set it.
       config: tunables; picked from the shape by default.
       interpret: `plgpu.InterpretGPUParams` to run on a CPU, None for the GPU.
 
@@ -99,11 +119,11 @@ def decode_attention(
       ValueError: arguments that do not fit together.
     """
     _check(q, k_pages, v_pages, page_table, lengths, window, soft_cap, softmax)
-    _, heads, size = q.shape
+    batch, heads, size = q.shape
     kv_heads = k_pages.shape[2]
     group = heads // kv_heads
-    config = config or configs.choose(size, group)
-    blocks = configs.blocks_per_head(config, kv_heads)
+    config = config or configs.choose(size, group, batch, kv_heads)
+    blocks = configs.blocks_per_head(config, kv_heads, batch)
     if phi is None or softmax != "async":
         phi = 0.0
     if isinstance(phi, (int, float)):
@@ -125,6 +145,7 @@ def decode_attention(
         softmax=softmax,
         return_lse=return_lse,
         blocks=blocks,
+        early=early,
         config=config,
     )
     # Outside the jitted launch, so that XLA sees that all layers of a step share it.

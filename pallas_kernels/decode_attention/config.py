@@ -16,6 +16,14 @@ MAX_BATCH = 1024
 SM_SMEM_BYTES = 228 * 1024
 """Shared memory of a Hopper SM, of which every resident block takes 1 KB for itself."""
 MAX_BUFFERS = 12
+MIN_TILES = 4
+MANY_PARTS = 16
+"""Parts of a row that one block adds up with ease; for more, fewer and larger blocks do better."""
+ALONE_BYTES, BESIDE_BYTES = 128 * 1024, 80 * 1024
+"""Keys and values that a block keeps in flight, alone on an SM and beside another: several times
+what its share of the device's bandwidth needs. More measured slower."""
+LEAST_BLOCKS = 0.9
+"""Share of the resident blocks with which a memory-bound kernel is as fast as with all."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +40,7 @@ class DecodeConfig:
 
     blocks_per_sm: int = 2
     buffers: int = 6
-    min_tiles: int = 2
+    min_tiles: int = MIN_TILES
     blocks: int | None = None
     merge: int = 4
 
@@ -60,26 +68,45 @@ def other_smem_bytes(head_size: int, group: int) -> int:
     return 4 * rows * columns * 2 + rows * TILE * 2 + 6 * 1024
 
 
-def choose(head_size: int, group: int) -> DecodeConfig:
-    """The default configuration: two blocks an SM, as many buffers as then fit."""
+def largest(head_size: int, group: int, blocks_per_sm: int) -> DecodeConfig:
+    """As much as fits with so many blocks on an SM.
+
+    A block that is alone leaves a part of the SM's shared memory to the next kernel, which brings
+    its first weights meanwhile, unless its buffers would then be few.
+    """
     buffer_bytes = TILE * padded_head_size(head_size) * 2
-    buffers = 0
-    for blocks_per_sm in (2, 1):
-        room = SM_SMEM_BYTES // blocks_per_sm - 1024 - other_smem_bytes(head_size, group)
-        buffers = min(room // buffer_bytes, MAX_BUFFERS)
-        if buffers >= 3:
-            break
-    # A partial result takes this many registers a thread; two blocks an SM leave 128 in all.
+    room = SM_SMEM_BYTES // blocks_per_sm - 1024 - other_smem_bytes(head_size, group)
+    # A partial result takes this many registers a thread, of 128 (255 for a block that is alone).
     registers = padded_head_size(head_size) * padded_group(group) // 128
-    return DecodeConfig(
-        blocks_per_sm=blocks_per_sm,
-        buffers=max(buffers, 2),
-        merge=max(1, min(8, (32 if blocks_per_sm == 2 else 64) // registers)),
-    )
+    alone = blocks_per_sm == 1
+    wanted = max(ALONE_BYTES // buffer_bytes, 6) if alone else BESIDE_BYTES // buffer_bytes
+    buffers = min(room // buffer_bytes, wanted, MAX_BUFFERS)
+    merge = min(MANY_PARTS, 128 // registers) if alone else min(8, 32 // registers)
+    return DecodeConfig(blocks_per_sm=blocks_per_sm, buffers=max(buffers, 2), merge=max(1, merge))
 
 
-def blocks_per_head(config: DecodeConfig, kv_heads: int) -> int:
-    """Blocks that share the tiles of one kv head; all blocks of a launch should be resident."""
+def choose(head_size: int, group: int, batch: int = 1, kv_heads: int = 1) -> DecodeConfig:
+    """The default configuration.
+
+    Two blocks an SM, so that one computes while the other meets others or waits for its first tile;
+    one, where two cut each row into so many parts that adding them up takes longer than that saves.
+    """
+    two = largest(head_size, group, 2)
+    if two.buffers < 3 or blocks_per_head(two, kv_heads) > MANY_PARTS * batch:
+        return largest(head_size, group, 1)
+    return two
+
+
+def blocks_per_head(config: DecodeConfig, kv_heads: int, batch: int = 1) -> int:
+    """Blocks that share the tiles of one kv head; all blocks of a launch should be resident.
+
+    Where up to a tenth fewer blocks divide the rows, or the rows them, it is so many: rows of one
+    length are then cut nowhere, or all alike, and no block meets two others.
+    """
     if config.blocks is not None:
         return config.blocks
-    return max(1, config.blocks_per_sm * mosaic.sm_count() // kv_heads)
+    most = max(1, config.blocks_per_sm * mosaic.sm_count() // kv_heads)
+    for blocks in range(most, int(LEAST_BLOCKS * most), -1):
+        if blocks % batch == 0 or batch % blocks == 0:
+            return blocks
+    return most

@@ -31,6 +31,7 @@ from pallas_kernels.mosaic import (
     take_ticket,
     take_turn,
     tiled,
+    wait_for_previous,
 )
 
 LOG2E = math.log2(math.e)
@@ -48,6 +49,11 @@ BY_HEAD = plgpu.Layout.WGMMA.reduce(0)
 def across(value: Any, shape: tuple[int, ...]) -> Any:
     """One number a head, for every row of a [_, heads] array."""
     return lax.broadcast_in_dim(value, shape, [1])
+
+
+def across_all(value: Any, shape: tuple[int, ...]) -> Any:
+    """One number, everywhere."""
+    return lax.broadcast_in_dim(value, shape, [])
 
 
 def by_head(size: int, value: float) -> Any:
@@ -74,9 +80,17 @@ class Body:
             raise AttributeError(name) from None
 
     def run(self) -> None:
-        take_turn(self.interpret)
         warpgroup = lax.axis_index("warpgroup")
-        pl.when(warpgroup == 0)(self.consume)
+        if not self.spec.early:
+            take_turn(self.interpret)
+
+        @pl.when(warpgroup == 0)
+        def _() -> None:
+            if self.spec.early:
+                take_turn(self.interpret)
+            self.consume()
+
+        # Its first loads come before its wait, if it is early; it writes nothing to GMEM.
         pl.when(warpgroup == 1)(self.produce)
 
     def walk(self, visit: Any, state: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -141,8 +155,6 @@ class Body:
             def _() -> None:
                 plgpu.barrier_wait(self.q_empty.at[slot])
 
-            self.copy_queries(segment.row, slot, self.q_full.at[slot])
-
             def tile_step(tile: Any, unit: Any) -> Any:
                 # Before the wait below, so that the wait hides the table's latency.
                 ids = self.page_ids(segment.row, segment.length, tile)
@@ -157,7 +169,17 @@ class Body:
                     unit = unit + 1
                 return unit
 
-            unit = lax.fori_loop(segment.begin, segment.end, tile_step, unit)
+            begin = segment.begin
+            if self.spec.early:
+                begin = jnp.where(visited == 0, self.early_end(segment), begin)
+                unit = lax.fori_loop(segment.begin, begin, tile_step, unit)
+
+                @pl.when(visited == 0)
+                def _() -> None:
+                    wait_for_previous(self.interpret)
+
+            self.copy_queries(segment.row, slot, self.q_full.at[slot])
+            unit = lax.fori_loop(begin, segment.end, tile_step, unit)
             return unit, visited + 1
 
         unit, visited = self.walk(visit, (jnp.int32(0), jnp.int32(0)))
@@ -168,6 +190,16 @@ class Body:
                 @pl.when(used > i)
                 def _(barrier: Any = barriers.at[i]) -> None:
                     plgpu.barrier_wait(barrier)
+
+    def early_end(self, segment: plans.Segment) -> Any:
+        """Where the tiles of a block's first segment end that are loaded before the wait.
+
+        These fit the ring, and are not the one with the row's newest token, which the kernel ahead
+        may be writing.
+        """
+        newest = lax.div(jnp.maximum(segment.length - 1, 0), jnp.int32(TILE))
+        most = jnp.minimum(segment.end, segment.begin + self.spec.config.buffers // 2)
+        return jnp.maximum(jnp.minimum(most, newest), segment.begin)
 
     # --- arithmetic --------------------------------------------------------------------------
 
@@ -355,9 +387,9 @@ class Body:
         width = spec.config.merge
         synchronized = spec.softmax != "async"
 
-        def load(i: Any) -> tuple[Any, ...]:
-            source = jnp.minimum(i, segment.last_block)
-            place = (source, (source == segment.first_block).astype(jnp.int32), self.head)
+        def load(base: Any, j: int, slot: int = 0) -> tuple[Any, ...]:
+            # Constant distances from one address: one register for all of a round's loads.
+            place = (base + j, slot, self.head)
             o = plgpu.load(self.part_o.at[place], layout=plgpu.Layout.WGMMA, optimized=False)
             l = plgpu.load(self.part_l.at[place], layout=BY_HEAD, optimized=False)  # noqa: E741
             if not synchronized:
@@ -365,30 +397,31 @@ class Body:
             return o, l, plgpu.load(self.part_m.at[place], layout=BY_HEAD, optimized=False)
 
         def step(n: Any, state: tuple[Any, ...]) -> tuple[Any, ...]:
-            base = segment.first_block + n * width
-            parts = [load(base + j) for j in range(width)]
+            base = segment.first_block + 1 + n * width
+            parts = [load(base, j) for j in range(width)]
             o, l, *rest = state  # noqa: E741
             for j, (part_o, part_l, part_m) in enumerate(parts):
-                # Past the last block its own part was loaded again, and counts nothing (if it is
-                # infinite, 0 times it is NaN, but then the row is bad in any case).
+                # Past the last block lies what may be anything, and counts nothing.
                 exists = base + j <= segment.last_block
+                part_o = jnp.where(across_all(exists, part_o.shape), part_o, 0.0)
+                part_l = jnp.where(across_all(exists, part_l.shape), part_l, 0.0)
                 if synchronized:
                     (m,) = rest
-                    part_m = part_m + jnp.where(exists, 0.0, -jnp.inf)
+                    part_m = jnp.where(across_all(exists, part_m.shape), part_m, -jnp.inf)
                     top = jnp.maximum(m, part_m)
                     old, new = jnp.exp2(m - top), jnp.exp2(part_m - top)
                     o = o * across(old, o.shape) + part_o * across(new, o.shape)
                     l = l * old + part_l * new  # noqa: E741
                     rest = [top]
                 else:
-                    weight = exists.astype(jnp.float32)
-                    o = o + part_o * weight
-                    l = l + part_l * weight  # noqa: E741
+                    o = o + part_o
+                    l = l + part_l  # noqa: E741
             return (o, l, *rest)
 
-        o, _, m = self.fresh()
-        state = (o, by_head(spec.rows, 0.0), *((m,) if synchronized else ()))
-        steps = lax.div(segment.last_block - segment.first_block + width, jnp.int32(width))
+        o, l, m = load(segment.first_block, 0, 1)  # noqa: E741
+        state = (o, l, *((m,) if synchronized else ()))
+        others = segment.last_block - segment.first_block
+        steps = lax.div(others + (width - 1), jnp.int32(width))
         o, l, *rest = lax.fori_loop(0, steps, step, state)  # noqa: E741
         return o, l, (rest[0] if rest else None)
 
@@ -524,7 +557,7 @@ def launch(
     outputs = {"out": struct(q.shape, q.dtype), "recomputed": struct((batch, kv_heads), i32)}
     if spec.return_lse:
         outputs["lse"] = struct((batch, heads), f32)
-    parts = (spec.blocks, 2, kv_heads)
+    parts = (spec.blocks + spec.config.merge, 2, kv_heads)  # a round reads past the last
     outputs["part_o"] = struct((*parts, columns, rows), f32)
     outputs["part_l"] = struct((*parts, rows), f32)
     if synchronized:

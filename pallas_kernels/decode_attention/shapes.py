@@ -28,6 +28,18 @@ CASES: dict[str, tuple[int, int, int, int, int, int, dict[str, Any]]] = {
     "phi by head": (8, 32, 8, 128, 16, 64, {"phi": True}),
     "sync": (8, 32, 8, 128, 16, 64, {"softmax": "sync", "return_lse": True}),
     "lazy": (8, 28, 4, 128, 16, 64, {"softmax": "lazy"}),
+    "llama-2-7b B=1 early": (1, 32, 32, 128, 16, 256, {"early": True}),
+    "llama-3.1-8b B=1 early": (1, 32, 8, 128, 16, 512, {"early": True}),
+    "llama-3.1-8b B=32 early": (32, 32, 8, 128, 16, 2048, {"early": True}),
+    "qwen2.5-7b B=64 fp16 early": (64, 28, 4, 128, 16, 64, {"early": True, "dtype": "float16"}),
+    "64/4 B=1, early": (1, 64, 4, 128, 16, 64, {"early": True}),
+    "64/4 B=32, early": (32, 64, 4, 128, 16, 64, {"early": True}),
+    "D=64, B=1, window, early": (1, 32, 4, 64, 16, 64, {"early": True, "window": 512}),
+    "D=96, group of 16, early": (1, 32, 2, 96, 16, 64, {"early": True}),
+    "D=256, group of 16, early": (8, 16, 1, 256, 32, 64, {"early": True}),
+    "sync B=1 early": (1, 32, 8, 128, 16, 64, {"early": True, "softmax": "sync"}),
+    "lazy 64/4 B=1": (1, 64, 4, 128, 16, 64, {"softmax": "lazy", "return_lse": True}),
+    "sync D=256": (1, 32, 8, 256, 16, 64, {"softmax": "sync", "return_lse": True}),
 }
 
 

@@ -27,6 +27,7 @@ class Spec:
       softmax: "async", "sync" or "lazy".
       return_lse: whether lse is an output.
       blocks: blocks per kv head.
+      early: what the kernel ahead does not write is read before it has ended.
       config: tunables.
     """
 
@@ -41,6 +42,7 @@ class Spec:
     softmax: str
     return_lse: bool
     blocks: int
+    early: bool
     config: DecodeConfig
 
     @property

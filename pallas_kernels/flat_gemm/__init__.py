@@ -8,22 +8,17 @@ from typing import Any
 import jax
 
 from pallas_kernels.flat_gemm import kernel
-from pallas_kernels.flat_gemm.config import (
-    MAX_ROWS,
-    FlatConfig,
-    candidates,
-    default,
-    norm_refusal,
-)
+from pallas_kernels.flat_gemm.config import MAX_ROWS, FlatConfig, candidates, default
+from pallas_kernels.flat_gemm.schedule import schedule_of
 from pallas_kernels.products import checked_shape, pad_rows
 from pallas_kernels.workspace import counters
 
-__all__ = ["MAX_ROWS", "FlatConfig", "candidates", "default", "flat_gemm", "norm_refusal"]
+__all__ = ["MAX_ROWS", "FlatConfig", "candidates", "default", "flat_gemm"]
 
 
-@functools.partial(jax.jit, static_argnames=("config", "gated", "k_major", "eps", "interpret"))
-def _run(x, w, bias, residual, norm, counts, **static):
-    return kernel.run(x, w, bias, residual, norm, counts, **static)
+@functools.partial(jax.jit, static_argnames=("config", "gated", "k_major", "interpret"))
+def _run(x, w, bias, residual, counts, **static):
+    return kernel.run(x, w, bias, residual, counts, **static)
 
 
 def flat_gemm(
@@ -32,7 +27,6 @@ def flat_gemm(
     *,
     bias: jax.Array | None = None,
     residual: jax.Array | None = None,
-    norm: tuple[jax.Array, float] | None = None,
     gated: bool = False,
     w_layout: str = "nk",
     config: FlatConfig | None = None,
@@ -46,12 +40,6 @@ def flat_gemm(
     one block, a tile here may be cut between blocks; its parts are added in a fixed order, so that
     results repeat. Sums are float32 and rounded once, after bias, activation and residual.
 
-    With `norm`, x stands for its root-mean-square norm. A norm kernel between two products would
-    keep the second from loading its weights while the first one ends. The weight of the norm is
-    multiplied onto x, and that is rounded; the factors of the rows, 1 / sqrt(mean(x^2) + eps), are
-    multiplied onto the float32 sums, before the bias. This is one rounding fewer than a norm and
-    then a product have, but x times weight must be within the range of the dtype.
-
     Args:
       x: `[M, K]` bf16 or fp16, M from 1 to 128, K a multiple of 64. An M above 8 that is no
         multiple of 8 costs a padded copy of x and residual, and one of y.
@@ -60,8 +48,6 @@ def flat_gemm(
         ahead of this one are complete, so it must not be one of their results.
       bias: `[N]` or None.
       residual: `[M, N]` (gated: `[M, F]`) or None, added last.
-      norm: weight `[K]` and eps of a norm of x's rows, or None. M is then at most 8, and K a
-        multiple of 128 and of `config.tile_k`, up to 16384. The weight is read early, as w is.
       gated: whether w holds a gate and an up projection.
       w_layout: see `w`.
       config: how to cut the work up; `config.default` when not given.
@@ -82,35 +68,26 @@ def flat_gemm(
         )
     outputs = n // 2 if gated else n
     config = config or default(m, outputs, gated)
-    if not 2 <= config.x_stages <= config.stages:
-        raise NotImplementedError(f"2 <= x_stages <= stages is needed: {config}")
-    if bias is not None and outputs % config.tile_n:
+    if config.tile_n % (64 * config.consumers):
+        raise NotImplementedError(f"tile_n must be 64 or a multiple for each consumer: {config}")
+    if config.stages < 2:
+        raise NotImplementedError(f"at least two stages are needed: {config}")
+    if bias is not None and outputs % config.part_n:
         raise NotImplementedError(
-            f"tile_n = {config.tile_n}: with a bias it must divide the {outputs} outputs"
+            f"with a bias, a consumer's outputs must divide the {outputs} outputs: {config}"
         )
-    weight, eps = norm or (None, None)
-    if weight is not None:
-        if weight.shape != (k,) or weight.dtype != x.dtype:
-            raise ValueError(
-                f"the norm's weight is {weight.dtype}{weight.shape}, x is {x.dtype}{x.shape}"
-            )
-        refusal = norm_refusal(m, k, config)
-        if refusal is not None:
-            raise NotImplementedError(refusal)
     if m > 8 and m % 8:
         x, residual = pad_rows(x), None if residual is None else pad_rows(residual)
-    cut = kernel.schedule_of(config, outputs, k).most_shares > 1
+    cut = schedule_of(config, outputs, k).most_shares > 1
     y = _run(
         x,
         w,
         bias,
         residual,
-        weight,
-        counters(-(-outputs // config.tile_n)) if cut else None,
+        counters(-(-outputs // config.tile_n) * config.consumers) if cut else None,
         config=config,
         gated=gated,
         k_major=w_layout == "nk",
-        eps=None if eps is None else float(eps),
         interpret=interpret,
     )
     return y[:m]

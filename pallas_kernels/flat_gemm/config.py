@@ -6,11 +6,8 @@ import functools
 from dataclasses import dataclass, replace
 
 from pallas_kernels import mosaic
-from pallas_kernels.rms_norm.config import MAX_WIDTH
 
 MAX_ROWS = 128
-NORM_ROWS = 8
-"""Most rows whose norm can be part of the product."""
 _LEAST_WEIGHTS = 48 * 1024
 """Bytes of weights that a block should have in flight."""
 _RESERVED = 2048
@@ -25,11 +22,18 @@ class FlatConfig:
     tile_k: int = 128
     """Inputs of one pipeline step."""
     stages: int = 6
-    """Steps whose weights are in flight."""
-    x_stages: int = 6
-    """Steps whose activations are in flight; at most `stages`."""
+    """Steps that are in flight."""
     split: int | None = None
-    """Blocks for each tile; None gives every SM one block with an equal share of all steps."""
+    """Blocks for each tile; None gives all blocks equal shares of all steps."""
+    consumers: int = 1
+    """Warpgroups that multiply, each with its part of the tile's outputs; one more loads."""
+    waves: int = 1
+    """Blocks an SM where `split` is None."""
+
+    @property
+    def part_n(self) -> int:
+        """Outputs of a tile for each consumer; a multiple of 64, wgmma's M."""
+        return self.tile_n // self.consumers
 
 
 def padded_rows(rows: int) -> int:
@@ -37,67 +41,86 @@ def padded_rows(rows: int) -> int:
     return -(-rows // 8) * 8
 
 
-def norm_refusal(rows: int, inputs: int, config: FlatConfig) -> str | None:
-    """Why a product cannot norm its rows; None if it can."""
-    if rows > NORM_ROWS:
-        return f"M = {rows}: the rows of a product with a norm are at most {NORM_ROWS}"
-    if inputs % 128 or inputs > MAX_WIDTH:
-        return f"K = {inputs}: with a norm, multiples of 128 up to {MAX_WIDTH} are supported"
-    if inputs % config.tile_k:
-        return f"K = {inputs}: with a norm it must be a multiple of tile_k = {config.tile_k}"
-    return None
-
-
 def smem_bytes(config: FlatConfig, rows: int, gated: bool, itemsize: int = 2) -> int:
     """Shared memory that a block takes."""
     weights = config.stages * config.tile_n * config.tile_k * (1 + gated)
-    activations = padded_rows(rows) * (config.x_stages * config.tile_k + config.tile_n)
+    activations = padded_rows(rows) * (config.stages * config.tile_k + config.tile_n)
     return (weights + activations) * itemsize + _RESERVED
 
 
-def _deepest(tile_n: int, tile_k: int, rows: int, gated: bool, blocks_per_sm: int):
+def _deepest(
+    rows: int, gated: bool, tile_n: int, tile_k: int, consumers: int = 1, blocks_per_sm: int = 1
+) -> FlatConfig | None:
     """Stages that fill the block's part of the SM; None if few weights would be in flight."""
-    for x_stages in (6, 4, 3, 2):
-        for stages in range(12, x_stages - 1, -1):
-            config = FlatConfig(tile_n, tile_k, stages, x_stages)
-            fits = smem_bytes(config, rows, gated) <= mosaic.SMEM_BYTES // blocks_per_sm
-            if fits and stages * tile_n * tile_k * (1 + gated) * 2 >= _LEAST_WEIGHTS:
-                return config
+    for stages in range(12, 1, -1):
+        config = FlatConfig(tile_n, tile_k, stages, None, consumers)
+        fits = smem_bytes(config, rows, gated) <= mosaic.SMEM_BYTES // blocks_per_sm
+        if fits and stages * tile_n * tile_k * (1 + gated) * 2 >= _LEAST_WEIGHTS:
+            return config
     return None
 
 
-def _splits(tiles: int) -> tuple[int | None, ...]:
-    """Equal shares for all SMs, or whole parts of tiles: the fewest that fill the SMs, one more."""
+def _splits(tiles: int) -> tuple[int, ...]:
+    """Whole parts of tiles: the fewest that fill the SMs, one more."""
     sms = mosaic.sm_count()
     fewest = max(1, round(sms / tiles))
-    fitting = [s for s in (fewest, fewest + 1) if 0.9 * sms <= s * tiles <= 4 * sms]
-    return (None, *fitting)
+    return tuple(s for s in (fewest, fewest + 1) if 0.9 * sms <= s * tiles <= 4 * sms)
 
 
 @functools.cache
 def candidates(rows: int, outputs: int, gated: bool = False) -> tuple[FlatConfig, ...]:
     """Configurations worth timing, the rule's choice first.
 
-    Two blocks fit an SM, one of them the next kernel's, which loads its first weights while this
-    one runs; with many rows there are also deeper ones that take the SM alone.
+    A block that has the SM alone loads deep: the next kernel's block takes its place when it ends
+    and fills the SM while this kernel's last blocks add up. Or two fit an SM, of which the second
+    is the next kernel's, or (`waves`) this one's. For many rows a tile has several consumers, so
+    that the rows, which every block reads again from L2, weigh less beside the weights; and more
+    may be lost by adding up than by uneven shares, so that whole tiles are tried.
     """
-    if rows <= 8:
-        tiles = ((64, 128), (64, 256))
-    elif rows <= 32:
-        tiles = ((64, 128), (64, 64))
-    else:
-        tiles = ((64, 64), (128, 64) if rows <= 64 else (64, 128))
     found: dict[FlatConfig, None] = {}
-    for blocks_per_sm in (2, 1) if rows > 16 else (2,):
-        for tile_n, tile_k in tiles:
-            config = _deepest(tile_n, tile_k, rows, gated, blocks_per_sm)
-            if config is not None and not (gated and tile_n > 64 and rows > 32):
-                splits = _splits(-(-outputs // tile_n)) if blocks_per_sm == 2 else (None,)
-                for split in splits:
-                    found[replace(config, split=split)] = None
+
+    def add(*shape: int, waves: int = 1, split: int | None = None) -> None:
+        config = _deepest(rows, gated, *shape)
+        if config is not None:
+            found[replace(config, waves=waves, split=split)] = None
+
+    narrow, wide = (_splits(-(-outputs // tile_n)) for tile_n in (64, 128))
+    if rows <= 16:
+        add(64, 128)
+        add(64, 256)
+        add(64, 128, 1, 2)
+        add(64, 128, 1, 2, waves=2)
+        add(128, 128, 2)
+        for split in narrow:
+            add(64, 128, 1, 2, split=split)
+    elif rows <= 32:
+        add(64, 128)
+        add(128, 64 if gated else 128, 2)
+        add(64, 128, 1, 2)
+        if not gated:
+            add(256, 64, 2)
+        for split in narrow:
+            add(64, 128, 1, 2, split=split)
+    elif gated and rows > 64:  # so many sums leave room for one consumer only
+        add(64, 64)
+        for split in narrow[:1]:
+            add(64, 64, split=split)
+    else:
+        beside = 1 if gated else 2  # the registers of one block's sums leave no room for another
+        add(128, 64, 2)
+        for split in narrow[:1]:
+            add(64, 64, 1, beside, split=split)
+        for split in wide[:1]:
+            add(128, 64, 2, split=split)
+        if not gated:
+            add(128, 128, 2)
+            add(192, 64, 3)
+            if rows <= 64:  # more sums than the registers of three warpgroups hold
+                add(256, 64, 2)
+        add(64, 64, 1, beside)
     return tuple(found)
 
 
 def default(rows: int, outputs: int, gated: bool = False) -> FlatConfig:
-    """The rule: tiles as narrow as they can be, equal shares of all steps for every SM."""
+    """The rule: one deep block an SM, equal shares of all steps."""
     return candidates(rows, outputs, gated)[0]

@@ -38,22 +38,6 @@ def test_bias_and_residual_are_added(rows: int) -> None:
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("rows", [1, 3])
-def test_a_norm_comes_first(rows: int, dtype: str) -> None:
-    """By XLA exactly what the norm and then the product give."""
-    x, weight, scale, bias, residual = (
-        a.astype(dtype) for a in arrays((rows, 20), (10, 20), (20,), (10,), (rows, 10))
-    )
-    norm = ops.Norm(scale, 1e-2)
-    normed = ops.rms_norm(x, scale, 1e-2)
-    got = ops.linear(x, weight, bias=bias, residual=residual, norm=norm)
-    assert (got == ops.linear(normed, weight, bias=bias, residual=residual)).all()
-    assert not np.allclose(got, ops.linear(x, weight, bias=bias, residual=residual))
-    got = ops.gated_linear(x, weight, bias=bias, norm=norm)
-    assert (got == ops.gated_linear(normed, weight, bias=bias)).all()
-
-
 def test_the_gate_is_the_first_half() -> None:
     x, weight, bias = arrays((3, 20), (10, 20), (10,))
     y = np.asarray(x) @ np.asarray(weight).T + np.asarray(bias)

@@ -50,8 +50,6 @@ def check(dtype: str = "bfloat16", **kernels: str) -> list[str]:
         Product("qkv", weight(256, 64), (1, 40), bias=weight(256)),
         Product("down", weight(64, 96), (1, 40), residual=True),
         Product("gate and up", weight(192, 64), (1, 40), gated=True, bias=weight(192)),
-        Product("normed qkv", weight(256, 64), (1, 40), norm=weight(64)),
-        Product("normed gate", weight(192, 64), (1, 40), gated=True, norm=weight(64)),
     ]
     return self_check.run(widths, KernelConfig(**kernels), products, jax.devices("cpu")[0])
 
@@ -93,18 +91,10 @@ def test_a_residual_that_is_left_out_is_found() -> None:
     ops.register(
         "linear",
         "wrong",
-        lambda x, w, *, bias=None, residual=None, norm=None: right(x, w, bias=bias, norm=norm),
+        lambda x, w, *, bias=None, residual=None: right(x, w, bias=bias),
     )
     with pytest.raises(KernelError, match="down"):
         check(linear="wrong")
-
-
-@pytest.mark.parametrize(("op", "name"), [("linear", "qkv"), ("gated_linear", "gate")])
-def test_a_norm_that_is_left_out_is_found(op: str, name: str) -> None:
-    right = registry.ops()[op].implementations["xla"]
-    ops.register(op, "wrong", lambda *args, norm=None, **kwargs: right(*args, **kwargs))
-    with pytest.raises(KernelError, match=f"norm and normed {name}"):
-        check(**{op: "wrong"})
 
 
 def test_an_engine_with_a_wrong_kernel_is_not_built(tmp_path: Path) -> None:

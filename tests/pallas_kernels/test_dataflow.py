@@ -11,7 +11,6 @@ import pytest
 from pallas_kernels import dataflow, mosaic, products
 from pallas_kernels.dense_gemm import DenseConfig
 from pallas_kernels.flat_gemm import FlatConfig
-from pallas_kernels.rms_norm.reference import rms_norm as norm_reference
 from pallas_kernels.tune import inflection_points
 from tests.pallas_kernels import modes
 
@@ -89,41 +88,6 @@ def test_linear_runs_the_choice(table, monkeypatch):
     assert error <= 4e-3
     with pytest.raises(NotImplementedError, match="XLA is faster"):
         dataflow.linear(jnp.zeros((256, 128), jnp.bfloat16), w)
-
-
-@pytest.mark.parametrize(
-    ("m", "dtype", "kernel", "launches"),
-    [
-        (8, jnp.bfloat16, "flat_gemm", 1),
-        (8, jnp.float16, "flat_gemm", 2),  # x times the norm's weight might not fit
-        (9, jnp.bfloat16, "flat_gemm", 2),
-        (100, jnp.bfloat16, "dense_gemm", 2),
-    ],
-)
-def test_linear_with_a_norm(m, dtype, kernel, launches, monkeypatch):
-    monkeypatch.setattr(dataflow, "device_kind", lambda: "NVIDIA Unknown")
-    keys = jax.random.split(jax.random.key(0), 3)
-    x = 3 * jax.random.normal(keys[0], (m, 128), dtype)
-    w = jax.random.normal(keys[1], (256, 128), dtype)
-    weight = jax.random.normal(keys[2], (128,), dtype)
-
-    def call(x, w, weight, interpret):
-        return dataflow.linear(x, w, norm=(weight, 1e-5), interpret=interpret)
-
-    lowered = modes.lower(partial(call, interpret=None), x, w, weight)
-    expected = np.asarray(products.reference(norm_reference(x, weight, eps=1e-5), w))
-    y = modes.run(call, x, w, weight)
-    error = np.linalg.norm(y.astype(jnp.float32) - expected) / np.linalg.norm(expected)
-    assert error <= 4e-3
-    assert dataflow.choose(m, *w.shape).kernel == kernel
-    assert lowered.count("mosaic_gpu_v2") == launches
-
-
-def test_a_norm_does_not_hide_that_xla_is_faster(table, monkeypatch):
-    monkeypatch.setattr(dataflow, "device_kind", lambda: table)
-    x, w = jnp.zeros((256, 128), jnp.bfloat16), jnp.zeros((256, 128), jnp.bfloat16)
-    with pytest.raises(NotImplementedError, match="XLA is faster"):
-        dataflow.linear(x, w, norm=(x[0], 1e-5))
 
 
 def test_inflection_points():

@@ -46,9 +46,17 @@ def make(lengths, heads, kv_heads, size, page, dtype, seed=0):
 def run(args, config, **options):
     """(result, counters after) in interpret mode with race detection."""
 
+    early = options.pop("early", False)
+
     def call(*args, interpret):
         with workspace.workspace():
-            result = decode_attention(*args, config=config, interpret=interpret, **options)
+            attend = functools.partial(
+                decode_attention, config=config, interpret=interpret, **options
+            )
+            if early and interpret is None:  # a program's first attention must not be early
+                first = attend(*args).out
+                args = [jax.lax.optimization_barrier((args[0], first))[0], *args[1:]]
+            result = attend(*args, early=early)
             return result, workspace._CURRENT.get()[...]
 
     return modes.run(call, *args)
@@ -76,10 +84,10 @@ def check_races(text):
 def check(capfd, lengths, heads, kv_heads, size, page, blocks, dtype=BF16, **options):
     """One case; returns which rows and kv heads were recomputed."""
     change = options.pop("change", lambda q: q)
-    buffers = options.pop("buffers", 4)
+    buffers, min_tiles = options.pop("buffers", 4), options.pop("min_tiles", 2)
     args, finite = make(lengths, heads, kv_heads, size, page, dtype)
     args[0] = finite[0] = change(args[0])
-    config = DecodeConfig(blocks=blocks, buffers=buffers, merge=2)
+    config = DecodeConfig(blocks=blocks, buffers=buffers, merge=2, min_tiles=min_tiles)
     result, counters = run(args, config, **options)
     options = {name: options[name] for name in ("window", "soft_cap", "scale") if name in options}
     out, lse = reference(*finite, **options)
@@ -159,6 +167,37 @@ CASES = {
         "blocks": 2,
         "buffers": 3,
     },
+    "a row in seven parts, early": {
+        "lengths": [30, 445],
+        "heads": 4,
+        "kv_heads": 1,
+        "size": 64,
+        "page": 16,
+        "blocks": 8,
+        "min_tiles": 1,
+        "early": True,
+        "return_lse": True,
+    },
+    "several rows a block, some in parts, early": {
+        "lengths": [64, 0, 320, 1, 65, 128],
+        "heads": 4,
+        "kv_heads": 2,
+        "size": 64,
+        "page": 32,
+        "blocks": 2,
+        "buffers": 3,
+        "early": True,
+    },
+    "window, early": {
+        "lengths": [130, 64, 300],
+        "heads": 4,
+        "kv_heads": 1,
+        "size": 64,
+        "page": 64,
+        "blocks": 2,
+        "window": 70,
+        "early": True,
+    },
     "fp16": {
         "lengths": [90, 300],
         "heads": 4,
@@ -176,6 +215,7 @@ CASES = {
         "page": 16,
         "blocks": 2,
         "softmax": "sync",
+        "early": True,
         "return_lse": True,
     },
     "lazy, fp16": {
