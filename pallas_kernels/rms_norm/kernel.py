@@ -57,8 +57,9 @@ def _rms_norm(x, weight, *, eps, config, interpret):
 
     def body(x_ref, weight_ref, y_ref):
         row = lax.axis_index("row")
+        mosaic.let_next_start(interpret)
         scale = plgpu.load(weight_ref, layout=layout, optimized=False)
-        mosaic.take_turn(interpret)
+        mosaic.wait_for_previous(interpret)
         values = plgpu.load(x_ref.at[row], layout=layout, optimized=False).astype(jnp.float32)
         mean = jnp.sum(values * values) * (1 / width)
         normed = (values * lax.rsqrt(mean + eps)).astype(x.dtype)
