@@ -29,8 +29,6 @@ class FlatConfig:
     """Warpgroups that multiply, each with its part of the tile's outputs; one more loads."""
     waves: int = 1
     """Blocks an SM where `split` is None."""
-    prefetch: int = 0
-    """Steps after those whose weights are asked for into the L2 cache while a block waits."""
 
     @property
     def part_n(self) -> int:

@@ -71,24 +71,15 @@ def _body(
     def slot_of(i):
         return i % stages if isinstance(i, int) else lax.rem(i, jnp.int32(stages))
 
-    def weights(i):
-        """Where a step's weights lie, for each consumer and half."""
+    def load_w(i):
         step = end - 1 - i
         k = pl.ds(lax.rem(step, steps) * tile_k, tile_k)
         for consumer in range(config.consumers):
             for half in range(halves):
                 first = half * outputs + lax.div(step, steps) * tile_n + consumer * part_n
                 n = pl.ds(first, part_n)
-                yield consumer, half, w.at[n, k] if k_major else w.at[k, n]
-
-    def load_w(i):
-        slot = slot_of(i)
-        for consumer, half, tile in weights(i):
-            plgpu.copy_gmem_to_smem(tile, w_s.at[slot, consumer, half], full.at[slot])
-
-    def prefetch_w(i):
-        for _, _, tile in weights(i):
-            plgpu.async_prefetch(tile)
+                tile, slot = w.at[n, k] if k_major else w.at[k, n], slot_of(i)
+                plgpu.copy_gmem_to_smem(tile, w_s.at[slot, consumer, half], full.at[slot])
 
     def load_x(i):
         k, slot = pl.ds(lax.rem(end - 1 - i, steps) * tile_k, tile_k), slot_of(i)
@@ -98,9 +89,6 @@ def _body(
         mosaic.let_next_start(interpret)
         for i in range(stages):
             pl.when(i < count)(functools.partial(load_w, i))
-        if interpret is None:
-            for i in range(stages, stages + config.prefetch):
-                pl.when(i < count)(functools.partial(prefetch_w, i))
         mosaic.wait_for_previous(interpret)
         for i in range(stages):
             pl.when(i < count)(functools.partial(load_x, i))
