@@ -1,0 +1,161 @@
+"""The implementation "overlap": collectives of finished groups while the GEMM computes the next.
+
+The only caller of `native.overlap`, whose `Communicator.run` ties three things together in one
+program: counters are zeroed, `signal_gemm` stores tiles and counts them, and XLA's stream waits for
+a private one on which NCCL sends each group when its counter is full.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jpd.errors import ConfigError
+from jpd.ops import registry
+from jpd.ops.overlap.axes import marked, names, varying
+from jpd.ops.overlap.packed import Packed
+from jpd.ops.overlap.settings import settings
+from jpd.ops.overlap.tiles import Tiles, tiles_of
+from jpd.overlap import Plan, PlanTable, Topology
+
+
+def matmul_collective(
+    op: str, x: jax.Array, w: jax.Array, axis_name: Any, plan: Plan | None
+) -> Packed:
+    """A signalling GEMM and one NCCL collective a group, on a stream of their own.
+
+    Raises:
+      NotImplementedError: why that cannot be, or should not, here: another device, no native part,
+        no communicator for the axis, a shape or dtype without a kernel, no plan, or a plan that
+        says that one after the other is faster.
+      ConfigError: the communicator has another number of ranks than the axis, or the plans are for
+        another machine.
+    """
+    _check_device()
+    native = _native()
+    comms = _communicators(axis_name)
+    if x.dtype not in (jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(f"x is {x.dtype}: bfloat16 and float16 can be overlapped")
+    (m, k), n, ranks = x.shape, w.shape[0], lax.axis_size(axis_name)
+    plan = plan or _look_up(op, ranks, m, n, k)
+    if not plan.overlap:
+        raise NotImplementedError(
+            f"{op} of {m}x{n}x{k} on {ranks} ranks: its plan says not to overlap"
+        )
+    comm = _fitting(comms, plan, ranks)
+    return _signalled(native, comm, op, x, w, axis_name, tiles_of(op, ranks, m, n, plan))
+
+
+def topology() -> Topology:
+    """What plans and curves of this machine go by.
+
+    The link is what `Settings.link` says; else "no_p2p" where `NCCL_P2P_DISABLE=1` keeps NCCL from
+    it, and "nvlink", which GPUs of this kind have.
+    """
+    blocked = os.environ.get("NCCL_P2P_DISABLE", "0") not in ("", "0")
+    link = settings().link or ("no_p2p" if blocked else "nvlink")
+    kind = jax.local_devices(backend="gpu")[0].device_kind
+    return Topology(kind, link, _native().nccl_version())
+
+
+def _check_device() -> None:
+    if registry.platform() != "gpu":
+        raise NotImplementedError(f"GPUs can overlap, not {registry.platform()!r}")
+    capability = jax.local_devices(backend="gpu")[0].compute_capability
+    if not capability.startswith("9."):
+        raise NotImplementedError(
+            f"signal_gemm is written for compute capability 9.0, this GPU has {capability}"
+        )
+
+
+def _native() -> Any:
+    try:
+        from native import overlap
+    except ModuleNotFoundError as error:
+        raise NotImplementedError(f"no NCCL beside a running GEMM: {error}") from None
+    return overlap
+
+
+def _communicators(axis_name: Any) -> Sequence[Any]:
+    known = settings().communicators
+    found = known.get(axis_name)
+    if not found:
+        have = ", ".join(map(repr, known)) or "none"
+        raise NotImplementedError(
+            f"no NCCL communicator for mesh axis {axis_name!r} (there are: {have}); see "
+            "jpd.ops.overlap.using(communicators=...)"
+        )
+    return found if isinstance(found, Sequence) else (found,)
+
+
+def _look_up(op: str, ranks: int, m: int, n: int, k: int) -> Plan:
+    """The plan of the nearest shape in the table for this machine."""
+    here, table = topology(), settings().plans
+    if table is None:
+        table = PlanTable.shipped(here)
+    elif table.topology != here:
+        raise ConfigError(f"the plans are for {table.topology}, this is {here}")
+    plan = table.find(op, ranks, m, n, k)
+    if plan is None:
+        raise NotImplementedError(
+            f"no plan near {op} of {m}x{n}x{k} on {ranks} ranks for {here.slug}"
+        )
+    return plan
+
+
+def _fitting(comms: Sequence[Any], plan: Plan, ranks: int) -> Any:
+    """The communicator that takes the most SMs, but no more than the plan leaves to it."""
+    from pallas_kernels import mosaic
+
+    for comm in comms:
+        if comm.size != ranks:
+            raise ConfigError(f"a communicator of {comm.size} ranks for an axis of {ranks}")
+    fitting = [comm for comm in comms if comm.max_ctas and comm.max_ctas <= plan.ctas]
+    if not fitting:
+        have = ", ".join(str(comm.max_ctas) for comm in comms)
+        raise NotImplementedError(
+            f"the plan leaves NCCL {plan.ctas} SMs, the communicators have max_ctas of {have}"
+        )
+    comm = max(fitting, key=lambda comm: comm.max_ctas)
+    if plan.sms + comm.max_ctas > mosaic.sm_count():
+        raise NotImplementedError(
+            f"the plan takes {plan.sms} SMs and NCCL {comm.max_ctas}: there are "
+            f"{mosaic.sm_count()}, nothing would overlap"
+        )
+    return comm
+
+
+def _signalled(
+    native: Any, comm: Any, op: str, x: jax.Array, w: jax.Array, axis_name: Any, tiles: Tiles
+) -> Packed:
+    """The GEMM between start and done."""
+    from pallas_kernels import signal_gemm
+
+    spans = signal_gemm.group_spans(tiles.groups, tiles.config)
+    shape = signal_gemm.packed_shape(x.shape[0], w.shape[0], tiles.config, tiles.ranks)
+    groups = native.groups_of(spans, tiles.groups)
+    transfer = native.Transfer(op, groups, shape, x.dtype, trace=settings().trace)
+    multiply = functools.partial(
+        signal_gemm.signal_gemm,
+        groups=tiles.groups,
+        config=tiles.config,
+        sms=tiles.sms,
+        ranks=tiles.ranks,
+    )
+    # The kernel may refuse. It must do so now: what was started must be ended.
+    zeros = jnp.zeros(len(tiles.groups), jnp.int32)
+    jax.eval_shape(lambda x, w: multiply(x, w, jax.new_ref(zeros)), x, w)
+
+    def gemm(packed: Any, counters: Any) -> None:
+        multiply(x, w, counters, packed=packed)
+
+    result = comm.run(transfer, gemm, after=[x])
+    # To JAX the result of an FFI call differs along no axis.
+    axes = varying(x, w) - (names(axis_name) if op == "all_reduce" else frozenset())
+    return Packed(marked(result, axes), tiles.layout)

@@ -1,0 +1,43 @@
+"""The implementation "grouped": the groups of tiles that "overlap" sends, by XLA's collectives.
+
+The product is complete before anything is sent, so nothing is hidden: this is what the method
+computes, without how, on any device.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jpd.ops.linear import linear
+from jpd.ops.overlap.packed import Packed
+from jpd.ops.overlap.plain import collective
+from jpd.ops.overlap.tiles import tiles_of
+from jpd.overlap import Plan
+
+
+def matmul_collective(
+    op: str, x: jax.Array, w: jax.Array, axis_name: Any, plan: Plan | None
+) -> Packed:
+    """Packs the product as the signalling GEMM stores it, then one collective a group.
+
+    Raises:
+      NotImplementedError: no plan that overlaps, or a number of ranks that tiles cannot have.
+    """
+    if plan is None or not plan.overlap:
+        raise NotImplementedError(f"plan={plan}: groups follow from a plan that overlaps")
+    from pallas_kernels import signal_gemm
+
+    m, n, ranks = x.shape[0], w.shape[0], lax.axis_size(axis_name)
+    tiles = tiles_of(op, ranks, m, n, plan)
+    # Only the order of the tiles matters to an all-reduce, which has one receiver.
+    packed = signal_gemm.pack(linear(x, w), tiles.config, groups=tiles.groups, ranks=tiles.ranks)
+    area = tiles.config.tile_m * tiles.config.tile_n
+    received = []
+    for offset, size in signal_gemm.group_spans(tiles.groups, tiles.config):
+        parts = slice(offset * tiles.ranks // area, (offset + size) * tiles.ranks // area)
+        received.append(collective(op, packed[parts], axis_name))
+    return Packed(jnp.concatenate(received), tiles.layout)

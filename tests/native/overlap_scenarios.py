@@ -1,0 +1,568 @@
+"""What native.overlap does on XLA's CPU with the stand-ins of fake_gpu.cc; prints JSON.
+
+python -m tests.native.overlap_scenarios LIBRARY_OF_THE_STAND_INS
+
+Each scenario is a function of this module that begins with `scenario_`; its value, or the traceback
+of what it raised, is what the tests look at. All run in one process, as NCCL is loaded but once.
+"""
+
+import ctypes
+import dataclasses
+import json
+import os
+import sys
+import threading
+import time
+import traceback
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+os.environ["NPROC"] = "16"
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from native.overlap import Communicator, Transfer, groups_of, library
+from tests.native import fake_cupy
+
+fake = ctypes.CDLL(sys.argv[1])
+fake.fake_log.restype = ctypes.c_char_p
+fake.fake_set.argtypes = [ctypes.c_char_p, ctypes.c_int64]
+fake.fake_reset.restype = None
+
+SPANS = ((0, 64), (64, 16), (80, 48))
+TILES = (4, 1, 3)
+COUNT = 128
+
+
+def log():
+    return fake.fake_log().decode().splitlines()
+
+
+def devices(count):
+    return jax.devices()[:count]
+
+
+def open_communicator(count, **options):
+    fake.fake_reset()
+    options = {"warm_up_bytes": 0, "timeout_s": 5.0, **options}
+    return Communicator([devices(count)], **options)
+
+
+def transfer_of(collective, **options):
+    shape = (16, 8)
+    return Transfer(collective, groups_of(SPANS, TILES), shape, "float32", **options)
+
+
+def fake_gemm(values, transfer, missing=-1):
+    """Writes `values` to the packed buffer, group after group."""
+
+    def gemm(packed, counters):
+        offsets, counts, tiles = np.array(transfer.groups, np.int64).T.copy()
+        call = jax.ffi.ffi_call(
+            "fake_gemm",
+            [jax.typeof(packed[...]), jax.typeof(counters[...])],
+            input_output_aliases={1: 0, 2: 1},
+        )
+        attributes = {"offsets": offsets, "counts": counts, "tiles": tiles}
+        packed[...], counters[...] = call(
+            values, packed[...], counters[...], missing=np.int64(missing), **attributes
+        )
+
+    return gemm
+
+
+def program(communicator, mesh, transfer, missing=-1, calls=1):
+    """values `[ranks, ...]` -> results `[ranks, ...]`, of `calls` calls one after another."""
+
+    def body(values):
+        values = values[0]
+        for _ in range(calls):
+            gemm = fake_gemm(values, transfer, missing)
+            result = communicator.run(transfer, gemm, [values])
+            if transfer.collective != "reduce_scatter":
+                values = result
+        return result[None]
+
+    axes = P(mesh.axis_names)
+    mapped = jax.shard_map(body, mesh=mesh, in_specs=axes, out_specs=axes, check_vma=False)
+    return jax.jit(mapped)
+
+
+def expected(collective, values):
+    """Of each rank, in float64, group by group."""
+    ranks = len(values)
+    flat = values.reshape(ranks, -1).astype(np.float64)
+    total = flat.sum(0)
+    if collective == "all_reduce":
+        return np.stack([total] * ranks).reshape(values.shape)
+    results = []
+    for rank in range(ranks):
+        parts = []
+        for offset, count in SPANS:
+            share = count // ranks
+            if collective == "reduce_scatter":
+                parts.append(total[offset:][rank * share : (rank + 1) * share])
+            else:
+                parts += [
+                    flat[source, offset:][rank * share : (rank + 1) * share]
+                    for source in range(ranks)
+                ]
+        results.append(np.concatenate(parts))
+    rows = values.shape[1] // (ranks if collective == "reduce_scatter" else 1)
+    return np.stack(results).reshape(ranks, rows, values.shape[2])
+
+
+def random_values(ranks, seed=0):
+    return np.random.default_rng(seed).normal(size=(ranks, 16, 8)).astype(np.float32)
+
+
+def mesh_of(count):
+    return jax.sharding.Mesh(np.array(devices(count)), ("tp",))
+
+
+def error_of(work):
+    try:
+        work()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def largest_errors(repeats, **options):
+    found = {}
+    for ranks in (2, 4):
+        with open_communicator(ranks) as communicator:
+            for collective in ("all_reduce", "reduce_scatter", "all_to_all"):
+                transfer = transfer_of(collective, **options)
+                run = program(communicator, mesh_of(ranks), transfer)
+                worst = 0.0
+                for seed in range(repeats):
+                    values = random_values(ranks, seed)
+                    got = np.asarray(run(values))
+                    worst = max(worst, np.abs(got - expected(collective, values)).max())
+                communicator.check()
+                found[f"{collective}-{ranks}"] = float(worst)
+    return found
+
+
+def scenario_results_done():
+    return largest_errors(20)
+
+
+def scenario_results_start():
+    return largest_errors(20, enqueue="start")
+
+
+def scenario_results_trace():
+    return largest_errors(3, trace=True)
+
+
+def scenario_wrong_permutation_is_seen():
+    with open_communicator(2) as communicator:
+        transfer = transfer_of("all_to_all")
+        values = random_values(2)
+        got = np.asarray(program(communicator, mesh_of(2), transfer)(values))
+        return float(np.abs(got[::-1] - expected("all_to_all", values)).max())
+
+
+def order_of(collective, **options):
+    with open_communicator(2) as communicator:
+        run = program(communicator, mesh_of(2), transfer_of(collective, **options))
+        values = random_values(2)
+        run(values).block_until_ready()
+        communicator.wait()
+        lines = [line for line in log() if "rescue" not in line]
+        fake.fake_reset()
+        for _ in range(3):
+            run(values).block_until_ready()
+        again = sum("record" in line for line in log())
+    return {"log": lines, "records_of_three_more": again}
+
+
+def scenario_order_all_reduce():
+    return order_of("all_reduce")
+
+
+def scenario_order_start():
+    return order_of("all_reduce", enqueue="start")
+
+
+def scenario_order_all_to_all():
+    return order_of("all_to_all")
+
+
+def scenario_order_trace():
+    return order_of("reduce_scatter", trace=True)
+
+
+def scenario_two_calls_in_a_program():
+    with open_communicator(2) as communicator:
+        values = random_values(2)
+        got = program(communicator, mesh_of(2), transfer_of("all_reduce"), calls=3)(values)
+        once = expected("all_reduce", values)
+        return float(np.abs(np.asarray(got) - 4 * once).max())
+
+
+def scenario_trace():
+    with open_communicator(2) as communicator:
+        run = program(communicator, mesh_of(2), transfer_of("all_reduce", trace=True))
+        for _ in range(2):
+            run(random_values(2)).block_until_ready()
+        first = [dataclasses.asdict(call) for call in communicator.trace()]
+        return {"calls": first, "again": len(communicator.trace())}
+
+
+def scenario_mesh_of_two_axes():
+    mesh = jax.sharding.Mesh(np.array(devices(4)).reshape(2, 2), ("dp", "tp"))
+    fake.fake_reset()
+    values = random_values(4)
+    found = {}
+    for axis, cliques in (("tp", ((0, 1), (2, 3))), ("dp", ((0, 2), (1, 3)))):
+        options = {"warm_up_bytes": 1 << 12, "timeout_s": 5.0}
+        with Communicator.for_axis(mesh, axis, **options) as communicator:
+            got = np.asarray(program(communicator, mesh, transfer_of("all_reduce"))(values))
+        errors = []
+        for clique in cliques:
+            ours = values[list(clique)]
+            errors.append(np.abs(got[list(clique)] - expected("all_reduce", ours)).max())
+        found[axis] = float(max(errors))
+    return found
+
+
+def scenario_bfloat16():
+    with open_communicator(2) as communicator:
+        transfer = Transfer("all_reduce", groups_of(SPANS, TILES), (16, 8), "bfloat16")
+        values = jnp.asarray(random_values(2), jnp.bfloat16)
+        got = program(communicator, mesh_of(2), transfer)(values)
+        right = expected("all_reduce", np.asarray(values, np.float32))
+        return float(np.abs(np.asarray(got, np.float32) - right).max() / np.abs(right).max())
+
+
+def scenario_options_reach_nccl():
+    with open_communicator(2, max_ctas=16) as communicator:
+        text = log()
+        id_before = communicator.id
+    return {"log": text, "closed": log()[-2:], "id": id_before}
+
+
+def scenario_one_process_per_gpu():
+    """Two communicators of one rank each, made at the same time, as two processes would."""
+    fake.fake_reset()
+    shared = library.unique_id()
+    made = {}
+
+    def make(rank):
+        array = ctypes.c_int * 1
+        made[rank] = library.call(
+            "create", 1, array(rank), array(rank), array(2), shared, 0, 0, 0, 5.0, 5.0, 1 << 12
+        )
+
+    threads = [threading.Thread(target=make, args=[rank]) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number in made.values():
+        library.call("check", number)
+        library.call("close", number)
+    return sorted(line for line in log() if line.startswith(("init", "destroy")))
+
+
+def scenario_missing_process():
+    """Rank 0 of 2 alone: the other never comes."""
+    fake.fake_reset()
+    array = ctypes.c_int * 1
+    begin = time.monotonic()
+    arguments = 1, array(0), array(0), array(2), library.unique_id(), 0, 0, 0, 5.0, 0.3, 0
+    error = error_of(lambda: library.call("create", *arguments))
+    return {"error": error, "seconds": time.monotonic() - begin}
+
+
+def scenario_init_error():
+    fake.fake_reset()
+    fake.fake_set(b"init_error_in", 0)
+    options = {"warm_up_bytes": 0, "connect_timeout_s": 1.0}
+    return error_of(lambda: Communicator([devices(1)], **options))
+
+
+def scenario_exchange():
+    """What process 0 passes is what the ranks connect by."""
+    passed = []
+
+    def exchange(data):
+        passed.append(len(data))
+        return data
+
+    with open_communicator(2, exchange=exchange):
+        pass
+    return {
+        "passed": passed,
+        "error": error_of(lambda: open_communicator(2, exchange=lambda _: b"")),
+    }
+
+
+def broken_step(setting, value, timeout_s=5.0, missing=-1, collective="all_reduce", enqueue="done"):
+    """A step with a fault: what it gives, what is said after it, and whether a new one works."""
+    with open_communicator(2, timeout_s=timeout_s) as communicator:
+        transfer = transfer_of(collective, enqueue=enqueue)
+        values = random_values(2)
+        if setting is not None:
+            fake.fake_set(setting, value)
+        run = program(communicator, mesh_of(2), transfer, missing)
+        begin = time.monotonic()
+        got = []
+        step = error_of(lambda: got.append(np.asarray(run(values))))
+        after_s = time.monotonic() - begin
+        while error_of(communicator.check) is None and time.monotonic() - begin < 10:
+            time.sleep(0.01)
+        while "abort r1" not in log() and time.monotonic() - begin < 10:
+            time.sleep(0.01)
+        check = error_of(communicator.check)
+        later = error_of(lambda: np.asarray(run(values)))
+        result = {
+            "step": step,
+            "seconds": after_s,
+            "check": check,
+            "later": later,
+            "nan": bool(got and np.isnan(got[0]).all()),
+            "log": log(),
+        }
+    with open_communicator(2) as communicator:
+        got = np.asarray(program(communicator, mesh_of(2), transfer_of(collective))(values))
+        result["new"] = float(np.abs(got - expected(collective, values)).max())
+    return result
+
+
+def scenario_stuck_collective():
+    return broken_step(b"stuck_at", 1, timeout_s=0.4)
+
+
+def scenario_stuck_reduce_scatter():
+    return broken_step(b"stuck_at", 0, timeout_s=0.4, collective="reduce_scatter")
+
+
+def scenario_stuck_gemm():
+    return broken_step(None, 0, timeout_s=0.4, missing=1)
+
+
+def scenario_stuck_in_nccl():
+    return broken_step(b"block_in_call", 1, timeout_s=0.4)
+
+
+def scenario_async_error():
+    return broken_step(b"async_error_of", 1)
+
+
+def scenario_nccl_error():
+    return broken_step(b"error_in", 2)
+
+
+def scenario_nccl_error_in_group():
+    return broken_step(b"error_in", 3, collective="all_to_all")
+
+
+def scenario_nccl_error_at_start():
+    return broken_step(b"error_in", 1, enqueue="start")
+
+
+def scenario_cuda_error():
+    return broken_step(b"memset_error_in", 0)
+
+
+def scenario_slow_but_right():
+    """Longer than the time-out in all, but never a single call: no failure."""
+    with open_communicator(2, timeout_s=0.2) as communicator:
+        run = program(communicator, mesh_of(2), transfer_of("all_reduce"))
+        values = random_values(2)
+        begin = time.monotonic()
+        while time.monotonic() - begin < 0.7:
+            run(values).block_until_ready()
+        return error_of(communicator.check)
+
+
+def scenario_closed():
+    communicator = open_communicator(2)
+    run = program(communicator, mesh_of(2), transfer_of("all_reduce"))
+    run(random_values(2)).block_until_ready()
+    communicator.close()
+    communicator.close()
+    return {
+        "run": error_of(lambda: run(random_values(2)).block_until_ready()),
+        "check": error_of(communicator.check),
+    }
+
+
+def scenario_no_effects():
+    """Nothing that would take a program off the fast path of jit."""
+    with open_communicator(2) as communicator:
+        run = program(communicator, mesh_of(2), transfer_of("reduce_scatter"))
+        return [type(effect).__name__ for effect in jax.make_jaxpr(run)(random_values(2)).effects]
+
+
+def scenario_transformations():
+    values = jnp.ones((16, 8))
+    with open_communicator(1) as communicator:
+
+        def run(values):
+            transfer = transfer_of("all_reduce")
+            return communicator.run(transfer, fake_gemm(values, transfer), [values]).sum()
+
+        return {
+            "grad": error_of(lambda: jax.grad(run)(values)),
+            "vmap": error_of(lambda: jax.vmap(run)(values[None])),
+        }
+
+
+def host_results(collective, donate=(0, 1), missing=-1, timeout_s=5.0):
+    from native.overlap.host import HostCommunicator
+
+    fake.fake_reset()
+    mesh = mesh_of(2)
+    sharding = jax.sharding.NamedSharding(mesh, P("tp"))
+    transfer = transfer_of(collective)
+    values = random_values(2)
+    here = jax.device_put(values, sharding)
+
+    def body(values, packed, counters):
+        refs = jax.new_ref(packed[0]), jax.new_ref(counters[0])
+        fake_gemm(values[0], transfer, missing)(*refs)
+        return tuple(jax.freeze(ref)[None] for ref in refs)
+
+    axes = P("tp")
+    mapped = jax.shard_map(body, mesh=mesh, in_specs=axes, out_specs=axes, check_vma=False)
+    gemm = jax.jit(mapped, donate_argnums=[n + 1 for n in donate])
+
+    def zeros(shape, dtype):
+        make = jax.jit(lambda: jnp.zeros((2, *shape), dtype), out_shardings=sharding)
+        return make()  # not from NumPy, whose memory cannot be donated
+
+    with HostCommunicator(mesh.devices, timeout_s=timeout_s, libcuda=sys.argv[1]) as host:
+        result = None
+        if collective != "all_reduce":
+            result = zeros(transfer.result_shape(2), np.float32)
+        got = host.run(
+            transfer,
+            lambda packed, counters: gemm(here, packed, counters),
+            zeros(transfer.shape, np.float32),
+            zeros((len(TILES),), np.int32),
+            result,
+        )
+    return float(np.abs(np.asarray(got) - expected(collective, values)).max())
+
+
+def scenario_host():
+    collectives = "all_reduce", "reduce_scatter", "all_to_all"
+    found = {collective: host_results(collective) for collective in collectives}
+    found["log"] = log()
+    found["not_donated"] = error_of(lambda: host_results("all_reduce", donate=(1,)))
+    stuck = {"missing": 1, "timeout_s": 0.3}
+    found["stuck"] = error_of(lambda: host_results("all_reduce", **stuck))
+    return found
+
+
+def call(target, communicator, operands, results, aliases, attributes):
+    """One FFI call on device 0, past the checks of Python."""
+    made = jax.ffi.ffi_call(target, results, input_output_aliases=aliases, has_side_effect=True)
+
+    def body(*values):
+        return made(*values, communicator=np.int64(communicator.id), **attributes)
+
+    return error_of(lambda: jax.block_until_ready(jax.jit(body)(*operands)))
+
+
+def scenario_buffers_are_checked():
+    good = transfer_of("all_reduce").attributes("start")
+    f32, s32 = jnp.float32, jnp.int32
+    packed, counters = jax.ShapeDtypeStruct((16, 8), f32), jax.ShapeDtypeStruct((3,), s32)
+    cases = {
+        "outside": ({"counts": np.array([64, 16, 49])}, [packed, counters]),
+        "negative": ({"offsets": np.array([-8, 64, 80])}, [packed, counters]),
+        "overlapping": ({"offsets": np.array([0, 60, 80])}, [packed, counters]),
+        "empty": ({"counts": np.array([64, 0, 48])}, [packed, counters]),
+        "huge": ({"counts": np.array([2**62, 16, 48])}, [packed, counters]),
+        "targets": ({"targets": np.array([4, 0, 3])}, [packed, counters]),
+        "lengths": ({"targets": np.array([4, 1])}, [packed, counters]),
+        "counters": ({}, [packed, jax.ShapeDtypeStruct((2,), s32)]),
+        "counters_type": ({}, [packed, jax.ShapeDtypeStruct((3,), f32)]),
+        "no_result": ({"collective": "reduce_scatter"}, [packed, counters]),
+        "result": ({"collective": "reduce_scatter"}, [packed, counters, packed]),
+        "extra_result": ({}, [packed, counters, packed]),
+        "shares": ({"collective": "all_to_all", "counts": np.array([63, 16, 48])},
+                   [packed, counters, packed]),
+        "collective": ({"collective": "broadcast"}, [packed, counters]),
+        "dtype": ({}, [jax.ShapeDtypeStruct((16, 8), jnp.uint8), counters]),
+    }  # fmt: skip
+    with open_communicator(2) as communicator:
+        found = {
+            name: call(library.START, communicator, [], results, {}, {**good, **change})
+            for name, (change, results) in cases.items()
+        }
+        found["good"] = call(library.START, communicator, [], [packed, counters], {}, good)
+        communicator.check()  # what is wrong with one call is no failure of the communicator
+    return found
+
+
+def scenario_done_without_start():
+    attributes = transfer_of("all_reduce").attributes("done")
+    values, zeros = jnp.zeros((16, 8), jnp.float32), jnp.zeros(3, jnp.int32)
+    results = [jax.typeof(values), jax.typeof(zeros)]
+    with open_communicator(2) as communicator:
+        return call(library.DONE, communicator, [values, zeros], results, {0: 0, 1: 1}, attributes)
+
+
+def scenario_moved_buffers():
+    """A copy between start and done, which XLA must never make, is seen."""
+    transfer = transfer_of("all_reduce")
+    with open_communicator(1) as communicator:
+
+        def body(values):
+            buffers = communicator.start(transfer, [values])
+            packed = buffers.packed * 1.0 + values
+            return communicator.done(transfer, buffers._replace(packed=packed))[0], buffers.packed
+
+        return error_of(lambda: jax.block_until_ready(jax.jit(body)(jnp.ones((16, 8)))))
+
+
+def scenario_counters_are_returned():
+    transfer = transfer_of("all_reduce")
+    with open_communicator(1) as communicator:
+
+        def body(values):
+            buffers = communicator.start(transfer, [values])
+            packed, counters = jax.new_ref(buffers.packed), jax.new_ref(buffers.counters)
+            fake_gemm(values, transfer)(packed, counters)
+            buffers = buffers._replace(packed=jax.freeze(packed), counters=jax.freeze(counters))
+            return communicator.done(transfer, buffers)[1]
+
+        return np.asarray(jax.jit(body)(jnp.ones((16, 8)))).tolist()
+
+
+def main():
+    fake.fake_reset()
+    fake.fake_set(b"version", 21700)
+    results = {"old_nccl": error_of(lambda: library.start(sys.argv[1], sys.argv[1]))}
+    results["no_library"] = error_of(lambda: library.start("libnowhere.so", sys.argv[1]))
+    fake.fake_reset()
+    library.start(sys.argv[1], sys.argv[1])
+    jax.ffi.register_ffi_target("fake_gemm", jax.ffi.pycapsule(fake.FakeGemm), platform="cpu")
+    fake_cupy.install(fake)
+    only = sys.argv[2:]
+    for name, scenario in list(globals().items()):
+        if not name.startswith("scenario_") or (only and name not in only):
+            continue
+        name = name.removeprefix("scenario_")
+        print(name, file=sys.stderr, flush=True)
+        begin = time.monotonic()
+        try:
+            results[name] = {"value": scenario()}
+        except Exception:
+            results[name] = {"raised": traceback.format_exc()}
+        results[name]["seconds"] = time.monotonic() - begin
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
