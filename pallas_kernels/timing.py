@@ -8,6 +8,7 @@ one run is the difference between enqueueing many and enqueueing one.
 from __future__ import annotations
 
 import functools
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -30,6 +31,8 @@ _LAUNCHES = 200
 _HOST_US = 40
 """More than the host needs for a launch."""
 _TRIES = 5
+_HOLD_STEP_US = 5_000
+"""Holds are multiples of this: each length is a program of its own."""
 
 
 def nanoseconds() -> jax.Array:
@@ -77,43 +80,56 @@ def device_us(
     launches: int,
     *,
     samples: int = 5,
-    sample_us: float = 10_000,
+    warm_us: float = 40_000,
+    sample_us: float = 20_000,
 ) -> list[float]:
     """Samples of one run's device time in microseconds.
+
+    Every sample follows on other runs without a pause: what keeps the multipliers busy soon runs
+    at lower clocks than after a rest, and takes up to a fifth longer.
 
     Args:
       program: compiled, with `STREAM_OPTIONS` if its kernels start early.
       args: its arguments.
       launches: kernels that one run launches, at least roughly.
       samples: number of samples.
-      sample_us: a sample's runs take about this long, unless they are too many to enqueue.
+      warm_us, sample_us: the runs ahead of a sample, and its own, take about this long, unless
+        they are so short that they are too many to enqueue.
 
     Raises:
-      RuntimeError: the host is too busy to enqueue the runs while the stream is held.
+      RuntimeError: the host is too busy to enqueue the runs before the device comes to them.
     """
+    host_us, run_us = _HOST_US * launches + 200.0, 0.0
 
-    def total(runs: int) -> float:
-        hold_us = 2_000 + (_HOST_US * launches + 200) * most
+    def total(runs: int, most: int) -> float:
+        """Seconds of a hold that is long enough for `most` runs, and of `runs` after it."""
+        # The device must not come to a run that is not enqueued yet.
+        ahead_us = most * max(0.0, host_us - run_us)
+        hold_us = 2_000 + _HOLD_STEP_US * math.ceil(ahead_us / _HOLD_STEP_US)
         hold = spinner(hold_us)
         for _ in range(_TRIES):
             start = time.perf_counter()
             hold()
             for _ in range(runs):
                 out = program(*args)
-            enqueued = time.perf_counter()
+            enqueued_us = (time.perf_counter() - start) * 1e6
             jax.block_until_ready(out)
-            if (enqueued - start) * 1e6 < hold_us:
+            if enqueued_us < hold_us + 0.9 * run_us * (runs - 1):
                 return time.perf_counter() - start
         raise RuntimeError(
-            f"{runs} runs took the host longer to enqueue than the {hold_us} us "
-            f"that the stream was held, {_TRIES} times: the GPU waited for it"
+            f"the host took longer to enqueue {runs} runs than the device for a hold of "
+            f"{hold_us} us and the runs, {_TRIES} times: it waited for the host"
         )
 
-    most = max(2, _LAUNCHES // launches)
-    total(1)  # loads the kernels
-    estimate = (total(3) - total(1)) / 2 * 1e6
-    runs = int(min(most, max(2, sample_us / max(estimate, 1.0))))
-    return [(total(1 + runs) - total(1)) / runs * 1e6 for _ in range(samples)]
+    def runs_in(us: float) -> int:
+        longest = us if run_us > host_us else min(us, _LAUNCHES // launches * run_us)
+        return max(1, int(longest / run_us))
+
+    total(1, 3)  # loads the kernels
+    run_us = max((total(3, 3) - total(1, 3)) / 2 * 1e6, 1.0)
+    warm, runs = runs_in(warm_us), max(2, runs_in(sample_us))
+    most = warm + runs
+    return [(total(most, most) - total(warm, most)) / runs * 1e6 for _ in range(samples)]
 
 
 def median_us(*args: Any, **kwargs: Any) -> float:
