@@ -55,3 +55,22 @@ def test_other_numbers():
     shown = "median {steady_median_ms:.2f} ms, p99 {steady_p99_ms:.2f} ms (with admissions "
     shown += "{churn_median_ms:.2f} and {churn_p99_ms:.2f})"
     assert shown.format(**host) in README
+
+
+def test_kernel_numbers():
+    attention = result("h200/decode_attention.json")["summary"]
+    for text in (
+        "{cases} cases | {geomean_vs_best_peer:.2f}× the faster of",
+        "worst case {min_vs_best_peer:.2f}×; with 500 MB",
+        "at {pct_of_bw_large:.0f} % of the rate",
+        "{async_speedup_geomean:.2f}× in geometric mean, at best {async_speedup_max:.2f}×",
+    ):
+        assert text.format(**attention) in README
+    assert f"({attention['copy_bytes_per_s'] / 1e12:.2f} TB/s)" in README
+    flat = result("h200/flat_gemm.json")["summary"]
+    for text in (
+        "{geomean_vs_cublas_m_le_64_over} cases with at most 64 rows",
+        "{geomean_vs_cublas_m_le_64:.2f}× cuBLAS in geometric mean, worst case",
+        "{min_vs_cublas_m_le_64:.2f}×; at 64 rows",
+    ):
+        assert text.format(**flat) in README
