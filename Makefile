@@ -14,7 +14,7 @@ test: env-test  ## run the CPU tests
 	$(PY) -m pytest -n 2 $(ARGS)
 
 test-gpu: env-test  ## run the numeric tests on a GPU (needs jpd[cuda12] or jpd[cuda13] in .venv)
-	JAX_PLATFORMS=cuda $(PY) -m pytest tests/test_parity.py tests/engine tests/ops tests/pallas_kernels $(ARGS)
+	JAX_PLATFORMS=cuda $(PY) -m pytest tests/test_parity.py tests/engine tests/ops tests/pallas_kernels tests/native/test_memory.py tests/native/test_overlap_gpu.py tests/overlap/test_gpus.py tests/semi_pd/test_storage.py $(ARGS)
 
 sass: .venv-sass/.jpd  ## compile the GPU kernels for an H200, without one; none may spill registers
 	.venv-sass/bin/python -m tests.pallas_kernels.sass $(ARGS)

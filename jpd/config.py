@@ -23,7 +23,10 @@ Controller = Literal["static", "paper", "slo"]
 
 MAX_STEP_TOKENS = 65_536
 
-_ONE_GPU = "jpd runs on one GPU (topology='disaggregated' on two, one for each phase)"
+_SPLITS = (
+    "jpd splits a model by tensor_parallel_size alone (topology='disaggregated' gives each phase a "
+    "GPU of its own)"
+)
 _LORA = "jpd serves no LoRA adapters"
 _DRAFTS = "jpd does no speculative decoding"
 _TEXT_ONLY = "jpd serves models of text alone"
@@ -32,11 +35,11 @@ _NO_OFFLOAD = "jpd keeps weights and KV pages in the device's memory"
 _VLLM_NAMES: dict[str, str] = {
     "block_size": "jpd calls it page_size",
     "cpu_offload_gb": _NO_OFFLOAD,
-    "data_parallel_size": _ONE_GPU,
+    "data_parallel_size": _SPLITS,
     "disable_log_stats": "read llm.stats",
-    "distributed_executor_backend": _ONE_GPU,
+    "distributed_executor_backend": _SPLITS,
     "enable_chunked_prefill": "prompts longer than max_num_batched_tokens are always chunked",
-    "enable_expert_parallel": _ONE_GPU,
+    "enable_expert_parallel": _SPLITS,
     "enable_lora": _LORA,
     "enforce_eager": "every step is compiled; fewer buckets compile sooner",
     "hf_overrides": "change the folder's config.json",
@@ -45,13 +48,12 @@ _VLLM_NAMES: dict[str, str] = {
     "max_loras": _LORA,
     "num_gpu_blocks_override": "jpd calls it num_pages",
     "num_speculative_tokens": _DRAFTS,
-    "pipeline_parallel_size": _ONE_GPU,
+    "pipeline_parallel_size": _SPLITS,
     "quantization": "weights are float32, bfloat16 or float16, see dtype",
     "revision": "fetch the revision and give its folder as model",
     "speculative_config": _DRAFTS,
     "speculative_model": _DRAFTS,
     "swap_space": _NO_OFFLOAD,
-    "tensor_parallel_size": _ONE_GPU,
     "tokenizer_mode": "jpd loads fast tokenizers only",
     "trust_remote_code": "jpd never runs code that comes with a checkpoint",
 }
@@ -243,6 +245,9 @@ class EngineConfig:
     own, with `num_pages` on each, and moves the KV of a sequence when its prompt is computed."""
     semi_pd: SemiPDConfig = field(default_factory=SemiPDConfig)
     """SM shares of the two phases."""
+    tensor_parallel_size: int = 1
+    """Devices that every layer and every KV page is split over, by heads and channels; how is in
+    `jpd.parallel`. A divisor of the model's heads, `intermediate_size` and `vocab_size`."""
 
     def __post_init__(self) -> None:
         at_least = {
@@ -252,6 +257,7 @@ class EngineConfig:
             "max_prefills_per_step": 1,
             "page_size": 1,
             "num_pages": 2,  # page 0 is never given out: padded rows write there
+            "tensor_parallel_size": 1,
         }
         for name, least in at_least.items():
             value, optional = getattr(self, name), getattr(EngineConfig, name) is None
@@ -278,6 +284,12 @@ class EngineConfig:
             self.prefill_policy,
             "only with topology='unified'",
         )
+        if apart and self.tensor_parallel_size > 1:
+            raise ConfigError(
+                f"tensor_parallel_size={self.tensor_parallel_size} is not allowed with "
+                f"topology={self.topology!r}: tensor_parallel_size > 1 is served by "
+                "topology='unified' only, so far"
+            )
         tokens, seqs = self.max_num_batched_tokens, self.max_num_seqs
         if tokens is not None:
             require(

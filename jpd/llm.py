@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from jpd import prompts as prompt_forms
 from jpd.errors import ConfigError, RequestError
 from jpd.face import EngineFace
-from jpd.models import Params
+from jpd.models import Params, abstract_params
 from jpd.types import Delta, RequestOutput, SamplingParams
 
 
@@ -41,18 +41,23 @@ class LLM(EngineFace):
 
     @property
     def params(self) -> Params:
-        """The parameters, a plain pytree; assign a tree of the same shapes to swap them."""
-        return self._engine.executor.params
+        """The parameters, a plain pytree; assign a tree of the same shapes to swap them.
+
+        With `tensor_parallel_size` above 1 the arrays lie on all devices, in the same order as on
+        one; for that the weights of q, k, v and of gate, up are copied each time this is read.
+        """
+        executor = self._engine.executor
+        return executor.placement.show(executor.params)
 
     @params.setter
     def params(self, params: Params) -> None:
         def signature(tree: Params) -> Any:
             return jax.tree.map(lambda a: (jnp.shape(a), str(jnp.result_type(a))), tree)
 
-        if signature(params) != signature(self.params):
+        executor = self._engine.executor
+        if signature(params) != signature(abstract_params(self.model_config, self.config.dtype)):
             raise ConfigError("params must have the structure, shapes and dtypes of llm.params")
-        (device,) = self.params["norm"]["weight"].devices()
-        self._engine.executor.params = jax.device_put(params, device)
+        executor.params = executor.placement.accept(params)
         self._engine.coordinator.forget_prefixes()
 
     # ---- requests

@@ -50,7 +50,10 @@ def slug(device_kind: str) -> str:
 
 
 def device_kind() -> str:
-    """The GPU that this process sees; a Hopper card where it sees none."""
+    """The GPU that kernels are traced for, or that this process sees; a Hopper card without any."""
+    target = mosaic.TARGET.get()
+    if target is not None:
+        return target[0]
     if jax.default_backend() != "gpu":
         return "NVIDIA H200"
     return jax.local_devices(backend="gpu")[0].device_kind

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -17,9 +20,30 @@ HOPPER_SMS = 132
 SMEM_BYTES = 227 * 1024
 """Shared memory that one block may take on Hopper; two blocks an SM take half of it each."""
 
+TARGET: ContextVar[tuple[str, int] | None] = ContextVar("pallas_kernels_target", default=None)
+"""Device kind and SMs of the GPU that kernels are traced for; None is the one that jax sees."""
+
+
+@contextlib.contextmanager
+def tracing_for(device_kind: str, sms: int) -> Iterator[None]:
+    """Kernels traced inside the block are made for this GPU, whatever the process sees.
+
+    Args:
+      device_kind: as jax names the GPU, "NVIDIA H200".
+      sms: how many SMs the process that runs them may use.
+    """
+    token = TARGET.set((device_kind, sms))
+    try:
+        yield
+    finally:
+        TARGET.reset(token)
+
 
 def sm_count() -> int:
     """SMs that this process may use: fewer under an MPS share than the chip has."""
+    target = TARGET.get()
+    if target is not None:
+        return target[1]
     if jax.default_backend() != "gpu":
         return HOPPER_SMS
     return jax.local_devices(backend="gpu")[0].core_count

@@ -293,7 +293,7 @@ def test_an_unknown_engine_argument_names_the_nearest(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"tensor_parallel_size": 2}, "tensor_parallel_size=2 of vLLM .* jpd runs on one GPU"),
+        ({"pipeline_parallel_size": 2}, "pipeline_parallel_size=2 of vLLM .* by tensor_parallel"),
         ({"quantization": "fp8"}, "quantization='fp8' of vLLM is not supported by jpd"),
         ({"block_size": 16}, "block_size=16 of vLLM .* jpd calls it page_size"),
         ({"num_gpu_blocks_override": 9}, "num_gpu_blocks_override=9 .* jpd calls it num_pages"),

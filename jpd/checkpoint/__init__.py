@@ -33,6 +33,7 @@ from jpd.checkpoint.tree import dotted
 from jpd.config import Dtype, LoadFormat, require
 from jpd.models import ModelConfig, Params, abstract_params
 from jpd.models.family import flatten
+from jpd.parallel import OneDevice, Placement
 
 __all__ = [
     "load",
@@ -55,6 +56,7 @@ def load(
     seed: int = 0,
     show_progress: bool = True,
     device: jax.Device | None = None,
+    placement: Placement | None = None,
 ) -> tuple[ModelConfig, Params]:
     """Reads a model folder.
 
@@ -65,10 +67,12 @@ def load(
       seed: Of "dummy" weights.
       show_progress: A bar of the bytes read, on stderr.
       device: Where the parameters go; JAX's default device when not given.
+      placement: Where they go if they are cut over several, see `jpd.parallel`. Each rank's part is
+        sent to its device alone.
 
     Returns:
       The config as the folder has it, and the tree of `abstract_params(config, dtype)` with a
-      `jax.Array` in every leaf, all of them ready.
+      `jax.Array` in every leaf, all of them ready. Packed weights are in the order of `placement`.
 
     Raises:
       ConfigError: no usable `config.json`, or an argument that is not allowed.
@@ -84,15 +88,17 @@ def load(
     config = read_config(folder)
     dtype = config.dtype if dtype == "auto" else dtype
     require(dtype in _DTYPES, "dtype", dtype, f"one of {list(_DTYPES)}")
-    if device is None:
-        (device,) = jnp.zeros(()).devices()
+    if placement is None:
+        if device is None:
+            (device,) = jnp.zeros(()).devices()
+        placement = OneDevice(device)
     if load_format == "dummy":
-        return config, dummy.make_params(config, dtype, seed=seed, device=device)
+        return config, dummy.make_params(config, dtype, seed=seed, placement=placement)
     if load_format == "orbax" or (load_format == "auto" and orbax.holds_orbax(folder)):
-        params = orbax.load_orbax(folder, config, dtype, device=device)
+        params = orbax.load_orbax(folder, config, dtype, placement=placement)
     else:
         params = hf.load_safetensors(
-            folder, config, dtype, device=device, show_progress=show_progress
+            folder, config, dtype, placement=placement, show_progress=show_progress
         )
     if dtype == "float16":
         _check_finite(folder, params)

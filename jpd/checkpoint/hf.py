@@ -19,6 +19,7 @@ from jpd.checkpoint.tree import ParamPath, unflatten
 from jpd.errors import ConfigError
 from jpd.models import ModelConfig, Params, abstract_params, family_of
 from jpd.models.family import checkpoint_names, flatten
+from jpd.parallel import Placement
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -43,9 +44,9 @@ class _Folder:
 
 
 def load_safetensors(
-    folder: Path, config: ModelConfig, dtype: str, *, device: jax.Device, show_progress: bool
+    folder: Path, config: ModelConfig, dtype: str, *, placement: Placement, show_progress: bool
 ) -> Params:
-    """Reads a folder's safetensors files onto a device.
+    """Reads a folder's safetensors files onto devices; every byte of them once.
 
     Host memory beside the result: the parameter that is read and the one still on its way to the
     device (on a CPU the result is host memory too).
@@ -69,7 +70,7 @@ def load_safetensors(
         disable=not show_progress,
     ) as bar:
         for path in order:
-            array = jax.device_put(_read(stored[path], leaves[path], bar.update), device)
+            array = placement.put(path, _read(stored[path], leaves[path], bar.update))
             if before is not None:
                 before.block_until_ready()
             before = arrays[path] = array

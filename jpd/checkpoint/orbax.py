@@ -17,6 +17,7 @@ from jpd.checkpoint.tree import dotted, unflatten
 from jpd.errors import CheckpointError, ConfigError
 from jpd.models import ModelConfig, Params, abstract_params
 from jpd.models.family import flatten
+from jpd.parallel import Placement
 from jpd.text import TOKENIZER_FILES
 
 SUBFOLDER = "orbax"
@@ -69,8 +70,8 @@ def save_orbax(config: ModelConfig, params: Params, folder: str | Path, source: 
     _write(folder / "config.json", hf_config)
 
 
-def load_orbax(folder: Path, config: ModelConfig, dtype: str, *, device: jax.Device) -> Params:
-    """Restores what `save_orbax` wrote, as `dtype`, onto a device.
+def load_orbax(folder: Path, config: ModelConfig, dtype: str, *, placement: Placement) -> Params:
+    """Restores what `save_orbax` wrote, as `dtype`, onto devices.
 
     Raises:
       CheckpointError: with every difference from what the config promises.
@@ -81,9 +82,10 @@ def load_orbax(folder: Path, config: ModelConfig, dtype: str, *, device: jax.Dev
     tree = abstract_params(config, dtype)
     _check(folder, tree)
     paths = {dotted(path): path for path, _ in flatten(tree)}
-    sharding = jax.sharding.SingleDeviceSharding(device)
     target = {
-        dotted(path): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        dotted(path): jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=placement.in_checkpoint_order(path, leaf.shape)
+        )
         for path, leaf in flatten(tree)
     }
     largest = max(math.prod(leaf.shape) * 4 for leaf in target.values())
@@ -96,7 +98,9 @@ def load_orbax(folder: Path, config: ModelConfig, dtype: str, *, device: jax.Dev
         except Exception as error:  # whatever the storage library found: no common base class
             # The error itself is a page on the storage's settings, its cause is one line.
             raise CheckpointError(f"{place} cannot be read: {error.__cause__ or error}") from error
-    return jax.block_until_ready(unflatten({path: restored[name] for name, path in paths.items()}))
+    # One by one, each let go of: the packed ones are there twice while they are rearranged.
+    arrays = {path: placement.arrange(path, restored.pop(name)) for name, path in paths.items()}
+    return jax.block_until_ready(unflatten(arrays))
 
 
 def _sizes(place: Path) -> dict[str, int]:

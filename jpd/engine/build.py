@@ -21,6 +21,7 @@ from jpd.engine.lane import OneExecutor, Topology
 from jpd.errors import ConfigError
 from jpd.models import ModelConfig, Params
 from jpd.ops import self_check
+from jpd.parallel import Split, place
 from jpd.text import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -111,9 +112,25 @@ def default_device() -> jax.Device:
         ) from error
 
 
+def devices_for(config: EngineConfig, device: jax.Device) -> list[jax.Device]:
+    """As many devices of its kind as the model is split over, `device` the first of them.
+
+    Raises:
+      ConfigError: there are fewer.
+    """
+    others = [d for d in jax.local_devices(backend=device.platform) if d != device]
+    require(
+        config.tensor_parallel_size <= 1 + len(others),
+        "tensor_parallel_size",
+        config.tensor_parallel_size,
+        f"at most {1 + len(others)}, the number of {device.platform} devices that jax finds",
+    )
+    return [device, *others][: config.tensor_parallel_size]
+
+
 def check_memory(executor: Executor, model_bytes: int, limit: int) -> None:
     """Raises `ConfigError` if weights, pages and the work space of the largest step do not fit."""
-    kv = sum(leaf.nbytes for leaf in jax.tree.leaves(executor.kv))
+    kv = sum(memory.bytes_of_rank(leaf) for leaf in jax.tree.leaves(executor.kv))
     work = executor.compiled.temp_bytes()
     if model_bytes + kv + work > limit:
         gib = 1 << 30
@@ -212,7 +229,10 @@ def prepare(
     folder = checkpoint.resolve_folder(config.model, weights=config.load_format != "dummy")
     model = checkpoint.read_config(folder)
     config = resolve(config.replace(model=str(folder)), model, on_cpu=on_cpu)
-    model_bytes = checkpoint.param_bytes(model, config.dtype)
+    # What one rank has; of logits all have the whole.
+    part = Split(model, config.tensor_parallel_size).rank_model
+    model_bytes = checkpoint.param_bytes(part, config.dtype)
+    sized = part.replace(vocab_size=model.vocab_size)
     memory.check_model_fits(model_bytes, limit, config.gpu_memory_utilization, device)
     sizes = {
         "limit": limit,
@@ -223,9 +243,9 @@ def prepare(
         shapes = shape_table(config)
         # XLA's CPU client copies pages that are not its own memory, in each executor.
         copies = 1 + executors if on_cpu and config.topology != "unified" else 1
-        pages = memory.num_pages(config, model, shapes, executors=executors, copies=copies, **sizes)
+        pages = memory.num_pages(config, sized, shapes, executors=executors, copies=copies, **sizes)
         config = config.replace(num_pages=pages)
-    memory.check_pages_fit(config, model, **sizes)
+    memory.check_pages_fit(config, sized, **sizes)
     tokenizer = None
     if not config.skip_tokenizer_init:
         named = config.tokenizer
@@ -250,21 +270,35 @@ def build(config: EngineConfig, device: jax.Device | None = None) -> Engine:
     Raises:
       ConfigError: the configuration, the checkpoint or the machine does not allow it.
     """
-    device = device or default_device()
-    limit = memory.device_memory(device)
+    devices = devices_for(config, device or default_device())
+    device = devices[0]
+    limit = min(map(memory.device_memory, devices))
+    if device.platform == "cpu":
+        limit //= len(devices)  # of one host
     prepared = prepare(config, on_cpu=device.platform == "cpu", limit=limit, device=device)
     config, model = prepared.config, prepared.model
     use_cache_dir(config.compilation_cache_dir)
+    placement = place(model, devices)
     _, params = checkpoint.load(
         config.model,
         dtype=config.dtype,
         load_format=config.load_format,
         seed=config.seed,
         show_progress=config.show_progress,
-        device=device,
+        placement=placement,
     )
-    check_kernels(config, model, params, device)
-    executor = Executor(config, model, params, device, prepared.eos_token_ids, prepared.phi)
+    for rank, each in enumerate(devices):
+        of_rank = placement.of_rank(params, rank)
+        check_kernels(config, placement.rank_model or model, of_rank, each)
+    executor = Executor(
+        config,
+        model,
+        params,
+        device,
+        prepared.eos_token_ids,
+        prepared.phi,
+        placement=placement,
+    )
     executor.compile_ahead()
     check_memory(executor, prepared.model_bytes, limit)
     topology = OneExecutor(executor, config.max_num_seqs, depth=1 + config.async_scheduling)

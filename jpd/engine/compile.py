@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from tqdm.auto import tqdm
 
 from jpd.config import KernelConfig
 from jpd.engine.shapes import StepShape
+from jpd.engine.stored_steps import FOLDER, StepStore
 
 logger = logging.getLogger(__name__)
 
@@ -50,10 +52,21 @@ def use_cache_dir(folder: str | None) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
+def step_store(folder: str | None) -> StepStore | None:
+    """Where lowered steps are kept: in jax's compilation cache; None if that is not used.
+
+    Args:
+      folder: what `use_cache_dir` was called with; "" keeps nothing.
+    """
+    cache = jax.config.jax_compilation_cache_dir
+    if folder == "" or not cache or not jax.config.jax_enable_compilation_cache:
+        return None
+    # A bucket in a cloud is no path.
+    return None if "://" in cache else StepStore(Path(cache) / FOLDER)
+
+
 class CompiledSteps:
     """One executable for each step shape.
-
-    `lower` in the methods traces and lowers the step for a shape (`jax.stages.Lowered`).
 
     Args:
       options: XLA's compile options.
@@ -66,22 +79,40 @@ class CompiledSteps:
         """Shapes that were compiled while requests waited."""
 
     def compile_ahead(
-        self, shapes: list[StepShape], lower: Callable[[StepShape], Any], *, show_progress: bool
+        self,
+        shapes: list[StepShape],
+        lower_ahead: Callable[[list[StepShape]], Generator[tuple[StepShape, Callable[[], Any]]]],
+        *,
+        show_progress: bool,
     ) -> None:
-        """Compiles all shapes; XLA works on several while Python traces the next."""
-        bar = tqdm(total=len(shapes), desc="compile", unit="step", disable=not show_progress)
-        with bar, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        """Compiles all shapes; XLA works on several while Python lowers the next.
 
-            def compile_one(shape: StepShape, lowered: Any) -> None:
-                self._steps[shape] = lowered.compile(self._options)
+        Args:
+          shapes: what to compile.
+          lower_ahead: gives each shape once, with a function that any thread may call for its
+            `jax.stages.Lowered`.
+          show_progress: with a bar.
+        """
+        bar = tqdm(total=len(shapes), desc="compile", unit="step", disable=not show_progress)
+        with (
+            contextlib.closing(lower_ahead(shapes)) as steps,
+            bar,
+            ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
+        ):
+
+            def compile_one(shape: StepShape, lowered: Callable[[], Any]) -> None:
+                self._steps[shape] = lowered().compile(self._options)
                 bar.update()
 
-            futures = [pool.submit(compile_one, shape, lower(shape)) for shape in shapes]
+            futures = [pool.submit(compile_one, *step) for step in steps]
             for future in futures:
                 future.result()
 
     def get(self, shape: StepShape, lower: Callable[[StepShape], Any]) -> Any:
-        """The step of a shape; compiled now, and counted, if it was not ahead of time."""
+        """The step of a shape; compiled now, and counted, if it was not ahead of time.
+
+        `lower` gives the shape's `jax.stages.Lowered`.
+        """
         compiled = self._steps.get(shape)
         if compiled is None:
             start = time.perf_counter()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -18,13 +17,16 @@ import numpy as np
 from jpd import ops
 from jpd.config import EngineConfig
 from jpd.engine import batch as batches
-from jpd.engine.compile import CompiledSteps, step_options
+from jpd.engine.compile import CompiledSteps, step_options, step_store
+from jpd.engine.lowering import StepLowering, source_of
 from jpd.engine.plan import StepPlan, StepResult, TokenLogprobs
+from jpd.engine.rank_step import RankLowering
 from jpd.engine.sampler import Sampled
 from jpd.engine.sampler_inputs import SamplingInputs, SamplingTable
 from jpd.engine.shapes import ShapeTable, StepShape
-from jpd.engine.step import KVPages, step
+from jpd.engine.step import KVPages
 from jpd.models import ModelConfig, Params
+from jpd.parallel import ManyDevices, OneDevice, Placement
 from jpd.types import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
 
 
@@ -42,7 +44,7 @@ class InFlight:
             # A CPU's results are on the host already. Asking for a copy there would leave a
             # callback that takes Python's lock after the result was read: jax 0.11 aborts a
             # process that ends before it ran.
-            if leaf.device.platform != "cpu":
+            if all(device.platform != "cpu" for device in leaf.devices()):
                 leaf.copy_to_host_async()
 
     def result(self) -> StepResult:
@@ -84,17 +86,18 @@ def _finish(newest: list[InFlight]) -> None:
 
 
 class Executor:
-    """One device that runs steps.
+    """One device that runs steps, or several that run each step together.
 
     Args:
       config: resolved engine configuration.
       model_config: the model.
-      params: its parameters, on the device.
+      params: its parameters, on the device or as `placement` has them.
       device: where everything lives.
       eos_token_ids: banned until a sequence has its `min_tokens`.
       phi: `[L, Hq]` float32, see `jpd.ops.decode_attention`; None takes the kernels' default.
       kv: the KV pages, which jax may update in place; made here when not given.
       shapes: what steps are padded to; for both phases when not given.
+      placement: the devices, if the model is split over several; `device` is the first of them.
     """
 
     def __init__(
@@ -107,8 +110,10 @@ class Executor:
         phi: np.ndarray | None = None,
         kv: KVPages | None = None,
         shapes: ShapeTable | None = None,
+        placement: Placement | None = None,
     ) -> None:
         self.params = params
+        self.placement = placement or OneDevice(device)
         self.shapes = shapes or shape_table(config)
         self.compiled = CompiledSteps(
             step_options(config.kernels) if ops.may_run(config.kernels, device.platform) else None
@@ -117,7 +122,7 @@ class Executor:
         self._newest: list[InFlight] = []
         weakref.finalize(self, _finish, self._newest)
         self._config = config
-        self._model = model_config
+        self._model = model_config = self.placement.rank_model or model_config
         self._device = device
         self._phi = phi
         # Its last row, for padding, has the number of the history's unowned row.
@@ -128,26 +133,39 @@ class Executor:
         self._eos_token_ids = eos_token_ids
         self._prompt_lengths = np.zeros(config.max_num_seqs + 1, np.int32)
         page = (config.page_size, model_config.num_kv_heads, model_config.head_dim)
-        shape = (config.num_pages, *page)
-        with jax.default_device(device):
-            zeros = jax.jit(lambda: jnp.zeros(shape, config.dtype))
-            self.kv = kv or [(zeros(), zeros()) for _ in range(model_config.num_layers)]
-            self.history = jnp.zeros((config.max_num_seqs + 1, config.max_model_len + 1), jnp.int32)
+        shape, place = self.placement.pages((config.num_pages, *page))
+        zeros = jax.jit(lambda: jnp.zeros(shape, config.dtype), out_shardings=place)
+        self.kv = kv or [(zeros(), zeros()) for _ in range(model_config.num_layers)]
+        everywhere = self.placement.everywhere
+        rows = (config.max_num_seqs + 1, config.max_model_len + 1)
+        self.history = jax.jit(lambda: jnp.zeros(rows, jnp.int32), out_shardings=everywhere)()
         self._set_history = jax.jit(
-            lambda history, row, tokens: history.at[row].set(tokens), donate_argnums=0
+            lambda history, row, tokens: history.at[row].set(tokens),
+            donate_argnums=0,
+            out_shardings=everywhere,
         )
 
-    def _lower(self, shape: StepShape) -> Any:
+    def _lowering(self) -> StepLowering | RankLowering:
         config = self._config
-        chunks = config.max_prefills_per_step
-        fn = partial(step, self._model, shape, chunks, config.page_size, phi=self._phi)
-        inputs = (self.params, self.kv, self.history, *self._host_inputs(shape, None))
-        on_device = jax.sharding.SingleDeviceSharding(self._device)
-        abstract = jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=on_device), inputs
+        source = source_of(
+            self._model,
+            chunks=config.max_prefills_per_step,
+            page_size=config.page_size,
+            phi=self._phi,
+            kernels=config.kernels,
+            platform=self._device.platform,
         )
-        with ops.using(config.kernels, self._device.platform):
-            return jax.jit(fn, donate_argnums=(1, 2)).lower(*abstract)
+        arrays = (self.params, self.kv, self.history)
+
+        def inputs(shape: StepShape) -> Any:
+            return *arrays, *self._host_inputs(shape, None)
+
+        if isinstance(self.placement, ManyDevices):
+            return RankLowering(source, self.placement, inputs)
+        return StepLowering(source, self._device, inputs, step_store(config.compilation_cache_dir))
+
+    def _lower(self, shape: StepShape) -> Any:
+        return self._lowering().lower(shape)
 
     @property
     def recompiles(self) -> int:
@@ -157,7 +175,9 @@ class Executor:
     def compile_ahead(self) -> None:
         """Compiles every step shape and the history update."""
         self.compiled.compile_ahead(
-            self.shapes.all(), self._lower, show_progress=self._config.show_progress
+            self.shapes.all(),
+            self._lowering().lower_ahead,
+            show_progress=self._config.show_progress,
         )
         self.load_history(self._config.max_num_seqs, np.zeros(0, np.int32))
 
@@ -205,7 +225,7 @@ class Executor:
         size = len(inputs.bias_ids)
         if size not in self._unbiased:
             self._unbiased[size] = jax.device_put(
-                (inputs.bias_ids, inputs.bias_values), self._device
+                (inputs.bias_ids, inputs.bias_values), self.placement.everywhere
             )
         ids, values = self._unbiased[size]
         return replace(inputs, bias_ids=ids, bias_values=values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 
 import jax
@@ -31,6 +32,11 @@ def host_memory() -> int:
         return int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def bytes_of_rank(array: jax.Array) -> int:
+    """Bytes of an array on each of the devices that it lies on."""
+    return math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
 
 
 def page_bytes(config: EngineConfig, model: ModelConfig, itemsize: int) -> int:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jpd import ops
-from jpd.layers.linear import Linear
+from jpd.layers.linear import Linear, SummedLinear
 from jpd.layers.norm import RMSNorm
 
 Attend = Callable[[int, jax.Array, jax.Array, jax.Array, ops.HeadNorms | None], jax.Array]
@@ -35,8 +35,13 @@ class Attention(nnx.Module):
             dtype=dtype,
             rngs=rngs,
         )
-        self.out = Linear(
-            heads * size, config.hidden_size, bias=config.out_bias, dtype=dtype, rngs=rngs
+        self.out = SummedLinear(
+            heads * size,
+            config.hidden_size,
+            over="heads",
+            bias=config.out_bias,
+            dtype=dtype,
+            rngs=rngs,
         )
         self.q_norm = RMSNorm(size, config.rms_eps, dtype=dtype) if config.qk_norm else None
         self.k_norm = RMSNorm(size, config.rms_eps, dtype=dtype) if config.qk_norm else None

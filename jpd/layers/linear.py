@@ -1,5 +1,7 @@
 """Linear layer and embedding. Weights keep the `[out, in]` layout of Hugging Face checkpoints."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -31,6 +33,23 @@ class Linear(nnx.Module):
         return None if self.bias is None else self.bias[...]
 
 
+class SummedLinear(Linear):
+    """A linear layer that reads what ranks may have parts of: heads, or channels of an MLP.
+
+    Args:
+      over: name of the inputs' logical axis, see `jpd.parallel.rules`.
+      others: as for `Linear`.
+    """
+
+    def __init__(self, inputs: int, outputs: int, *, over: str, **others: Any):
+        super().__init__(inputs, outputs, **others)
+        self.over = over
+
+    def __call__(self, x: jax.Array, residual: jax.Array | None = None) -> jax.Array:
+        weight, bias = self.weight[...], self._bias()
+        return ops.summed_linear(x, weight, over=self.over, bias=bias, residual=residual)
+
+
 class Embedding(nnx.Module):
     """Token ids `[T]` to vectors `[T, E]`, and vectors back to logits when tied."""
 
@@ -38,7 +57,7 @@ class Embedding(nnx.Module):
         self.weight = normal(rngs, (vocab_size, width), dtype)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        return self.weight[...][tokens]
+        return ops.embedding(tokens, self.weight[...])
 
     def attend(self, x: jax.Array) -> jax.Array:
         """`[M, E] -> [M, V]` with the embedding as the output projection."""

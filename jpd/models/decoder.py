@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jpd import ops
 from jpd.layers.attention import Attend, Attention
-from jpd.layers.linear import Embedding, Linear
+from jpd.layers.linear import Embedding, Linear, SummedLinear
 from jpd.layers.norm import RMSNorm
 from jpd.layers.rope import angles
 from jpd.models.config import ModelConfig
@@ -29,7 +30,7 @@ class MLP(nnx.Module):
     def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         width, ffn, bias = config.hidden_size, config.ffn_size, config.mlp_bias
         self.gate_up = Linear(width, 2 * ffn, bias=bias, dtype=dtype, rngs=rngs)
-        self.down = Linear(ffn, width, bias=bias, dtype=dtype, rngs=rngs)
+        self.down = SummedLinear(ffn, width, over="ffn", bias=bias, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, residual: jax.Array | None = None) -> jax.Array:
         return self.down(self.gate_up.gated(x), residual)
@@ -77,7 +78,7 @@ class Decoder(nnx.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Logits `[M, V]` float32 of hidden states `[M, E]`."""
         project = self.embed.attend if self.lm_head is None else self.lm_head
-        return project(hidden).astype(jnp.float32)
+        return ops.gathered_logits(project(hidden)).astype(jnp.float32)
 
     def __call__(self, tokens: jax.Array, positions: jax.Array, attend: Attend) -> jax.Array:
         return self.logits(self.hidden(tokens, positions, attend))

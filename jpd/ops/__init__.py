@@ -5,27 +5,33 @@ from jpd.ops.linear import gated_linear, linear
 from jpd.ops.norm import rms_norm
 from jpd.ops.pallas import describe as describe_kernels
 from jpd.ops.pallas import kernels_without_gpu, may_run, workspace
+from jpd.ops.ranks import Ranks, embedding, gathered_logits, over_ranks, summed_linear
 from jpd.ops.registry import check, choices, implementations, register, using
 from jpd.ops.rope import HeadNorms, rope_write, rotate, split_heads
 
 __all__ = [
     "DecodeAttention",
     "HeadNorms",
+    "Ranks",
     "check",
     "choices",
     "decode_attention",
     "describe_kernels",
+    "embedding",
     "gated_linear",
+    "gathered_logits",
     "implementations",
     "kernels_without_gpu",
     "linear",
     "may_run",
+    "over_ranks",
     "prefill_attention",
     "register",
     "rms_norm",
     "rope_write",
     "rotate",
     "split_heads",
+    "summed_linear",
     "using",
     "workspace",
 ]

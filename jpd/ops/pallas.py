@@ -25,8 +25,22 @@ NAME = "pallas"
 
 
 @dataclasses.dataclass(frozen=True)
+class Gpu:
+    """What kernels depend on of the GPU that they are made for."""
+
+    kind: str
+    """As jax names it, "NVIDIA H200"."""
+    sms: int
+    """SMs that the process may use: fewer under an MPS share than the chip has."""
+    capability: str
+    """Compute capability, "9.0"."""
+
+
+@dataclasses.dataclass(frozen=True)
 class _Target:
     interpret: Any
+    capability: str | None = None
+    """None lets every kernel pass."""
 
 
 _TARGET: ContextVar[_Target | None] = ContextVar("jpd_pallas_target", default=None)
@@ -49,13 +63,49 @@ def kernels_without_gpu(interpret: Any = None) -> Iterator[None]:
         _TARGET.reset(token)
 
 
+@contextlib.contextmanager
+def tracing_for(gpu: Gpu) -> Iterator[None]:
+    """Programs traced inside the block for a platform "gpu" are made for this one.
+
+    The process needs to see neither it nor any other.
+    """
+    from pallas_kernels import mosaic
+
+    token = _TARGET.set(_Target(None, gpu.capability))
+    try:
+        with mosaic.tracing_for(gpu.kind, gpu.sms):
+            yield
+    finally:
+        _TARGET.reset(token)
+
+
+def gpu_seen() -> Gpu:
+    """The GPU of this process, for `tracing_for` in another."""
+    from pallas_kernels import mosaic
+
+    device = jax.local_devices(backend="gpu")[0]
+    return Gpu(device.device_kind, mosaic.sm_count(), device.compute_capability)
+
+
+def pretending() -> bool:
+    """Whether `kernels_without_gpu` or `tracing_for` holds, so that not this process's GPU counts.
+
+    What is traced then may be interpreted, and says nothing about the next start.
+    """
+    return _TARGET.get() is not None
+
+
 def _refusal() -> str | None:
     """Why no kernel can run in the program that is being traced; None if they can."""
-    if _TARGET.get() is not None:
+    target = _TARGET.get()
+    if target is not None and target.capability is None:
         return None
     if registry.platform() != "gpu":
         return f"the kernels run on GPUs, not on {registry.platform()!r}"
-    capability = jax.local_devices(backend="gpu")[0].compute_capability
+    if target is not None:
+        capability = target.capability
+    else:
+        capability = jax.local_devices(backend="gpu")[0].compute_capability
     if not capability.startswith("9."):
         return f"the kernels are written for compute capability 9.0, this GPU has {capability}"
     return None

@@ -11,9 +11,9 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -25,8 +25,45 @@ logger = logging.getLogger(__name__)
 _OPS: dict[str, Op] = {}
 _WARNED: set[tuple[str, str]] = set()
 _CHOICES: Counter[tuple[str, str]] = Counter()
+_RECORDINGS: ContextVar[tuple[list[Choice], ...]] = ContextVar("jpd_recordings", default=())
 _SELECTION: ContextVar[KernelConfig | None] = ContextVar("jpd_kernels", default=None)
 _PLATFORM: ContextVar[str | None] = ContextVar("jpd_platform", default=None)
+
+
+class Choice(NamedTuple):
+    """What an op took while a program was traced."""
+
+    op: str
+    taken: str
+    reasons: str
+    """Why a kernel was passed over on a GPU; "" if none was."""
+
+
+def _note(choice: Choice) -> None:
+    """Counts a choice, and says once for each reason that a kernel was passed over."""
+    _CHOICES[choice.op, choice.taken] += 1
+    for recorded in _RECORDINGS.get():
+        recorded.append(choice)
+    if choice.reasons and (choice.op, choice.reasons) not in _WARNED:
+        _WARNED.add((choice.op, choice.reasons))
+        logger.warning("%s runs on %r: %s", choice.op, choice.taken, choice.reasons)
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Choice]]:
+    """Collects what ops take in programs that are traced inside the block, by this thread."""
+    recorded: list[Choice] = []
+    token = _RECORDINGS.set((*_RECORDINGS.get(), recorded))
+    try:
+        yield recorded
+    finally:
+        _RECORDINGS.reset(token)
+
+
+def replay(choices: Iterable[Choice]) -> None:
+    """Counts and warns as if the program had been traced here."""
+    for choice in choices:
+        _note(choice)
 
 
 class Op:
@@ -49,9 +86,8 @@ class Op:
                 # as an engine's pages, would stay until the collector comes.
                 errors.append(error.with_traceback(None))
                 continue
-            _CHOICES[self.name, candidate] += 1
-            if errors and platform() == "gpu":
-                self._warn(candidate, "; ".join(map(str, errors)))
+            reasons = "; ".join(map(str, errors)) if platform() == "gpu" else ""
+            _note(Choice(self.name, candidate, reasons))
             return out
         if selected.pallas_only:
             reasons = "; ".join(map(str, errors)) or "none is registered"
@@ -60,12 +96,6 @@ class Op:
                 f"{self.name}({_describe(args, kwargs)}): {reasons}"
             )
         raise ExceptionGroup(f"no implementation of {self.name!r} takes these arguments", errors)
-
-    def _warn(self, taken: str, reasons: str) -> None:
-        """Says once for each reason that a kernel was passed over."""
-        if (self.name, reasons) not in _WARNED:
-            _WARNED.add((self.name, reasons))
-            logger.warning("%s runs on %r: %s", self.name, taken, reasons)
 
     def candidates(self, name: str, *, pallas_only: bool = False) -> list[str]:
         """The implementations that a selection by `name` tries, in their order.

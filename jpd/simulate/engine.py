@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from jpd.config import EngineConfig
+from jpd.config import EngineConfig, require
 from jpd.engine import build as engine_build
 from jpd.engine.build import Prepared
 from jpd.engine.coordinator import Coordinator
@@ -52,6 +52,12 @@ def prepare(config: EngineConfig, memory_bytes: int, gpu_name: str) -> Prepared:
     """
     config = config.replace(
         load_format="dummy", skip_tokenizer_init=True, enable_prefix_caching=False
+    )
+    require(
+        config.tensor_parallel_size == 1,
+        "tensor_parallel_size",
+        config.tensor_parallel_size,
+        "1, as the simulator knows no latencies of several GPUs",
     )
     executors = 1
     if config.topology == "semi_pd":
