@@ -60,8 +60,8 @@ def _layout(shape: StepShape, chunks: int, page_size: int) -> list[tuple[int, ..
 
 
 _ALIGNMENT = 64
-"""Every part starts at a multiple of so many numbers: 256 bytes. XLA hands kernels a slice in its
-place, without a copy, and Mosaic's take no address that is not a multiple of that."""
+"""Every part starts at a multiple of so many numbers: 256 bytes. XLA may hand a kernel a slice
+without a copy, and Mosaic's kernels take no address that is not a multiple of that."""
 
 
 def _padded(numbers: int) -> int:
