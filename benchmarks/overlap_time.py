@@ -25,7 +25,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from benchmarks.device_time import ROTATED_BYTES
-from pallas_kernels.timing import STREAM_OPTIONS, nanoseconds
+from pallas_kernels.timing import STREAM_OPTIONS, spin
 
 AXIS = "tp"
 SAMPLES = 5
@@ -118,25 +118,7 @@ def lower(operation: Operation, mesh: Mesh, xs: Any, ws: Any) -> jax.stages.Lowe
 @functools.cache
 def _hold(mesh: Mesh, us: int) -> Callable[[], Any]:
     """A compiled program that keeps one SM of every GPU busy for `us` microseconds."""
-    import jax.experimental.pallas.mosaic_gpu as plgpu
-
-    from pallas_kernels import mosaic
-
-    def body(out: Any) -> None:
-        start = nanoseconds()
-        out[0] = lax.while_loop(
-            lambda now: now - start < 1000 * us, lambda now: nanoseconds(), start
-        )
-
-    spin = plgpu.kernel(
-        body,
-        out_type=jax.ShapeDtypeStruct((1,), jnp.int32),
-        grid=(1,),
-        grid_names=("block",),
-        compiler_params=mosaic.WARPGROUP,
-        kernel_name="hold",
-    )
-    mapped = jax.shard_map(spin, mesh=mesh, in_specs=(), out_specs=P(AXIS), check_vma=False)
+    mapped = jax.shard_map(spin(us), mesh=mesh, in_specs=(), out_specs=P(AXIS), check_vma=False)
     program = jax.jit(mapped).lower().compile(compiler_options=STREAM_OPTIONS)
     jax.block_until_ready(program())
     return program

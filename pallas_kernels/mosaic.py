@@ -130,9 +130,9 @@ def wait_for_previous(interpret: Any = None) -> None:
 def let_next_start(interpret: Any = None) -> None:
     """Lets the next kernel's blocks come to the SMs while this one runs; they wait for its end.
 
-    A product does so at once: what follows it brings its first weights to shared memory meanwhile.
-    The small kernels between products do so after their own wait: before it, the product after
-    them would take its place while the one before them still needs the SM.
+    A product and a norm do so at once: the product that follows brings its first weights to shared
+    memory as soon as the one before gives it back. The kernels of attention and what stands before
+    it do so after their own wait, so that what begins after them finds all before them complete.
     """
     if interpret is None:
         plgpu.griddepcontrol_launch_dependents()

@@ -51,9 +51,8 @@ def nanoseconds() -> jax.Array:
     return read()
 
 
-@functools.cache
-def spinner(us: int) -> Callable[[], Any]:
-    """A compiled program that keeps one SM busy for `us` microseconds."""
+def spin(us: int) -> Callable[[], jax.Array]:
+    """A kernel that keeps one SM busy for `us` microseconds; to be called in a program."""
 
     def body(out):
         start = nanoseconds()
@@ -61,7 +60,7 @@ def spinner(us: int) -> Callable[[], Any]:
             lambda now: now - start < 1000 * us, lambda now: nanoseconds(), start
         )
 
-    kernel = plgpu.kernel(
+    return plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((1,), jnp.int32),
         grid=(1,),
@@ -69,7 +68,12 @@ def spinner(us: int) -> Callable[[], Any]:
         compiler_params=mosaic.WARPGROUP,
         kernel_name="spin",
     )
-    program = jax.jit(kernel).lower().compile()
+
+
+@functools.cache
+def spinner(us: int) -> Callable[[], Any]:
+    """A compiled program that keeps one SM busy for `us` microseconds."""
+    program = jax.jit(spin(us)).lower().compile()
     jax.block_until_ready(program())
     return program
 

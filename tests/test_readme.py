@@ -62,7 +62,7 @@ def test_kernel_numbers():
     for text in (
         "{cases} cases | {geomean_vs_best_peer:.2f}× the faster of",
         "worst case {min_vs_best_peer:.2f}×; with 500 MB",
-        "at {pct_of_bw_large:.0f} % of the rate",
+        "({pct_of_bw_large_over} such cases) it reads at {pct_of_bw_large:.0f} % of the rate",
         "{async_speedup_geomean:.2f}× in geometric mean, at best {async_speedup_max:.2f}×",
     ):
         assert text.format(**attention) in README

@@ -1,23 +1,18 @@
 """Processes that lower steps, several at a time. Mosaic's lowering takes one thread of a process.
 
 They run `python -m jpd.engine.lowering_worker` on the CPU, whatever the steps are for, and take
-nothing of a GPU or of its MPS server. As in `jpd.semi_pd.child`, they are no processes of
-multiprocessing, which would import a user's script again, and none outlives its parent.
+nothing of a GPU or of its MPS server.
 """
 
 from __future__ import annotations
 
-import os
 import queue
-import socket
-import subprocess
-import sys
 import threading
 from collections import deque
 from collections.abc import Generator, Sequence
-from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
+from jpd.child import Child, spawn
 from jpd.engine.shapes import StepShape
 from jpd.engine.stored_steps import StoredStep
 
@@ -28,51 +23,24 @@ MOST_PROCESSES = 16
 PATIENCE_S = 300
 """Longest time for one answer; a step takes 5 to 8 s."""
 MODULE = "jpd.engine.lowering_worker"
+_AWAY = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+"""Variables that keep a process off the GPUs."""
 
 Jobs = Sequence[tuple[StepShape, Any]]
 """Shapes, and their inputs as `jax.ShapeDtypeStruct`s."""
 
 
-class _Worker:
-    """A process, and this one's end of the connection to it."""
+def _ask(child: Child, question: Any) -> Any:
+    """The answer of a process.
 
-    def __init__(self) -> None:
-        ours, theirs = socket.socketpair()
-        with theirs, ours:
-            command = [sys.executable, "-P", "-m", MODULE, str(theirs.fileno()), str(os.getpid())]
-            path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
-            away = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=2,
-                pass_fds=(theirs.fileno(),),
-                env=os.environ | away,
-                process_group=0,  # a Ctrl-C is the parent's business
-            )
-            self._connection = Connection(ours.detach())
-
-    def ask(self, question: Any) -> Any:
-        """The answer of the process.
-
-        Raises:
-          OSError, EOFError: it is gone.
-          TimeoutError: there is none.
-        """
-        self._connection.send(question)
-        if not self._connection.poll(PATIENCE_S):
-            raise TimeoutError(f"no answer in {PATIENCE_S} s")
-        return self._connection.recv()
-
-    def kill(self) -> None:
-        """Ends the process at once, whatever it does; from any thread."""
-        self._process.kill()
-
-    def close(self) -> None:
-        """Ends the process and waits until it is gone."""
-        self._process.kill()
-        self._process.wait()
-        self._connection.close()
+    Raises:
+      OSError, EOFError: it is gone.
+      TimeoutError: there is none.
+    """
+    child.connection.send(question)
+    if not child.connection.poll(PATIENCE_S):
+        raise TimeoutError(f"no answer in {PATIENCE_S} s")
+    return child.connection.recv()
 
 
 def lower(
@@ -92,19 +60,19 @@ def lower(
     """
     todo = deque(jobs)
     answers: queue.SimpleQueue[tuple[StepShape | None, StoredStep | str]] = queue.SimpleQueue()
-    workers: list[_Worker] = []
+    workers: list[Child] = []
     stop = threading.Event()
 
     def attend() -> None:
-        """Lives as long as the process that it starts: the kernel ends that with this thread."""
+        """One process, from its start to its end."""
         worker, shape, why = None, None, ""
         try:
-            worker = _Worker()
+            worker = spawn(MODULE, env=_AWAY)
             workers.append(worker)
-            why = worker.ask((source, settings, fingerprint))
+            why = _ask(worker, (source, settings, fingerprint))
             while not why and not stop.is_set():
                 shape, inputs = todo.popleft()
-                answers.put((shape, worker.ask((shape, inputs))))
+                answers.put((shape, _ask(worker, (shape, inputs))))
                 shape = None
         except IndexError:
             pass  # all is done
@@ -114,7 +82,7 @@ def lower(
             answers.put((shape, why))
         answers.put((None, why))
         if worker is not None:
-            worker.close()
+            worker.kill()
 
     threads = [threading.Thread(target=attend, name=f"jpd-lower-{i}") for i in range(count)]
     for thread in threads:
@@ -133,7 +101,7 @@ def lower(
     finally:
         stop.set()
         todo.clear()
-        for worker in workers:
-            worker.kill()
+        for worker in workers:  # whatever they do; their threads do the rest
+            worker.process.kill()
         for thread in threads:
             thread.join()

@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
-import signal
-import sys
-from multiprocessing.connection import Connection
 
-_PR_SET_PDEATHSIG = 1
+from jpd.child import connect
+
 _NICE = 5
 """Whoever serves or compiles meanwhile goes first."""
 
 
-def _connect() -> Connection:
-    """The connection to the parent. From here on this process ends with it, however that goes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    fd, parent = map(int, sys.argv[1:])
-    os.set_inheritable(fd, False)
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0):
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
-    if os.getppid() != parent:
-        sys.exit("the parent ended before this process was ready")
-    return Connection(fd)
-
-
 def _main() -> None:
-    connection = _connect()
+    connection = connect()
     os.nice(_NICE)
     # What is passed over is said by the parent, once.
     logging.getLogger("jpd").setLevel(logging.ERROR)

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jpd.child import connect, spawn
 from jpd.errors import ConfigError, EngineDeadError, JpdError
-from jpd.semi_pd.child import connect, spawn
 from jpd.semi_pd.layout import Layout
 from native.memory import Handle, open_block
 

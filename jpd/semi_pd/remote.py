@@ -6,9 +6,9 @@ import time
 from collections import deque
 from multiprocessing.connection import Connection
 
+from jpd.child import Child
 from jpd.engine.lane import ExecutorLostError
 from jpd.engine.plan import StepPlan, StepResult
-from jpd.semi_pd.child import Child
 from jpd.semi_pd.messages import Failure, Ready, StepReport
 
 

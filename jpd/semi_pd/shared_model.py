@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
 
+from jpd.child import spawn
 from jpd.config import SemiPDConfig
 from jpd.engine.build import Prepared
 from jpd.semi_pd import arrays
-from jpd.semi_pd.child import spawn
 from jpd.semi_pd.layout import pages_layout
 from jpd.semi_pd.messages import WorkerSpec
 from jpd.semi_pd.remote import RemoteExecutor

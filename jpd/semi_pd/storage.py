@@ -15,10 +15,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from jpd.child import Child, connect, spawn
 from jpd.config import Dtype, LoadFormat
 from jpd.errors import ConfigError, EngineDeadError
 from jpd.semi_pd import loader
-from jpd.semi_pd.child import Child, connect, spawn
 from jpd.semi_pd.layout import Layout
 from native.memory import Block, Handle, allocate, memory_of, receive_handle, send_handle
 

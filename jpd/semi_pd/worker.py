@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from jpd.child import connect
 from jpd.errors import ConfigError
-from jpd.semi_pd.child import connect
 from jpd.semi_pd.ownership import OwnershipCheck, OwnershipError
 from jpd.semi_pd.page_copy import PageCopier
 from native import affinity

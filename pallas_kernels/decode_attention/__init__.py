@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.decode_attention import config as configs
 from pallas_kernels.decode_attention.config import DecodeConfig
-from pallas_kernels.decode_attention.kernel import launch
+from pallas_kernels.decode_attention.launch import launch
 from pallas_kernels.decode_attention.plan import make_plan
 from pallas_kernels.decode_attention.reference import reference
 from pallas_kernels.decode_attention.spec import Spec

@@ -179,9 +179,9 @@ def test_processes_that_see_something_else_lower_nothing() -> None:
 
 def test_no_process_outlives_its_parent() -> None:
     code = (
-        "import os, signal; from jpd.engine.lowering_pool import _Worker; "
-        "worker = _Worker(); print(worker._process.pid, flush=True); "
-        "worker._connection.poll(1); os.kill(os.getpid(), signal.SIGKILL)"
+        "import os, signal; from jpd.child import spawn; "
+        "worker = spawn('jpd.engine.lowering_worker'); print(worker.process.pid, flush=True); "
+        "worker.connection.poll(1); os.kill(os.getpid(), signal.SIGKILL)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr

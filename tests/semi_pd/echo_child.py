@@ -3,7 +3,7 @@
 import os
 import sys
 
-from jpd.semi_pd.child import connect, spawn
+from jpd.child import connect, spawn
 
 
 def main():

@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from jpd.semi_pd.child import spawn
+from jpd.child import spawn
 
 ECHO = "tests.semi_pd.echo_child"
 

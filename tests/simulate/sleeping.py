@@ -65,7 +65,7 @@ class SleepingExecutor:
 
 
 class _SleepingWorker:
-    """Stands in for `jpd.semi_pd.child.Child`: threads at the other end of a pipe."""
+    """Stands in for `jpd.child.Child`: threads at the other end of a pipe."""
 
     process = SimpleNamespace(pid=0, kill=lambda: None)
 
