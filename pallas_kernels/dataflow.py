@@ -4,8 +4,8 @@ In the paper every [N, K] has two inflection points: below M1 rows a GEMV wins, 
 GEMM, from M2 the dense one. Here `python -m pallas_kernels.tune` times the flat and the dense GEMM
 and XLA at some numbers of rows and stores the best kernel and configuration of each in
 `tuned/<gpu>.json`, with M1 and M2 for readers; there is no GEMV of our own. The choice is made
-while a program is traced, by the entry of the next larger number of rows. A GPU, an SM count or a
-shape without an entry gets a rule, and `Choice.source` says so.
+while a program is traced, by the entry of the next larger number of rows in `ROWS`. A GPU, an SM
+count, a shape or a number of rows without an entry gets a rule, and `Choice.source` says so.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from pallas_kernels.flat_gemm import FlatConfig, flat_gemm
 from pallas_kernels.flat_gemm import default as default_flat
 
 TUNED = Path(__file__).parent / "tuned"
+ROWS = (8, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+"""Numbers of rows that a table may have entries for; each speaks for those below it."""
 FLAT_ROWS = 64
 """The rule's M2: most rows that go to the flat GEMM where no table says otherwise."""
 XLA_GAIN = 1.1
@@ -106,11 +108,9 @@ def choose(
     """
     table = load_table(kind or device_kind(), mosaic.sm_count())
     entries = (table or {}).get((n, k, gated), {})
-    entry = entries.get(
-        min((rows for rows in entries if rows >= m), default=max(entries, default=0))
-    )
-    if entry is None or (m > max(entries) and entry["kernel"] == "flat_gemm"):
-        return rule(m, n, k, gated)  # a table of few rows says nothing about many
+    entry = entries.get(next((rows for rows in ROWS if rows >= m), ROWS[-1]))
+    if entry is None:
+        return rule(m, n, k, gated)
     xla_us = entry.get("xla_us")
     if not pallas_only and xla_us is not None and xla_us * XLA_GAIN < entry["us"]:
         return Choice("xla", None, "table")

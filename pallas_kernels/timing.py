@@ -1,8 +1,8 @@
 """Device time of a compiled program, free of the host's launches.
 
 A kernel of some microseconds is shorter than the host needs to launch it. So a spin kernel holds
-the stream while the host enqueues everything; what runs behind it runs back to back. The time of
-one run is the difference between enqueueing many and enqueueing one.
+the stream while the host enqueues everything; what runs behind it runs back to back, between two
+kernels that read the GPU's clock. The host's clock says only whether it was quick enough.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ _LAUNCHES = 200
 _HOST_US = 40
 """More than the host needs for a launch."""
 _TRIES = 5
-_HOLD_STEP_US = 5_000
-"""Holds are multiples of this: each length is a program of its own."""
+_HOLD_US = 5_000
+"""The shortest hold; others are doublings of it, as each length is a program of its own."""
 
 
 def nanoseconds() -> jax.Array:
@@ -78,6 +78,25 @@ def spinner(us: int) -> Callable[[], Any]:
     return program
 
 
+@functools.cache
+def stamper() -> Callable[[], jax.Array]:
+    """A compiled program that reads the GPU's clock when all before it is complete, as `[1]`."""
+
+    def body(out):
+        mosaic.wait_for_previous(None)
+        out[0] = nanoseconds()
+
+    stamp = plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((1,), jnp.int32),
+        grid=(1,),
+        grid_names=("block",),
+        compiler_params=mosaic.WARPGROUP,
+        kernel_name="stamp",
+    )
+    return jax.jit(stamp).lower().compile()
+
+
 def device_us(
     program: Callable[..., Any],
     args: Sequence[Any],
@@ -104,24 +123,30 @@ def device_us(
       RuntimeError: the host is too busy to enqueue the runs before the device comes to them.
     """
     host_us, run_us = _HOST_US * launches + 200.0, 0.0
+    stamp = stamper()
 
-    def total(runs: int, most: int) -> float:
-        """Seconds of a hold that is long enough for `most` runs, and of `runs` after it."""
+    def sample(warm: int, runs: int) -> float:
+        """Microseconds of one of `runs` runs that follow on others."""
         # The device must not come to a run that is not enqueued yet.
-        ahead_us = most * max(0.0, host_us - run_us)
-        hold_us = 2_000 + _HOLD_STEP_US * math.ceil(ahead_us / _HOLD_STEP_US)
-        hold = spinner(hold_us)
-        for _ in range(_TRIES):
+        ahead_us = 2_000 + (warm + runs) * max(0.0, host_us - run_us)
+        doublings = max(0, math.ceil(math.log2(ahead_us / _HOLD_US)))
+        for more in range(_TRIES):
+            hold_us = _HOLD_US * 2 ** (doublings + more)
+            hold = spinner(hold_us)
             start = time.perf_counter()
             hold()
+            for _ in range(warm):
+                program(*args)
+            begin = stamp()
             for _ in range(runs):
-                out = program(*args)
+                program(*args)
+            end = stamp()
             enqueued_us = (time.perf_counter() - start) * 1e6
-            jax.block_until_ready(out)
-            if enqueued_us < hold_us + 0.9 * run_us * (runs - 1):
-                return time.perf_counter() - start
+            jax.block_until_ready(end)
+            if enqueued_us < hold_us + 0.9 * run_us * (warm + runs - 1):
+                return (int(end[0]) - int(begin[0])) % 2**32 / 1e3 / runs
         raise RuntimeError(
-            f"the host took longer to enqueue {runs} runs than the device for a hold of "
+            f"the host took longer to enqueue {warm + runs} runs than the device for a hold of "
             f"{hold_us} us and the runs, {_TRIES} times: it waited for the host"
         )
 
@@ -129,11 +154,10 @@ def device_us(
         longest = us if run_us > host_us else min(us, _LAUNCHES // launches * run_us)
         return max(1, int(longest / run_us))
 
-    total(1, 3)  # loads the kernels
-    run_us = max((total(3, 3) - total(1, 3)) / 2 * 1e6, 1.0)
+    sample(1, 1)  # loads the kernels
+    run_us = max(sample(1, 2), 1.0)
     warm, runs = runs_in(warm_us), max(2, runs_in(sample_us))
-    most = warm + runs
-    return [(total(most, most) - total(warm, most)) / runs * 1e6 for _ in range(samples)]
+    return [sample(warm, runs) for _ in range(samples)]
 
 
 def median_us(*args: Any, **kwargs: Any) -> float:

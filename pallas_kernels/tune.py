@@ -10,6 +10,7 @@ leaves out what is least likely to win. `--seconds` ends in time with the produc
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import multiprocessing
@@ -26,6 +27,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels import dataflow, dense_gemm, flat_gemm, mosaic, products
 from pallas_kernels.timing import STREAM_OPTIONS, median_us
@@ -38,12 +40,12 @@ MODELS = {
     "llama3-70b-tp4": ((2560, 8192), (8192, 2048), (14336, 8192), (8192, 7168)),
 }
 _GATED = {(22016, 4096), (28672, 4096), (37888, 3584), (14336, 8192)}
-FLAT_ROWS = (8, 16, 32, 64, 128)
-DENSE_ROWS = (128, 256, 512, 1024, 2048, 4096)
+FLAT_ROWS = tuple(rows for rows in dataflow.ROWS if rows <= flat_gemm.MAX_ROWS)
+DENSE_ROWS = tuple(rows for rows in dataflow.ROWS if rows >= flat_gemm.MAX_ROWS)
 _ROTATED_BYTES = 400_000_000
 _CALLS = 24
 _MOST_ERROR = 0.01
-_MOST_DENSE = 7
+_MOST_DENSE = 5
 
 
 def _xla(x, w, gated):
@@ -98,25 +100,31 @@ def ranked(
 class Product:
     """One [N, K] with weights to time it on."""
 
-    def __init__(self, n: int, k: int, gated: bool) -> None:
+    def __init__(self, n: int, k: int, gated: bool, alone: AbstractContextManager[Any]) -> None:
         self.n, self.k, self.gated = n, k, gated
         count = max(2, min(_CALLS, -(-_ROTATED_BYTES // (2 * n * k))))
-        make = jax.jit(lambda key: jax.random.normal(key, (n, k), jnp.bfloat16) * k**-0.5)
-        made = [make(key) for key in jax.random.split(jax.random.key(n + k), count)]
+
+        def make():
+            keys = jax.random.split(jax.random.key(n + k), count)
+            return [jax.random.normal(key, (n, k), jnp.bfloat16) * k**-0.5 for key in keys]
+
+        program = jax.jit(make).lower().compile()
+        with alone:
+            made = jax.block_until_ready(program())
         self.weights = (made * _CALLS)[:_CALLS]
 
     def candidates(self, rows: int) -> Iterable[Candidate]:
         """Names of kernels with a configuration each; last XLA, which has none."""
-        if rows in FLAT_ROWS:
-            outputs = self.n // (1 + self.gated)
-            for config in flat_gemm.candidates(rows, outputs, self.gated):
-                yield "flat_gemm", config
         if rows in DENSE_ROWS:
             sms = mosaic.sm_count()
             found = dense_gemm.candidates(rows, self.n, self.k, sms, gated=self.gated)
             # No clusters: pairs of blocks may find no room beside other kernels.
             for config in [c for c in found if not c.cluster][:_MOST_DENSE]:
                 yield "dense_gemm", config
+        if rows in FLAT_ROWS:
+            outputs = self.n // (1 + self.gated)
+            for config in flat_gemm.candidates(rows, outputs, self.gated):
+                yield "flat_gemm", config
         if rows <= 1024:
             yield "xla", None
 
@@ -137,7 +145,13 @@ class Product:
 
     def x(self, rows: int) -> jax.Array:
         """Activations."""
-        return jax.random.normal(jax.random.key(rows), (rows, self.k), jnp.bfloat16)
+        values = np.random.default_rng(rows).standard_normal((rows, self.k), np.float32)
+        return jnp.asarray(values.astype(jnp.bfloat16))
+
+    def reference(self, rows: int) -> Any:
+        """A program that computes the product of activations and the last weight in float32."""
+        compute = functools.partial(products.reference, gated=self.gated)
+        return jax.jit(compute).lower(self.x(rows), self.weights[-1]).compile()
 
     def time(self, rows: int, program: Any, expected: jax.Array) -> float:
         """Microseconds of one product.
@@ -194,9 +208,10 @@ def tune(
             for case in cases:  # lowered one by one: only the compiler is safe to run in threads
                 lowered, options = product.lower(rows, *case)
                 compiled.append(pool.submit(lowered.compile, options))
+            reference = product.reference(rows)
             wait(compiled)
         with alone:
-            expected = products.reference(product.x(rows), product.weights[-1], gated=product.gated)
+            expected = reference(product.x(rows), product.weights[-1])
             for (kernel, config), future in zip(cases, compiled, strict=True):
                 try:
                     us = product.time(rows, future.result(), expected)
@@ -285,17 +300,14 @@ def _tune_shape(
         print(f"{n}x{k}{' gated' if gated else ''}: out of time; no new entry", flush=True)
     if not few:
         return {"n": n, "k": k, "gated": gated, "rows": {}}
-    with lock:
-        product = Product(n, k, gated)
-        jax.block_until_ready(product.weights)
+    product = Product(n, k, gated, lock)
     return tune(product, few, lock, table=table, most=most, end=end)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m pallas_kernels.tune", description=__doc__)
     parser.add_argument("--models", nargs="+", choices=[*MODELS], default=[*MODELS])
-    all_rows = sorted({*FLAT_ROWS, *DENSE_ROWS})
-    parser.add_argument("--rows", nargs="+", type=int, choices=all_rows, help="[all]")
+    parser.add_argument("--rows", nargs="+", type=int, choices=dataflow.ROWS, help="[all]")
     parser.add_argument(
         "--shapes", nargs="+", type=parse_shape, metavar="NxK[:gated]", help="[all of the models]"
     )
@@ -326,7 +338,7 @@ def main() -> None:
         "jax": jax.__version__,
         "commands": [*kept["commands"], "python -m pallas_kernels.tune " + " ".join(sys.argv[1:])],
     }
-    row_counts = args.rows or all_rows
+    row_counts = args.rows or dataflow.ROWS
     shapes = args.shapes or products_of(args.models)
     out.parent.mkdir(parents=True, exist_ok=True)
     # Compiling takes the most time, and one process compiles little more than one at a time.

@@ -70,7 +70,7 @@ def flat_gemm(
     config = config or default(m, outputs, gated)
     if config.tile_n % (64 * config.consumers):
         raise NotImplementedError(f"tile_n must be 64 or a multiple for each consumer: {config}")
-    if config.stages < 2:
+    if config.stages < 2 or config.x_stages < 2:
         raise NotImplementedError(f"at least two stages are needed: {config}")
     if bias is not None and outputs % config.part_n:
         raise NotImplementedError(

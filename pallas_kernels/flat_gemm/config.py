@@ -10,6 +10,8 @@ from pallas_kernels import mosaic
 MAX_ROWS = 128
 _LEAST_WEIGHTS = 48 * 1024
 """Bytes of weights that a block should have in flight."""
+_X_BYTES = 48 * 1024
+"""Weights that a block takes while rows of x come from L2."""
 _RESERVED = 2048
 
 
@@ -22,13 +24,20 @@ class FlatConfig:
     tile_k: int = 128
     """Inputs of one pipeline step."""
     stages: int = 6
-    """Steps that are in flight."""
+    """Steps whose weights are in flight."""
     split: int | None = None
     """Blocks for each tile; None gives all blocks equal shares of all steps."""
     consumers: int = 1
     """Warpgroups that multiply, each with its part of the tile's outputs; one more loads."""
     waves: int = 1
     """Blocks an SM where `split` is None."""
+    x_stages: int = 4
+    """Steps whose rows of x are in flight, at most `stages`; they come from L2, so few will do."""
+
+    @property
+    def held_x(self) -> int:
+        """Steps of x that shared memory holds."""
+        return min(self.x_stages, self.stages)
 
     @property
     def part_n(self) -> int:
@@ -44,7 +53,7 @@ def padded_rows(rows: int) -> int:
 def smem_bytes(config: FlatConfig, rows: int, gated: bool, itemsize: int = 2) -> int:
     """Shared memory that a block takes."""
     weights = config.stages * config.tile_n * config.tile_k * (1 + gated)
-    activations = padded_rows(rows) * (config.stages * config.tile_k + config.tile_n)
+    activations = padded_rows(rows) * (config.held_x * config.tile_k + config.tile_n)
     return (weights + activations) * itemsize + _RESERVED
 
 
@@ -52,10 +61,12 @@ def _deepest(
     rows: int, gated: bool, tile_n: int, tile_k: int, consumers: int = 1, blocks_per_sm: int = 1
 ) -> FlatConfig | None:
     """Stages that fill the block's part of the SM; None if few weights would be in flight."""
-    for stages in range(12, 1, -1):
-        config = FlatConfig(tile_n, tile_k, stages, None, consumers)
+    step_bytes = tile_n * tile_k * (1 + gated) * 2
+    x_stages = 1 + -(-_X_BYTES // (step_bytes * blocks_per_sm))
+    for stages in range(13, 1, -1):
+        config = FlatConfig(tile_n, tile_k, stages, None, consumers, x_stages=x_stages)
         fits = smem_bytes(config, rows, gated) <= mosaic.SMEM_BYTES // blocks_per_sm
-        if fits and stages * tile_n * tile_k * (1 + gated) * 2 >= _LEAST_WEIGHTS:
+        if fits and stages * step_bytes >= _LEAST_WEIGHTS:
             return config
     return None
 
@@ -86,38 +97,42 @@ def candidates(rows: int, outputs: int, gated: bool = False) -> tuple[FlatConfig
 
     narrow, wide = (_splits(-(-outputs // tile_n)) for tile_n in (64, 128))
     if rows <= 16:
-        add(64, 128)
+        if gated:
+            add(64, 128)
         add(64, 256)
-        add(64, 128, 1, 2)
-        add(64, 128, 1, 2, waves=2)
         add(128, 128, 2)
         for split in narrow:
             add(64, 128, 1, 2, split=split)
+        add(64, 128)
+        add(64, 128, 1, 2)
+        add(64, 128, 1, 2, waves=2)
     elif rows <= 32:
         add(64, 128)
         add(128, 64 if gated else 128, 2)
+        for split in narrow:
+            add(64, 128, 1, 2, split=split)
         add(64, 128, 1, 2)
         if not gated:
             add(256, 64, 2)
-        for split in narrow:
-            add(64, 128, 1, 2, split=split)
     elif gated and rows > 64:  # so many sums leave room for one consumer only
         add(64, 64)
         for split in narrow[:1]:
             add(64, 64, split=split)
     else:
         beside = 1 if gated else 2  # the registers of one block's sums leave no room for another
-        add(128, 64, 2)
-        for split in narrow[:1]:
-            add(64, 64, 1, beside, split=split)
-        for split in wide[:1]:
-            add(128, 64, 2, split=split)
+        add(64, 128)
         if not gated:
             add(128, 128, 2)
+        add(128, 64, 2)
+        for split in wide[:1]:
+            add(128, 64, 2, split=split)
+        for split in narrow[:1]:
+            add(64, 64, 1, beside, split=split)
+        add(64, 64, 1, beside)
+        if not gated:
             add(192, 64, 3)
             if rows <= 64:  # more sums than the registers of three warpgroups hold
                 add(256, 64, 2)
-        add(64, 64, 1, beside)
     return tuple(found)
 
 

@@ -54,6 +54,7 @@ def _body(
     full, empty = g["full"], g["empty"]
     (_, rows, part_n), halves = y_s.shape, w_s.shape[2]
     tile_n, tile_k, stages = config.tile_n, config.tile_k, config.stages
+    x_stages = x_s.shape[0]
     steps, outputs = schedule.steps, y.shape[1]
     block, me = _this_block(), lax.axis_index("warpgroup")
     begin, end = schedule.first(block), schedule.first(block + 1)
@@ -68,7 +69,7 @@ def _body(
 
     # --- the warpgroup that loads ---------------------------------------------------------------
 
-    def slot_of(i):
+    def slot_of(i, stages=stages):
         return i % stages if isinstance(i, int) else lax.rem(i, jnp.int32(stages))
 
     def load_w(i):
@@ -82,26 +83,25 @@ def _body(
                 plgpu.copy_gmem_to_smem(tile, w_s.at[slot, consumer, half], full.at[slot])
 
     def load_x(i):
-        k, slot = pl.ds(lax.rem(end - 1 - i, steps) * tile_k, tile_k), slot_of(i)
-        plgpu.copy_gmem_to_smem(x.at[every_row, k], x_s.at[slot], full.at[slot])
+        k = pl.ds(lax.rem(end - 1 - i, steps) * tile_k, tile_k)
+        tile, slot = x.at[every_row, k], slot_of(i)
+        plgpu.copy_gmem_to_smem(tile, x_s.at[slot_of(i, x_stages)], full.at[slot])
 
     def produce():
         mosaic.let_next_start(interpret)
         for i in range(stages):
             pl.when(i < count)(functools.partial(load_w, i))
         mosaic.wait_for_previous(interpret)
-        for i in range(stages):
+        for i in range(x_stages):
             pl.when(i < count)(functools.partial(load_x, i))
 
         def step(i, _):
             plgpu.barrier_wait(empty.at[slot_of(i)])
-            load_w(i)
-            load_x(i)
+            pl.when(i + x_stages < count)(functools.partial(load_x, i + x_stages))
+            pl.when(i + stages < count)(functools.partial(load_w, i + stages))
             return ()
 
-        lax.fori_loop(stages, count, step, ())
-        for i in range(stages):  # every phase of a barrier must have been waited for
-            pl.when(i < count)(functools.partial(plgpu.barrier_wait, empty.at[i]))
+        lax.fori_loop(0, count, step, ())
 
     # Steps that take as long as it takes to look, and to be seen.
     step_bytes = tile_n * tile_k * halves * x.dtype.itemsize
@@ -129,12 +129,12 @@ def _body(
         """
 
         def step(i, _):
-            slot = slot_of(i)
+            slot, x_slot = slot_of(i), slot_of(i, x_stages)
             plgpu.barrier_wait(full.at[slot])
             for half, acc in enumerate(accumulators):
                 tile = w_s.at[slot, me, half]
                 tile = tile if k_major else tile.transpose((1, 0))
-                plgpu.wgmma(acc, tile, x_s.at[slot].transpose((1, 0)))
+                plgpu.wgmma(acc, tile, x_s.at[x_slot].transpose((1, 0)))
             plgpu.wgmma_wait(halves)  # the step before is done
             before = empty.at[slot_of(i + stages - 1)]
             pl.when(i > first)(functools.partial(plgpu.barrier_arrive, before))
@@ -296,7 +296,7 @@ def run(x, w, bias, residual, counters, *, config, gated, k_major, interpret):
         results["partial"] = jax.ShapeDtypeStruct(parts, jnp.float32)
     ring = (stages, consumers, halves, *weight_tile)
     scratch = {
-        "x_s": plgpu.SMEM((stages, rows, config.tile_k), x.dtype, transforms=x_tiled),
+        "x_s": plgpu.SMEM((config.held_x, rows, config.tile_k), x.dtype, transforms=x_tiled),
         "w_s": plgpu.SMEM(ring, w.dtype, transforms=w_tiled),
         "y_s": plgpu.SMEM((consumers, rows, part_n), x.dtype, transforms=y_tiled),
         "full": plgpu.Barrier(num_arrivals=consumers * halves + 1, num_barriers=stages),
