@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import math
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -158,8 +157,3 @@ def device_us(
     run_us = max(sample(1, 2), 1.0)
     warm, runs = runs_in(warm_us), max(2, runs_in(sample_us))
     return [sample(warm, runs) for _ in range(samples)]
-
-
-def median_us(*args: Any, **kwargs: Any) -> float:
-    """Median of `device_us`."""
-    return statistics.median(device_us(*args, **kwargs))

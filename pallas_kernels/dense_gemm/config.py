@@ -17,7 +17,9 @@ _MACS_PER_CYCLE = 2048  # dense bf16 multiply-adds of one SM
 _L2_BYTES_PER_CYCLE = 40  # what one SM reads from L2 while all others read too
 _STEP_CYCLES = 40  # barrier round of one step
 _TILE_CYCLES = 2200  # filling the pipeline or emptying the accumulators of one tile
-_REDUCE_CYCLES = 2500  # ticket and latency of a split-K reduction
+_HBM_BYTES_PER_CYCLE = 2300  # what all SMs read together
+_REDUCE_CYCLES = 4000  # ticket and latency of a split-K reduction
+_REDUCE_BYTES_PER_CYCLE = 15  # float32 parts, by one SM
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,8 +118,8 @@ def cycles(config: DenseConfig, m: int, n: int, k: int, sms: int) -> float:
     total = waves * (steps * (max(math, load) + _STEP_CYCLES) + _TILE_CYCLES)
     if config.split_k > 1:  # float32 parts, each written by its block, all read by the last one
         read = 1 if config.split_k == 2 else config.split_k
-        total += _REDUCE_CYCLES + (waves + read) * rows * columns * 4 / _L2_BYTES_PER_CYCLE
-    return total
+        total += _REDUCE_CYCLES + (waves + read) * rows * columns * 4 / _REDUCE_BYTES_PER_CYCLE
+    return max(total, 2 * n * k / _HBM_BYTES_PER_CYCLE)
 
 
 def _order(m: int, n: int, tile_m: int, tile_n: int, sms: int) -> tuple[Literal["m", "n"], int]:

@@ -64,8 +64,11 @@ class FakeProduct:
 
     n, k, gated = SHAPE
 
-    def __init__(self, clock):
-        self.clock, self.tried = clock, []
+    def __init__(self, clock, us=None, disturbed=()):
+        self.clock, self.tried, self.disturbed = clock, [], {*disturbed}
+        self.us = (
+            {case: 10.0 + i for i, case in enumerate(OURS)} | {("xla", None): 20.0} | (us or {})
+        )
         self.weights = [jnp.zeros((1, 1))]
 
     def candidates(self, rows):
@@ -83,7 +86,10 @@ class FakeProduct:
     def time(self, rows, program, expected):
         self.tried.append((rows, program))
         self.clock.now += 1
-        return 20.0 if program[0] == "xla" else 10.0 + OURS.index(program)
+        if program in self.disturbed:
+            self.disturbed.remove(program)
+            return 1.4 * self.us[program]
+        return self.us[program]
 
 
 @pytest.fixture
@@ -95,20 +101,36 @@ def clock(monkeypatch):
 
 def test_no_number_of_rows_is_begun_that_may_not_end_in_time(clock, capsys):
     product = FakeProduct(clock)
-    limits = {"table": table((SHAPE, OURS[3])), "most": 3, "end": 9.0}
+    limits = {"table": table((SHAPE, OURS[3])), "most": 3, "end": 15.0}
     done = tune.tune(product, [8, 16, 32, 64], nullcontext(), **limits)
-    # 4 s each: the third would end at 12 s.
+    # 7 s each, 4 of them for the first times: the third would end at 21 s.
     assert [*done["rows"]] == ["8", "16"]
     assert "M=32: out of time" in capsys.readouterr().out
-    tried = [program for rows, program in product.tried if rows == 8]
+    tried = [program for rows, program in product.tried if rows == 8][:4]
     assert tried[0] == OURS[3]
     assert ("flat_gemm", default(8, 4096, False)) in tried
     assert tried[-1] == ("xla", None)
-    assert len(tried) == 4
     entry = done["rows"]["8"]
-    assert entry["us"] == min(10.0 + OURS.index(p) for p in tried[:-1])
+    assert entry["us"] == min(product.us[case] for case in tried[:-1])
     assert entry["xla_us"] == 20.0
     assert entry["rule_us"] is not None
+
+
+def winner(product):
+    done = tune.tune(product, [8], nullcontext(), table=table())
+    entry = done["rows"]["8"]
+    return tune.entry_candidate(entry), entry["us"]
+
+
+def test_a_time_that_another_process_disturbed_does_not_decide(clock):
+    assert winner(FakeProduct(clock, {OURS[2]: 8.0}, [OURS[2]])) == (OURS[2], 8.0)
+
+
+def test_the_rule_wins_a_tie(clock):
+    rule = ("flat_gemm", default(8, 4096, False))
+    other = next(case for case in OURS if case != rule)
+    assert winner(FakeProduct(clock, {rule: 9.0, other: 8.95})) == (rule, 9.0)
+    assert winner(FakeProduct(clock, {rule: 9.0, other: 8.5})) == (other, 8.5)
 
 
 def test_shapes_are_those_of_the_models():
