@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -49,6 +50,17 @@ def paged_rows(
         return jnp.einsum("hgt,thd->hgd", weights, v, **exact).reshape(-1, size)
 
     return jax.lax.map(one, (q, table, seen))
+
+
+@cache
+def rows_program(
+    query: tuple[int, ...], pool: tuple[int, ...], table: tuple[int, ...], scale: float
+) -> Callable[..., jax.Array]:
+    """:func:`paged_rows` compiled for bf16 arrays of these shapes, without its `scale`."""
+    spec = jax.ShapeDtypeStruct
+    q, pages = spec(query, jnp.bfloat16), spec(pool, jnp.bfloat16)
+    seen = spec(table[:1], jnp.int32)
+    return paged_rows.lower(q, pages, pages, spec(table, jnp.int32), seen, scale=scale).compile()
 
 
 def worst_row_error(got: Any, want: Any) -> float:

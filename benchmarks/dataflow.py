@@ -9,20 +9,23 @@ static one over that of the table, and `min_gain_vs_static` the least of them.
 
 Times are device times of a whole layer (`benchmarks/device_time.py`), over the weights of several
 layers. Each product gets an input of its own, so that nothing else runs between them; the numbers
-of each kernel are checked in `flat_gemm` and `dense_gemm`. XLA is timed after all others, because
-its search for the fastest products would disturb them.
+of each kernel are checked in `flat_gemm` and `dense_gemm`. Programs in which XLA computes a product
+are timed after all others, because its search for the fastest would disturb them.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 from benchmarks.budget import Budget, spread
-from benchmarks.gemm_cases import LAYERS, Gemm
+from benchmarks.gemm_cases import LAYERS
+from benchmarks.gemm_chains import layer_calls, layer_chains, products
+from benchmarks.lower_ahead import add_lowering, fill, start_lowering
+from benchmarks.lowered import Chains, Lowering
 from benchmarks.options import add_bounds, add_variants, planned
 from benchmarks.peers import run_peer
 from benchmarks.ratios import fill_bounds, put, speedups
@@ -40,35 +43,6 @@ def case_name(model: str, rows: int) -> str:
     return f"{model} M={rows}"
 
 
-def products(model: str, rows: int) -> list[Gemm]:
-    """The four products of a layer."""
-    return [Gemm(rows, n, k) for n, k in LAYERS[model].values()]
-
-
-def layer_chain(model: str, rows: int, impl: str, calls: int) -> Any:
-    """The program that runs the products of `calls` layers."""
-    import jax
-    import jax.numpy as jnp
-
-    from benchmarks import gemm_impls
-    from benchmarks.device_time import Chain
-
-    product = gemm_impls.product(impl)
-    gemms = products(model, rows)
-    xs = [jax.ShapeDtypeStruct((rows, g.inputs), jnp.bfloat16) for g in gemms]
-    ws = [jax.ShapeDtypeStruct((g.outputs, g.inputs), jnp.bfloat16) for g in gemms]
-
-    def layer(xs: list[Any], ws: list[Any]) -> list[Any]:
-        ys: list[Any] = []
-        for x, w in zip(xs, ws, strict=True):
-            # Each product waits for the one before it, as in a layer.
-            x, ys = jax.lax.optimization_barrier((x, ys))
-            ys = [*ys, product(x, w)]
-        return ys
-
-    return Chain(layer, xs, ws, calls, lambda: gemm_impls.scope(impl))
-
-
 def in_rounds(models: Sequence[str], rows: Sequence[int]) -> list[tuple[str, int]]:
     """Layers in the order in which they are measured: three numbers of rows of each model in turn.
 
@@ -78,12 +52,20 @@ def in_rounds(models: Sequence[str], rows: Sequence[int]) -> list[tuple[str, int
     return [(model, m) for some in rounds for model in models for m in some]
 
 
+def has_xla(model: str, rows: int, impl: str) -> bool:
+    """Whether XLA computes one of the products of a layer."""
+    from benchmarks.gemm_impls import is_xla
+
+    return any(is_xla(impl, *gemm) for gemm in products(model, rows))
+
+
 def run_ours(
     report: Report,
     layers: Sequence[tuple[str, int]],
     impls: Sequence[str],
     variants: Sequence[str],
     budget: Budget,
+    lowering: Lowering | None,
 ) -> None:
     """Adds all rows that are made with JAX, as long as there is time."""
     import jax
@@ -91,23 +73,29 @@ def run_ours(
 
     from benchmarks import device_time
 
+    models = {model for model, _ in layers}
     on_cpu = jax.default_backend() != "gpu"
-    calls = {}
-    for model in {model for model, _ in layers}:
-        layer_bytes = sum(g.weight_bytes for g in products(model, 1))
-        calls[model] = 1 if on_cpu else device_time.rotations(layer_bytes, least=4)
+    calls = dict.fromkeys(models, 1) if on_cpu else layer_calls(models)
+    every = layer_chains(layers, impls, calls)
     for searches in (False, True):
-        some = [impl for impl in impls if (impl == "xla") is searches]
-        chains: dict[Any, Callable[[], Any]] = {
-            (model, m, impl): partial(layer_chain, model, m, impl, calls[model])
-            for model, m in layers
-            for impl in some
-        }
+        chains = {key: chain for key, chain in every.items() if has_xla(*key) is searches}
         if not chains:
             continue
-        with device_time.CompileAhead(chains, variants, searches=searches) as compiled:
+        with device_time.CompileAhead(
+            chains,
+            variants,
+            searches=searches,
+            lowering=lowering,
+            beside={
+                model: [
+                    partial(device_time.random_program, (g.outputs, g.inputs), jnp.bfloat16)
+                    for g in products(model, 1)
+                ]
+                for model in models
+            },
+        ) as compiled:
             held, weights = "", []
-            for model, m in layers:
+            for model, m in dict.fromkeys(key[:2] for key in chains):
                 if not budget.enough():
                     return
                 with budget.case():
@@ -120,7 +108,8 @@ def run_ours(
                         ]
                         weights = [list(layer) for layer in zip(*made, strict=True)]
                         del made
-                    programs = {impl: compiled.take((model, m, impl)) for impl in some}
+                    some = [key for key in chains if key[:2] == (model, m)]
+                    programs = {key[2]: compiled.take(key) for key in some}
                     _run_layer(report, model, m, programs, weights)
                 report.save()
 
@@ -171,6 +160,7 @@ def main() -> None:
     add_arguments(parser)
     add_variants(parser)
     add_bounds(parser)
+    add_lowering(parser)
     parser.add_argument("--models", nargs="+", choices=[*LAYERS], help=f"[{MODELS}]")
     parser.add_argument("--rows", nargs="+", type=int, metavar="M", help=f"[{ROWS}]")
     parser.add_argument("--impls", nargs="+", choices=[OURS, *STATIC[:-1]], help="[all]")
@@ -198,18 +188,25 @@ def main() -> None:
 
     report.summarise = summary
     impls = args.impls or [OURS, *STATIC[:-1]]
-    report.expect((case_name(*layer), impl) for layer in layers for impl in impls)
-    if not args.no_peers:  # first, while the device's memory is all free
-        options = ["--layer", *(f"{model}:{m}" for model, m in layers)]
-        expected = [(case_name(*layer), "cublas") for layer in layers]
-        limit = args.peer_seconds
-        run_peer(report, "torch_gemm", options, expected, timeout_s=limit, budget=budget)
-    if layers and budget.enough():
-        from benchmarks.device_time import copy_bytes_per_s
 
-        rate = copy_bytes_per_s((1 << 26) if args.quick else (1 << 32))
-        report.summary["copy_bytes_per_s"] = rate
-        run_ours(report, layers, impls, args.variants, budget)
+    def chains() -> Chains:
+        return layer_chains(layers, impls, layer_calls({model for model, _ in layers}))
+
+    if args.lower_for is not None:
+        sys.exit(fill(args, chains()))
+    report.expect((case_name(*layer), impl) for layer in layers for impl in impls)
+    with start_lowering(args, budget, chains) as lowering:
+        if not args.no_peers:  # first, while the device's memory is all free
+            options = ["--layer", *(f"{model}:{m}" for model, m in layers)]
+            expected = [(case_name(*layer), "cublas") for layer in layers]
+            limit = args.peer_seconds
+            run_peer(report, "torch_gemm", options, expected, timeout_s=limit, budget=budget)
+        if layers and budget.enough():
+            from benchmarks.device_time import copy_bytes_per_s
+
+            rate = copy_bytes_per_s((1 << 26) if args.quick else (1 << 32))
+            report.summary["copy_bytes_per_s"] = rate
+            run_ours(report, layers, impls, args.variants, budget, lowering)
     report.finish()
     sys.exit(report.failures > 0)
 

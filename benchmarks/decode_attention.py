@@ -21,11 +21,10 @@ kernel alone, by the profiler. The bound is the bytes over the rate of a device 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import inspect
 import sys
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -40,8 +39,16 @@ from benchmarks.attention_cases import (
     Pages,
     select,
 )
+from benchmarks.attention_chains import (
+    SCALE,
+    decode_chain,
+    decode_triton_chain,
+    decode_xla_chain,
+)
 from benchmarks.baselines import torch_attention
 from benchmarks.budget import Budget
+from benchmarks.lower_ahead import add_lowering, fill, start_lowering
+from benchmarks.lowered import Lowering
 from benchmarks.options import add_bounds, add_variants, planned
 from benchmarks.peers import run_peer
 from benchmarks.ratios import fill_bounds, put, speedups, times
@@ -49,9 +56,7 @@ from benchmarks.report import Report, add_arguments
 
 PEERS = ("torch_sdpa", "flashinfer", "jax_triton")
 SOFTMAX = ("async", "sync", "lazy")
-SCALE = HEAD_SIZE**-0.5
 LARGE_KV_BYTES = 500_000_000
-TRITON_SPLITS = (16, 8, 4, 2, 1)
 
 
 def ours(name: str) -> str:
@@ -59,103 +64,57 @@ def ours(name: str) -> str:
     return f"jpd_{name}"
 
 
-def paged_chain(case: Decode, op: Callable[..., Any], calls: int, scope: Any) -> Any:
-    """The program that calls `op(q, k_pages, v_pages, table, lengths)` over `calls` pools."""
-    import jax
-    import jax.numpy as jnp
+def calls_of(case: Decode, quick_cpu: bool) -> int:
+    """Calls of a program."""
+    from benchmarks.device_time import rotations
 
-    from benchmarks.device_time import Chain
+    return 1 if quick_cpu else rotations(case.kv_bytes, least=case.least_calls)
 
+
+def chains_of(
+    cases: Sequence[Decode], softmax: Sequence[str], quick_cpu: bool
+) -> dict[tuple[str, str], partial[Any]]:
+    """What makes the chains, by case and implementation."""
+    chains: dict[tuple[str, str], partial[Any]] = {}
+    for case in cases:
+        calls = calls_of(case, quick_cpu)
+        for kind in SOFTMAX[:1] if quick_cpu else softmax:
+            chains[case.name, ours(kind)] = partial(decode_chain, case, kind, calls)
+        if quick_cpu:
+            chains[case.name, "xla"] = partial(decode_xla_chain, case, calls)
+        else:
+            chains[case.name, "jax_triton"] = partial(decode_triton_chain, case, calls)
+    return chains
+
+
+def shapes_of(case: Decode) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Of queries, of a pool of keys or values, and of the page table."""
     pages = Pages.shuffled(case.lengths)
     pool = (pages.count, PAGE_TOKENS, case.kv_heads, HEAD_SIZE)
-    query = (case.batch, case.q_heads, HEAD_SIZE)
-    spec = jax.ShapeDtypeStruct
-    carried = (
-        spec(query, jnp.bfloat16),
-        spec(pages.table.shape, jnp.int32),
-        spec(case.lengths.shape, jnp.int32),
-    )
-
-    def call(carried: Any, kv: Any) -> Any:
-        q, table, lengths = carried
-        return op(q, *kv, table, lengths)
-
-    return Chain(call, carried, (spec(pool, jnp.bfloat16),) * 2, calls, scope)
+    return (case.batch, case.q_heads, HEAD_SIZE), pool, pages.table.shape
 
 
-def kernel_chain(case: Decode, softmax: str, calls: int) -> Any:
-    """Our kernel; interpreted where there is no GPU."""
-    from benchmarks.gemm_impls import interpreted
-    from pallas_kernels.decode_attention import decode_attention
-    from pallas_kernels.workspace import workspace
-
-    options = {"scale": SCALE, "softmax": softmax, **interpreted()}
-    called: list[bool] = []
-
-    @contextlib.contextmanager
-    def scope() -> Iterator[None]:
-        called.clear()
-        with workspace():
-            yield
-
-    def attend(*args: Any) -> Any:
-        early = bool(called)  # a program's first call may follow the kernel that makes its schedule
-        called.append(True)
-        return decode_attention(*args, early=early, **options)
-
-    return paged_chain(case, attend, calls, scope)
-
-
-def xla_chain(case: Decode, calls: int) -> Any:
-    """jpd's own XLA implementation: stands in for the kernels on a CPU."""
-    from contextlib import nullcontext
-
-    import jax
-
-    from jpd.ops.attention import decode_attention_xla
-
-    op = jax.jit(lambda *args: decode_attention_xla(*args, scale=SCALE))
-    return paged_chain(case, op, calls, nullcontext)
-
-
-def triton_splits(width: int) -> int:
-    """Most splits of a page table row of this width that jax's kernel takes with 8 pages a step."""
-    fits = (s for s in TRITON_SPLITS if width % s == 0 and (width // s) % min(8, width // s) == 0)
-    return next(fits)
-
-
-def triton_chain(case: Decode, calls: int) -> Any:
-    """jax's own kernel; it wants pages `[Hkv, P, S, D]` and does not scale the scores."""
-    import jax
+def beside(case: Decode) -> list[partial[Any]]:
+    """What compiles the programs that a case needs beside its chains."""
     import jax.numpy as jnp
 
-    from benchmarks.device_time import Chain
+    from benchmarks.attention_reference import rows_program
+    from benchmarks.device_time import random_program
 
-    with warnings.catch_warnings():  # deprecated, as everything that jax has in Triton
-        warnings.simplefilter("ignore")
-        from jax.experimental.pallas.ops.gpu.paged_attention import paged_attention
-
-    pages = Pages.shuffled(case.lengths)
-    splits = triton_splits(pages.table.shape[1])
-    spec = jax.ShapeDtypeStruct
-    pool = spec((case.kv_heads, pages.count, PAGE_TOKENS, HEAD_SIZE), jnp.bfloat16)
-    carried = (
-        spec((case.batch, case.q_heads, HEAD_SIZE), jnp.bfloat16),
-        spec(pages.table.shape, jnp.int32),
-        spec(case.lengths.shape, jnp.int32),
-    )
-
-    def call(carried: Any, kv: Any) -> Any:
-        q, table, lengths = carried
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return paged_attention(q, *kv, table, lengths, k_splits=splits)
-
-    return Chain(call, carried, (pool, pool), calls)
+    query, pool, table = shapes_of(case)
+    return [
+        partial(random_program, pool, jnp.bfloat16),
+        partial(random_program, query, jnp.bfloat16),
+        partial(rows_program, query, pool, table, SCALE),
+    ]
 
 
 def run_ours(
-    report: Report, cases: Sequence[Decode], args: argparse.Namespace, budget: Budget
+    report: Report,
+    cases: Sequence[Decode],
+    args: argparse.Namespace,
+    budget: Budget,
+    lowering: Lowering | None,
 ) -> None:
     """Adds all rows that are made with JAX, as long as there is time."""
     import jax
@@ -163,27 +122,17 @@ def run_ours(
     from benchmarks import device_time
 
     quick_cpu = args.quick and jax.default_backend() != "gpu"
-    calls = {
-        c.name: 1 if quick_cpu else device_time.rotations(c.kv_bytes, least=c.least_calls)
-        for c in cases
-    }
-    chains: dict[Any, Callable[[], Any]] = {}
-    for case in cases:
-        n = calls[case.name]
-        for softmax in SOFTMAX[:1] if quick_cpu else args.softmax:
-            chains[case.name, ours(softmax)] = lambda c=case, s=softmax, n=n: kernel_chain(c, s, n)
-        if quick_cpu:
-            chains[case.name, "xla"] = lambda c=case, n=n: xla_chain(c, n)
-        else:
-            chains[case.name, "jax_triton"] = lambda c=case, n=n: triton_chain(c, n)
+    chains = chains_of(cases, args.softmax, quick_cpu)
     report.expect(chains)
-    with device_time.CompileAhead(chains, args.variants) as compiled:
+    with device_time.CompileAhead(
+        chains, args.variants, lowering=lowering, beside={c.name: beside(c) for c in cases}
+    ) as compiled:
         for case in cases:
             if not budget.enough():
                 return
             with budget.case():
                 programs = {i: compiled.take((c, i)) for c, i in chains if c == case.name}
-                _run_case(report, case, calls[case.name], programs, args.profile)
+                _run_case(report, case, calls_of(case, quick_cpu), programs, args.profile)
             report.save()
 
 
@@ -195,17 +144,17 @@ def _run_case(
     import jax.numpy as jnp
 
     from benchmarks import device_time
-    from benchmarks.attention_reference import paged_rows, worst_row_error
+    from benchmarks.attention_reference import rows_program, worst_row_error
     from benchmarks.gemm_impls import mode
 
     turn = jax.jit(lambda x: jnp.transpose(x, (2, 0, 1, 3)))
     pages = Pages.shuffled(case.lengths)
-    shape = (pages.count, PAGE_TOKENS, case.kv_heads, HEAD_SIZE)
-    arrays = device_time.random_arrays(shape, jnp.bfloat16, 2 * calls)
+    shapes = query, pool, _ = shapes_of(case)
+    arrays = device_time.random_arrays(pool, jnp.bfloat16, 2 * calls)
     pools = list(zip(arrays[::2], arrays[1::2], strict=True))
-    (q,) = device_time.random_arrays((case.batch, case.q_heads, HEAD_SIZE), jnp.bfloat16, 1)
+    (q,) = device_time.random_arrays(query, jnp.bfloat16, 1)
     table, lengths = jnp.asarray(pages.table), jnp.asarray(case.lengths)
-    want = np.asarray(paged_rows(q, *pools[0], table, lengths, scale=SCALE))
+    want = np.asarray(rows_program(*shapes, SCALE)(q, *pools[0], table, lengths))
     del arrays
     for impl, program in programs.items():
         try:
@@ -215,11 +164,12 @@ def _run_case(
             if impl == "jax_triton":
                 carried = ((q.astype(jnp.float32) * SCALE).astype(q.dtype), table, lengths)
                 rotated = [(turn(k), turn(v)) for k, v in pools]
-            got = program.first_output(carried, rotated)
+            out, recomputed = program.first_output(carried, rotated)
             extra: dict[str, Any] = {"early": calls > 1} if impl.startswith("jpd_") else {}
-            if getattr(got, "recomputed", None) is not None:
-                extra["recomputed"] = int(np.sum(np.asarray(got.recomputed)))
-            error = worst_row_error(getattr(got, "out", got), want)
+            if recomputed is not None:
+                extra["recomputed"] = int(np.sum(np.asarray(recomputed)))
+            error = worst_row_error(out, want)
+            del out, recomputed
             # The scaled query of the Triton kernel is rounded once more than ours.
             if not error <= MAX_REL_ERR * (2 if impl == "jax_triton" else 1):
                 raise RuntimeError(f"relative error {error:.2e} > {MAX_REL_ERR:.0e}")
@@ -286,11 +236,29 @@ def summarise(
     return summary
 
 
+def run_peers(
+    report: Report, cases: Sequence[Decode], args: argparse.Namespace, budget: Budget
+) -> None:
+    """Adds the rows of torch and FlashInfer."""
+    limit = {"timeout_s": args.peer_seconds, "budget": budget}
+    names = [case.name for case in cases]
+    uniform = [case.name for case in cases if torch_attention.applies(case)]
+    if uniform:
+        options = ["--kind", "decode", "--cases", *uniform]
+        expected = [(n, "torch_sdpa") for n in uniform]
+        run_peer(report, "torch_attention", options, expected, **limit, share=1 / 3)
+    options = ["--kind", "decode", "--cases", *names]
+    if args.flashinfer_modes:
+        options += ["--modes", *args.flashinfer_modes]
+    run_peer(report, "flashinfer_attention", options, [(n, "flashinfer") for n in names], **limit)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.decode_attention")
     add_arguments(parser)
     add_variants(parser)
     add_bounds(parser)
+    add_lowering(parser)
     parser.add_argument("--cases", nargs="+", metavar="NAME", help="names or their beginnings")
     parser.add_argument("--softmax", nargs="+", choices=SOFTMAX, default=SOFTMAX, help="[all]")
     parser.add_argument("--no-peers", action="store_true", help="no torch, no FlashInfer")
@@ -312,6 +280,8 @@ def main() -> None:
     known = QUICK_DECODE if args.quick else DECODE
     chosen = select(known, args.cases)
     cases = planned(report, args, chosen, known, order_named=args.cases is not None)
+    if args.lower_for is not None:
+        sys.exit(fill(args, chains_of(cases, args.softmax, quick_cpu=False)))
     default = default_softmax()
 
     def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -320,26 +290,15 @@ def main() -> None:
 
     report.summarise = summary
     report.expect((case.name, ours(s)) for case in cases for s in args.softmax if not args.quick)
-    if cases and not args.no_peers:  # first, while the device's memory is all free
-        limit = {"timeout_s": args.peer_seconds, "budget": budget}
-        names = [case.name for case in cases]
-        uniform = [case.name for case in cases if torch_attention.applies(case)]
-        if uniform:
-            options = ["--kind", "decode", "--cases", *uniform]
-            expected = [(n, "torch_sdpa") for n in uniform]
-            run_peer(report, "torch_attention", options, expected, **limit, share=1 / 3)
-        options = ["--kind", "decode", "--cases", *names]
-        if args.flashinfer_modes:
-            options += ["--modes", *args.flashinfer_modes]
-        run_peer(
-            report, "flashinfer_attention", options, [(n, "flashinfer") for n in names], **limit
-        )
-    if cases and budget.enough():
-        from benchmarks.device_time import copy_bytes_per_s
+    with start_lowering(args, budget, lambda: chains_of(cases, args.softmax, False)) as lowering:
+        if cases and not args.no_peers:  # first, while the device's memory is all free
+            run_peers(report, cases, args, budget)
+        if cases and budget.enough():
+            from benchmarks.device_time import copy_bytes_per_s
 
-        rate = copy_bytes_per_s((1 << 26) if args.quick else (1 << 32))
-        report.summary["copy_bytes_per_s"] = rate
-        run_ours(report, cases, args, budget)
+            rate = copy_bytes_per_s((1 << 26) if args.quick else (1 << 32))
+            report.summary["copy_bytes_per_s"] = rate
+            run_ours(report, cases, args, budget, lowering)
     report.finish()
     sys.exit(report.failures > 0)
 

@@ -1,8 +1,9 @@
 """How fast are products of 256 to 8192 rows with a weight, against cuBLAS?
 
 bf16 weights `[N, K]` of the layers of Llama-2-7B and Llama-3.1-8B, with M rows as in prefill.
-``jpd`` is `pallas_kernels.dense_gemm` with its default configuration (``--impl table``: what the
-table of `pallas_kernels.dataflow` chooses). Peer: ``cublas`` (`torch.nn.functional.linear`).
+``jpd`` is what the table of `pallas_kernels.dataflow` chooses for the shape, as in the models
+(``--impl dense_gemm``: that kernel with its default configuration). Peer: ``cublas``
+(`torch.nn.functional.linear`).
 
 Times are device times (`benchmarks/device_time.py`) on random values: cuBLAS and ours are both
 faster on zeros. `rel_err` is the worst of 64 rows against float32; above 4e-3 the case fails.
@@ -17,6 +18,9 @@ from typing import Any
 
 from benchmarks.budget import Budget, spread
 from benchmarks.gemm_cases import LAYERS, Gemm, in_rounds, parse_shape, shapes
+from benchmarks.gemm_chains import gemm_calls, gemm_chains
+from benchmarks.lower_ahead import add_lowering, fill, start_lowering
+from benchmarks.lowered import Chains
 from benchmarks.options import add_bounds, add_variants, planned
 from benchmarks.peers import run_peer
 from benchmarks.ratios import put, speedups
@@ -54,10 +58,11 @@ def main() -> None:
     add_arguments(parser)
     add_variants(parser)
     add_bounds(parser)
+    add_lowering(parser)
     parser.add_argument("--models", nargs="+", choices=[*LAYERS], help=f"[{MODELS}]")
     parser.add_argument("--shapes", nargs="+", type=parse_shape, metavar="NxK", help="[all]")
     parser.add_argument("--rows", nargs="+", type=int, metavar="M", help=f"[{ROWS}]")
-    parser.add_argument("--impl", default="dense_gemm", choices=("table", "dense_gemm"))
+    parser.add_argument("--impl", default="table", choices=("table", "dense_gemm"))
     parser.add_argument("--no-peers", action="store_true", help="no torch")
     args = parser.parse_args()
     budget = Budget(args.seconds)
@@ -72,29 +77,37 @@ def main() -> None:
     )
     cases = planned(report, args, chosen, everything, order_named=True)
     counted = list(dict.fromkeys([*everything, *chosen]))
+
+    def kernels() -> Chains:
+        return gemm_chains({case: [args.impl] for case in cases}, gemm_calls(cases))
+
+    if args.lower_for is not None:
+        sys.exit(fill(args, kernels()))
     report.summary["impl"] = args.impl
     report.summarise = lambda rows: summarise(rows, counted)
     report.expect((case.name, OURS) for case in cases)
-    if not args.no_peers:  # first, while the device's memory is all free
-        options = ["--case", *(":".join(map(str, case)) for case in cases)]
-        expected = [(case.name, "cublas") for case in cases]
-        limit = args.peer_seconds
-        run_peer(report, "torch_gemm", options, expected, timeout_s=limit, budget=budget)
-    if cases and budget.enough():
-        import jax
+    with start_lowering(args, budget, kernels) as lowering:
+        if not args.no_peers:  # first, while the device's memory is all free
+            options = ["--case", *(":".join(map(str, case)) for case in cases)]
+            expected = [(case.name, "cublas") for case in cases]
+            limit = args.peer_seconds
+            run_peer(report, "torch_gemm", options, expected, timeout_s=limit, budget=budget)
+        if cases and budget.enough():
+            import jax
 
-        from benchmarks import gemm_runs
+            from benchmarks import gemm_runs
 
-        on_cpu = jax.default_backend() != "gpu"
-        gemm_runs.run(
-            report,
-            cases,
-            lambda case: (args.impl, "xla") if on_cpu else (args.impl,),
-            names={args.impl: OURS},
-            budget=budget,
-            calls=1 if on_cpu else None,
-            variants=args.variants,
-        )
+            on_cpu = jax.default_backend() != "gpu"
+            gemm_runs.run(
+                report,
+                cases,
+                lambda case: (args.impl, "xla") if on_cpu else (args.impl,),
+                names={args.impl: OURS},
+                budget=budget,
+                calls=1 if on_cpu else None,
+                variants=args.variants,
+                lowering=lowering,
+            )
     report.finish()
     sys.exit(report.failures > 0)
 

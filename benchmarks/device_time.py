@@ -19,7 +19,6 @@ import re
 import statistics
 import tempfile
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
@@ -28,7 +27,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import export
 
+from benchmarks.lowered import Gpu, Lowering
 from pallas_kernels.timing import STREAM_OPTIONS, device_us
 
 ROTATED_BYTES = 400_000_000
@@ -88,7 +89,26 @@ class Chain:
 
     def lower(self) -> jax.stages.Lowered:
         """Traces and lowers the program."""
+        return self._program().lower(*self.specs)
 
+    def export(self) -> bytes:
+        """Traces and lowers the program for the GPU that `pallas_kernels.mosaic.TARGET` names."""
+        return bytes(export.export(self._program(), platforms=["cuda"])(*self.specs).serialize())
+
+    def load(self, module: bytes) -> jax.stages.Lowered:
+        """The program from what :meth:`export` gave, in whatever process.
+
+        Raises:
+            ValueError: it is the module of another chain.
+        """
+        exported = export.deserialize(bytearray(module))
+
+        def program(carried: Any, rotated: list[Any]) -> list[Any]:
+            return exported.call(carried, rotated)
+
+        return jax.jit(program).lower(*self.specs)
+
+    def _program(self) -> Any:
         def program(carried: Any, rotated: list[Any]) -> list[Any]:
             outs = []
             with self.scope():
@@ -98,7 +118,16 @@ class Chain:
                     outs.append(out)
             return outs
 
-        return jax.jit(program).lower(*self.specs)
+        return jax.jit(program)
+
+
+def gpu_of_jax() -> Gpu | None:
+    """The GPU that jax uses here; None on a CPU."""
+    if jax.default_backend() != "gpu":
+        return None
+    from pallas_kernels import mosaic
+
+    return Gpu(jax.local_devices(backend="gpu")[0].device_kind, mosaic.sm_count())
 
 
 class Compiled(NamedTuple):
@@ -127,10 +156,11 @@ class Timing(NamedTuple):
 class CompileAhead:
     """Compiles chains in the order in which they will be taken, some of them ahead.
 
-    Chains are lowered by the thread that takes them, as lowering is not safe in several, and
-    compiled by others, also while something is measured: a program's launches are enqueued before
-    they run, and half of the CPUs are left alone. Not so XLA's own products: what it times on the
-    GPU while it compiles would disturb a measurement, and the other way around.
+    Chains come lowered from other processes, or are lowered by the thread that takes them, as
+    lowering is not safe in several. Other threads compile them, also while something is measured: a
+    program's launches are enqueued before they run, and half of the CPUs are left alone. Not so
+    XLA's own products: what it times on the GPU while it compiles would disturb a measurement, and
+    the other way around.
 
     Use as a context manager; what was not taken at its end is not waited for longer than needed.
 
@@ -140,6 +170,9 @@ class CompileAhead:
         searches: XLA searches products of these chains on the GPU: they are compiled by tens, and
             nothing is taken before all of its ten are ready.
         ahead: chains that are compiled before they are asked for.
+        lowering: of chains in other processes; those that it does not have are lowered here.
+        beside: by the first part of the chains' keys, functions that compile what is called beside
+            these chains, and keep it (`functools.cache`): called ahead too.
     """
 
     def __init__(
@@ -149,34 +182,52 @@ class CompileAhead:
         *,
         searches: bool = False,
         ahead: int | None = None,
+        lowering: Lowering | None = None,
+        beside: Mapping[Any, Sequence[Callable[[], Any]]] | None = None,
     ) -> None:
+        self._modules = {} if lowering is None else lowering.modules_for(gpu_of_jax())
         self._on_gpu = jax.default_backend() == "gpu"
         self._names = list(variants or VARIANTS) if self._on_gpu else ["stream"]
         self._workers = max(1, (os.cpu_count() or 1) // 2)
         self._ahead = ahead or (10 if searches else 2 * self._workers)
         self._searches = searches
         self._pool = ThreadPoolExecutor(self._workers)
-        self._waiting = deque(chains.items())
+        self._waiting = dict(chains)
+        self._beside = dict(beside or {})
         self._started: dict[Any, tuple[int, dict[str, Future[Any]]] | Exception] = {}
 
     def __enter__(self) -> CompileAhead:
         return self
 
     def __exit__(self, *_: object) -> None:
+        for key in self._waiting.keys() | self._started.keys():
+            if key in self._modules:
+                self._modules[key].cancel()
         self._pool.shutdown(cancel_futures=True)
 
     def _start_next(self) -> None:
-        key, make = self._waiting.popleft()
+        key = next(iter(self._waiting))
+        make = self._waiting.pop(key)
+        if self._beside:
+            for prepare in self._beside.pop(key[0], ()):
+                self._pool.submit(prepare)
         try:
             chain = make()
-            lowered = chain.lower()
+            if key in self._modules:
+                module = self._modules[key]
+                lowered = self._pool.submit(lambda: chain.load(module.result()))
+            else:
+                lowered = Future()
+                lowered.set_result(chain.lower())
         except Exception as error:  # a kernel that refuses a shape must not end the run
             self._started[key] = error
             return
         programs = {}
         for name in self._names:
             options = VARIANTS[name] if self._on_gpu else None
-            programs[name] = self._pool.submit(lowered.compile, compiler_options=options)
+            programs[name] = self._pool.submit(
+                lambda options=options: lowered.result().compile(compiler_options=options)
+            )
         self._started[key] = chain.calls, programs
 
     def _futures(self, key: Any) -> list[Future[Any]]:
@@ -201,7 +252,9 @@ class CompileAhead:
         else:
             # What is wanted next is lowered while this one is compiled, and one more in any case.
             more = True
-            while self._waiting and len(self._started) <= self._ahead and more:
+            while self._waiting and len(self._started) <= self._ahead:
+                if not more and next(iter(self._waiting)) not in self._modules:
+                    break
                 self._start_next()
                 more = not all(future.done() for future in self._futures(key))
         futures, started = self._futures(key), self._started.pop(key)
@@ -310,13 +363,18 @@ def copy_bytes_per_s(nbytes: int) -> float:
 
 
 @functools.cache
-def _make_random(shape: tuple[int, ...], dtype: Any) -> Callable[..., Any]:
-    return jax.jit(
-        lambda key, scale: jax.random.normal(key, shape, dtype) * jnp.asarray(scale, dtype)
-    )
+def random_program(shape: tuple[int, ...], dtype: Any) -> Callable[..., jax.Array]:
+    """Compiled: normal numbers from a key, times a float32 scale."""
+
+    def make(key: jax.Array, scale: jax.Array) -> jax.Array:
+        return jax.random.normal(key, shape, dtype) * scale.astype(dtype)
+
+    key, scale = jax.eval_shape(lambda: (jax.random.key(0), jnp.float32(1)))
+    return jax.jit(make).lower(key, scale).compile()
 
 
 def random_arrays(shape: tuple[int, ...], dtype: Any, count: int, *, seed: int = 0, scale=1.0):
     """`count` arrays of normal numbers, made on the device; each shape is compiled once."""
-    make = _make_random(tuple(shape), dtype)
-    return [make(key, scale) for key in jax.random.split(jax.random.key(seed), count)]
+    make = random_program(tuple(shape), dtype)
+    keys = jax.random.split(jax.random.key(seed), count)
+    return [make(key, jnp.float32(scale)) for key in keys]

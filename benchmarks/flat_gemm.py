@@ -20,6 +20,9 @@ from typing import Any
 
 from benchmarks.budget import Budget, spread
 from benchmarks.gemm_cases import LAYERS, Gemm, in_rounds, parse_shape, shapes
+from benchmarks.gemm_chains import gemm_calls, gemm_chains
+from benchmarks.lower_ahead import add_lowering, fill, start_lowering
+from benchmarks.lowered import Chains
 from benchmarks.options import add_bounds, add_variants, planned
 from benchmarks.peers import run_peer
 from benchmarks.ratios import fill_bounds, put, speedups, times
@@ -60,6 +63,7 @@ def main() -> None:
     add_arguments(parser)
     add_variants(parser)
     add_bounds(parser)
+    add_lowering(parser)
     parser.add_argument("--models", nargs="+", choices=[*LAYERS], help="[all but tiny]")
     parser.add_argument("--shapes", nargs="+", type=parse_shape, metavar="NxK", help="[all]")
     parser.add_argument("--rows", nargs="+", type=int, metavar="M", help=f"[{ROWS}]")
@@ -82,6 +86,12 @@ def main() -> None:
         "flat_gemm", "How fast are products of few rows, against cuBLAS and XLA?", out=args.out
     )
     cases = planned(report, args, chosen, chosen if args.quick else everything, order_named=True)
+
+    def kernels() -> Chains:
+        return gemm_chains({case: [args.impl] for case in cases}, gemm_calls(cases))
+
+    if args.lower_for is not None:
+        sys.exit(fill(args, kernels()))
     report.summary["impl"] = args.impl
     counted = list(dict.fromkeys([*([] if args.quick else everything), *chosen]))
 
@@ -90,31 +100,33 @@ def main() -> None:
         return summarise(rows, counted)
 
     report.summarise = summary
-    if not args.no_peers:  # first, while the device's memory is all free
-        options = ["--case", *(":".join(map(str, case)) for case in cases)]
-        options += ["--gemlite"] * args.gemlite
-        expected = [(case.name, "cublas") for case in cases]
-        limit = args.peer_seconds
-        run_peer(report, "torch_gemm", options, expected, timeout_s=limit, budget=budget)
-    report.expect((case.name, OURS) for case in cases)
-    if cases and budget.enough():
-        import jax
+    with start_lowering(args, budget, kernels) as lowering:
+        if not args.no_peers:  # first, while the device's memory is all free
+            options = ["--case", *(":".join(map(str, case)) for case in cases)]
+            options += ["--gemlite"] * args.gemlite
+            expected = [(case.name, "cublas") for case in cases]
+            limit = args.peer_seconds
+            run_peer(report, "torch_gemm", options, expected, timeout_s=limit, budget=budget)
+        report.expect((case.name, OURS) for case in cases)
+        if cases and budget.enough():
+            import jax
 
-        from benchmarks import device_time, gemm_runs
+            from benchmarks import device_time, gemm_runs
 
-        on_cpu = jax.default_backend() != "gpu"
-        rate = device_time.copy_bytes_per_s((1 << 26) if args.quick else (1 << 32))
-        report.summary["copy_bytes_per_s"] = rate
-        impl = args.impl
-        gemm_runs.run(
-            report,
-            cases,
-            lambda case: (impl, "xla") if case.rows in args.xla_m or on_cpu else (impl,),
-            names={impl: OURS},
-            budget=budget,
-            calls=1 if on_cpu else None,
-            variants=args.variants,
-        )
+            on_cpu = jax.default_backend() != "gpu"
+            rate = device_time.copy_bytes_per_s((1 << 26) if args.quick else (1 << 32))
+            report.summary["copy_bytes_per_s"] = rate
+            impl = args.impl
+            gemm_runs.run(
+                report,
+                cases,
+                lambda case: (impl, "xla") if case.rows in args.xla_m or on_cpu else (impl,),
+                names={impl: OURS},
+                budget=budget,
+                calls=1 if on_cpu else None,
+                variants=args.variants,
+                lowering=lowering,
+            )
     report.finish()
     sys.exit(report.failures > 0)
 

@@ -16,8 +16,13 @@ Product = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def interpreted() -> dict[str, Any]:
-    """Arguments that make a kernel run where there is no GPU: interpreted, many times slower."""
-    if jax.default_backend() == "gpu":
+    """Arguments that make a kernel run where there is no GPU: interpreted, many times slower.
+
+    Empty on a GPU, and where programs are lowered for one that is elsewhere.
+    """
+    from pallas_kernels import mosaic
+
+    if jax.default_backend() == "gpu" or mosaic.TARGET.get() is not None:
         return {}
     import jax.experimental.pallas.mosaic_gpu as plgpu
 
@@ -82,6 +87,15 @@ def product(name: str) -> Product:
         ImportError: the kernel is not there.
     """
     return _MAKERS[name]()
+
+
+def is_xla(name: str, rows: int, outputs: int, inputs: int) -> bool:
+    """Whether XLA computes the product, so that it searches for the fastest way on the GPU."""
+    if name != "table":
+        return name == "xla"
+    from pallas_kernels import dataflow
+
+    return dataflow.choose(rows, outputs, inputs).kernel == "xla"
 
 
 def choice_label(rows: int, outputs: int, inputs: int) -> str:

@@ -14,6 +14,8 @@ from benchmarks import device_time, gemm_impls
 from benchmarks.attention_reference import worst_row_error
 from benchmarks.budget import Budget
 from benchmarks.gemm_cases import Gemm
+from benchmarks.gemm_chains import gemm_calls, gemm_chains
+from benchmarks.lowered import Lowering
 from benchmarks.report import Report
 
 MAX_REL_ERR = 4e-3
@@ -31,12 +33,22 @@ def pick(y: jax.Array, rows: np.ndarray) -> np.ndarray:
     return np.asarray(y)[rows] if y.shape[0] <= 128 else np.asarray(y[rows])
 
 
-def gemm_chain(case: Gemm, impl: str, calls: int) -> device_time.Chain:
-    """The program of one product, `calls` times with weights of its own."""
-    product = gemm_impls.product(impl)
-    x = jax.ShapeDtypeStruct((case.rows, case.inputs), jnp.bfloat16)
-    w = jax.ShapeDtypeStruct((case.outputs, case.inputs), jnp.bfloat16)
-    return device_time.Chain(product, x, w, calls, lambda: gemm_impls.scope(impl))
+@functools.cache
+def exact_program(rows: int, outputs: int, inputs: int) -> Callable[..., jax.Array]:
+    """Compiled: the float32 product of x `[rows, inputs]` and a weight `[outputs, inputs]`."""
+
+    def exact(x: jax.Array, w: jax.Array) -> jax.Array:
+        return jax.lax.dot_general(
+            x.astype(jnp.float32),
+            w.astype(jnp.float32),
+            (((1,), (1,)), ((), ())),
+            precision=jax.lax.Precision.HIGHEST,
+        )
+
+    spec = jax.ShapeDtypeStruct
+    x, w = (spec((n, inputs), jnp.bfloat16) for n in (rows, outputs))
+    # Tuning a product that runs once is not worth it.
+    return jax.jit(exact).lower(x, w).compile({"xla_gpu_autotune_level": 0})
 
 
 class References:
@@ -50,16 +62,21 @@ class References:
         for case in cases:
             self._rows.setdefault(case[1:], []).append(case.rows)
         self._made: dict[tuple[int, ...], tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
-        self._exact = jax.jit(
-            lambda x, w: jax.lax.dot_general(
-                x.astype(jnp.float32),
-                w.astype(jnp.float32),
-                (((1,), (1,)), ((), ())),
-                precision=jax.lax.Precision.HIGHEST,
-            ),
-            # Tuning a product that runs once is not worth it.
-            compiler_options={"xla_gpu_autotune_level": 0},
-        )
+
+    def _drawn(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        return max(self._rows[shape]), shape[1]
+
+    def _checked(self, shape: tuple[int, ...]) -> np.ndarray:
+        return np.unique(np.concatenate([checked_rows(m) for m in self._rows[shape]]))
+
+    def beside(self, case: Gemm) -> list[functools.partial[Any]]:
+        """What compiles the programs that a case needs beside its chains."""
+        shape = case[1:]
+        return [
+            functools.partial(device_time.random_program, shape, jnp.bfloat16),
+            functools.partial(device_time.random_program, self._drawn(shape), jnp.bfloat16),
+            functools.partial(exact_program, len(self._checked(shape)), *shape),
+        ]
 
     def of(self, case: Gemm, weight: jax.Array) -> tuple[jax.Array, np.ndarray, np.ndarray]:
         """x `[M, K]`, the rows that are checked, and their results.
@@ -70,10 +87,12 @@ class References:
         """
         shape = case[1:]
         if shape not in self._made:
-            most = (max(self._rows[shape]), case.inputs)
-            x = np.asarray(device_time.random_arrays(most, jnp.bfloat16, 1, seed=1)[0])
-            checked = np.unique(np.concatenate([checked_rows(m) for m in self._rows[shape]]))
-            self._made[shape] = x, checked, np.asarray(self._exact(x[checked], weight))
+            x = np.asarray(
+                device_time.random_arrays(self._drawn(shape), jnp.bfloat16, 1, seed=1)[0]
+            )
+            checked = self._checked(shape)
+            exact = exact_program(len(checked), *shape)
+            self._made[shape] = x, checked, np.asarray(exact(x[checked], weight))
         x, checked, want = self._made[shape]
         inside = checked < case.rows
         return jnp.asarray(x[: case.rows]), checked[inside], want[inside]
@@ -88,11 +107,12 @@ def run(
     budget: Budget,
     calls: int | None = None,
     variants: Sequence[str] | None = None,
+    lowering: Lowering | None = None,
 ) -> None:
     """Checks and times every case with every implementation and adds the rows.
 
-    Case by case as long as there is time, the file written after each. ``xla`` comes after all the
-    others, because XLA's search for a product's fastest kernel would disturb them.
+    Case by case as long as there is time, the file written after each. XLA's products come after
+    all the others, because the search for the fastest kernel would disturb them.
 
     Args:
         report: gets the rows.
@@ -102,14 +122,29 @@ def run(
         budget: the run's.
         calls: of a program; by default as many as the rotation needs.
         variants: how kernels are launched, see `device_time.VARIANTS`; by default every way.
+        lowering: of these products in other processes.
     """
     wanted = {case: [*impls(case)] for case in cases}
     report.expect((case.name, names.get(i, i)) for case in cases for i in wanted[case])
     references = References(cases)
+    counts = dict.fromkeys(cases, calls) if calls else gemm_calls(cases)
     for searches in (False, True):
-        left = {c: [i for i in some if (i == "xla") is searches] for c, some in wanted.items()}
+        left = {
+            case: [impl for impl in some if gemm_impls.is_xla(impl, *case) is searches]
+            for case, some in wanted.items()
+        }
         left = {case: some for case, some in left.items() if some}
-        _run(report, left, names, budget, references, calls, variants, searches)
+        chains = gemm_chains(left, counts)
+        # A case's programs are there before its neighbours of the same shape ask for them again.
+        firsts = {case[1:]: case for case in reversed(left)}.values()
+        with device_time.CompileAhead(
+            chains,
+            variants,
+            searches=searches,
+            lowering=lowering,
+            beside={case: references.beside(case) for case in firsts},
+        ) as compiled:
+            _run(report, left, names, budget, references, counts, compiled)
 
 
 def _run(
@@ -118,37 +153,23 @@ def _run(
     names: dict[str, str],
     budget: Budget,
     references: References,
-    calls: int | None,
-    variants: Sequence[str] | None,
-    searches: bool,
+    counts: dict[Gemm, int],
+    compiled: device_time.CompileAhead,
 ) -> None:
-    # The counters are cleared once in a program; many short calls share that, as in a model's step.
-    least = 16 if max((case.rows for case in impls), default=0) <= 128 else 8
-    count = {c: calls or device_time.rotations(c.weight_bytes, least=least) for c in impls}
-    chains: dict[Any, Callable[[], device_time.Chain]] = {
-        (case, impl): functools.partial(gemm_chain, case, impl, count[case])
-        for case, some in impls.items()
-        for impl in some
-    }
-    with device_time.CompileAhead(chains, variants, searches=searches) as compiled:
-        shape: tuple[int, ...] = ()
-        weights: list[jax.Array] = []
-        for case, some in impls.items():
-            if not budget.enough():
-                return
-            with budget.case():
-                if case[1:] != shape:
-                    shape = case[1:]
-                    del weights
-                    scale = case.inputs**-0.5
-                    weights = device_time.random_arrays(
-                        shape, jnp.bfloat16, count[case], scale=scale
-                    )
-                programs = {
-                    (impl, names.get(impl, impl)): compiled.take((case, impl)) for impl in some
-                }
-                _run_case(report, case, programs, references, weights)
-            report.save()
+    shape: tuple[int, ...] = ()
+    weights: list[jax.Array] = []
+    for case, some in impls.items():
+        if not budget.enough():
+            return
+        with budget.case():
+            if case[1:] != shape:
+                shape = case[1:]
+                del weights
+                scale = case.inputs**-0.5
+                weights = device_time.random_arrays(shape, jnp.bfloat16, counts[case], scale=scale)
+            programs = {(impl, names.get(impl, impl)): compiled.take((case, impl)) for impl in some}
+            _run_case(report, case, programs, references, weights)
+        report.save()
 
 
 def _run_case(

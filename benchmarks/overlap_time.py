@@ -3,10 +3,7 @@
 What is timed is a chain: one compiled program that calls an operation several times in order, each
 time on operands of its own, which together are more than 400 MB on every GPU. Runs of the program
 are enqueued behind a kernel that holds all GPUs, so that they enter together and never wait for
-the host. A sample follows on other runs without a pause (after a rest clocks are higher), as in
-`pallas_kernels/timing.py`: the time of a run is the difference between enqueueing more of them and
-fewer, divided by their number, from the host's call to the end of all GPUs. Every run ends with
-the slowest GPU, and where it has a collective they all begin the next one together.
+the host, and are timed by the clock of each GPU (`pallas_kernels/timing.py`): the slowest counts.
 """
 
 from __future__ import annotations
@@ -25,19 +22,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from benchmarks.device_time import ROTATED_BYTES
-from pallas_kernels.timing import STREAM_OPTIONS, spin
+from pallas_kernels.timing import STREAM_OPTIONS, device_us, spin, stamp
 
 AXIS = "tp"
 SAMPLES = 5
-WARM_US, SAMPLE_US = 40_000.0, 20_000.0
 MOST_SETS = 24
-_HOLDS_US = tuple(3_000 * 2**i for i in range(7))
-"""Lengths of holds: each is a program of its own."""
-_LAUNCHES = 800
-"""Launches that the driver queues before it makes the host wait are about a thousand."""
-_PROGRAMS = 24
-"""XLA lets the host run ahead by 32 programs."""
-_TRIES = 5
 GPU_OPTIONS = {**STREAM_OPTIONS, "xla_gpu_enable_triton_gemm": False}
 """Compiler options of all programs: kernels launched one by one, and XLA's products are those of
 cuBLAS, the fastest algorithm of which it searches."""
@@ -118,10 +107,20 @@ def lower(operation: Operation, mesh: Mesh, xs: Any, ws: Any) -> jax.stages.Lowe
 @functools.cache
 def _hold(mesh: Mesh, us: int) -> Callable[[], Any]:
     """A compiled program that keeps one SM of every GPU busy for `us` microseconds."""
-    mapped = jax.shard_map(spin(us), mesh=mesh, in_specs=(), out_specs=P(AXIS), check_vma=False)
-    program = jax.jit(mapped).lower().compile(compiler_options=STREAM_OPTIONS)
+    program = _on_all(mesh, spin(us))
     jax.block_until_ready(program())
     return program
+
+
+@functools.cache
+def _stamp(mesh: Mesh) -> Callable[[], Any]:
+    """A compiled program that reads the clock of every GPU."""
+    return _on_all(mesh, stamp())
+
+
+def _on_all(mesh: Mesh, kernel: Callable[[], jax.Array]) -> Callable[[], Any]:
+    mapped = jax.shard_map(kernel, mesh=mesh, in_specs=(), out_specs=P(AXIS), check_vma=False)
+    return jax.jit(mapped).lower().compile(compiler_options=STREAM_OPTIONS)
 
 
 def run_us(
@@ -143,41 +142,8 @@ def run_us(
         start = time.perf_counter()
         jax.block_until_ready(run())
         return [(time.perf_counter() - start) * 1e6]
-    one_us, host_us = 0.0, 100.0 + 40.0 * launches
-
-    def total_s(runs: int, most: int) -> float:
-        """Time of a hold that is long enough for `most` runs, and of `runs` after it."""
-        ahead_us = 2_000 + most * max(0.0, host_us - one_us)
-        hold_us = next((us for us in _HOLDS_US if us >= ahead_us), _HOLDS_US[-1])
-        hold = _hold(mesh, hold_us)
-        for _ in range(_TRIES):
-            start = time.perf_counter()
-            hold()
-            for _ in range(runs):
-                out = run()
-            enqueued_us = (time.perf_counter() - start) * 1e6
-            jax.block_until_ready(out)
-            if enqueued_us < hold_us + 0.9 * one_us * (runs - 1):
-                return time.perf_counter() - start
-        raise RuntimeError(
-            f"the host took {enqueued_us:.0f} us to enqueue {runs} runs, longer than the hold of "
-            f"{hold_us} us and the runs, {_TRIES} times: the GPUs waited for it"
-        )
-
-    jax.block_until_ready(run())  # loads the kernels
-    start = time.perf_counter()
-    out = run()
-    host_us = max(100.0, 2e6 * (time.perf_counter() - start))
-    jax.block_until_ready(out)
-    one_us = max((total_s(3, 3) - total_s(1, 3)) / 2 * 1e6, 1.0)
-    most = max(4, min(_PROGRAMS, _LAUNCHES // max(1, launches)))
-    counted = max(2, min(most // 2, round(SAMPLE_US / one_us)))
-    warm = max(1, min(most - counted, round(WARM_US / one_us)))
-    all_runs = warm + counted
-    return [
-        (total_s(all_runs, all_runs) - total_s(warm, all_runs)) / counted * 1e6
-        for _ in range(samples)
-    ]
+    hold = functools.partial(_hold, mesh)
+    return device_us(run, (), launches, samples=samples, hold=hold, stamp=_stamp(mesh))
 
 
 def host_us(call: Callable[[], Any], *, samples: int = SAMPLES, warm: int = 10) -> list[float]:

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,8 +29,11 @@ from benchmarks.attention_cases import (
     Prefill,
     select,
 )
+from benchmarks.attention_chains import SCALE, prefill_chain
 from benchmarks.baselines import torch_attention
 from benchmarks.budget import Budget
+from benchmarks.lower_ahead import add_lowering, fill, start_lowering
+from benchmarks.lowered import Lowering
 from benchmarks.options import add_bounds, add_variants, planned
 from benchmarks.peers import run_peer
 from benchmarks.ratios import put, speedups
@@ -37,73 +41,70 @@ from benchmarks.report import Report, add_arguments
 
 OURS = "jpd"
 PEERS = ("torch_cudnn", "torch_sdpa", "flashinfer")
-SCALE = HEAD_SIZE**-0.5
 
 
-def chain(case: Prefill, impl: str, calls: int) -> Any:
-    """The program of one case: our kernel, or "xla", jpd's own XLA implementation."""
-    from contextlib import nullcontext
+def calls_of(case: Prefill, quick_cpu: bool) -> int:
+    """Calls of a program."""
+    from benchmarks.device_time import rotations
 
-    import jax
+    return 1 if quick_cpu else rotations(case.kv_bytes, least=4)
+
+
+def chains_of(cases: Sequence[Prefill], quick_cpu: bool) -> dict[tuple[str, str], partial[Any]]:
+    """What makes the chains, by case and implementation."""
+    return {
+        (case.name, impl): partial(prefill_chain, case, impl, calls_of(case, quick_cpu))
+        for case in cases
+        for impl in ((OURS, "xla") if quick_cpu else (OURS,))
+    }
+
+
+def shapes_of(case: Prefill) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Of the queries that are checked, of a pool of keys or values, and of their page tables."""
+    pages, checked = Pages.shuffled(case.contexts), len(case.sample())
+    pool = (pages.count, PAGE_TOKENS, case.kv_heads, HEAD_SIZE)
+    return (checked, case.q_heads, HEAD_SIZE), pool, (checked, pages.table.shape[1])
+
+
+def beside(case: Prefill) -> list[partial[Any]]:
+    """What compiles the programs that a case needs beside its chains."""
     import jax.numpy as jnp
 
-    from benchmarks.device_time import Chain
-    from benchmarks.gemm_impls import interpreted
+    from benchmarks.attention_reference import rows_program
+    from benchmarks.device_time import random_program
 
-    scope: Any = nullcontext
-    if impl == OURS:
-        from pallas_kernels.prefill_attention import prefill_attention
-        from pallas_kernels.workspace import workspace
-
-        options, scope = {"scale": SCALE, **interpreted()}, workspace
-        op = lambda *args: prefill_attention(*args, **options)  # noqa: E731
-    else:
-        from jpd.ops.attention import prefill_attention_xla
-
-        op = jax.jit(lambda *args: prefill_attention_xla(*args, scale=SCALE))
-    pages = Pages.shuffled(case.contexts)
-    spec = jax.ShapeDtypeStruct
-    index = spec((len(case.chunks),), jnp.int32)
-    carried = (
-        spec((case.tokens, case.q_heads, HEAD_SIZE), jnp.bfloat16),
-        spec(pages.table.shape, jnp.int32),
-        (index, index, index),
-    )
-    pool = spec((pages.count, PAGE_TOKENS, case.kv_heads, HEAD_SIZE), jnp.bfloat16)
-
-    def call(carried: Any, kv: Any) -> Any:
-        q, table, chunks = carried
-        return op(q, *kv, table, *chunks)
-
-    return Chain(call, carried, (pool, pool), calls, scope)
+    checked, pool, table = shapes_of(case)
+    return [
+        partial(random_program, pool, jnp.bfloat16),
+        partial(random_program, (case.tokens, *checked[1:]), jnp.bfloat16),
+        partial(rows_program, checked, pool, table, SCALE),
+    ]
 
 
 def run_ours(
     report: Report,
     cases: Sequence[Prefill],
-    quick: bool,
-    variants: Sequence[str],
+    args: argparse.Namespace,
     budget: Budget,
+    lowering: Lowering | None,
 ) -> None:
     """Adds all rows that are made with JAX, as long as there is time."""
     import jax
 
     from benchmarks import device_time
 
-    quick_cpu = quick and jax.default_backend() != "gpu"
-    calls = {c.name: 1 if quick_cpu else device_time.rotations(c.kv_bytes, least=4) for c in cases}
-    chains: dict[Any, Callable[[], Any]] = {}
-    for case in cases:
-        for impl in (OURS, "xla") if quick_cpu else (OURS,):
-            chains[case.name, impl] = lambda c=case, i=impl: chain(c, i, calls[c.name])
+    quick_cpu = args.quick and jax.default_backend() != "gpu"
+    chains = chains_of(cases, quick_cpu)
     report.expect(chains)
-    with device_time.CompileAhead(chains, variants) as compiled:
+    with device_time.CompileAhead(
+        chains, args.variants, lowering=lowering, beside={c.name: beside(c) for c in cases}
+    ) as compiled:
         for case in cases:
             if not budget.enough():
                 return
             with budget.case():
                 programs = {i: compiled.take((c, i)) for c, i in chains if c == case.name}
-                _run_case(report, case, calls[case.name], programs)
+                _run_case(report, case, calls_of(case, quick_cpu), programs)
             report.save()
 
 
@@ -112,21 +113,21 @@ def _run_case(report: Report, case: Prefill, calls: int, programs: dict[str, Any
     import jax.numpy as jnp
 
     from benchmarks import device_time
-    from benchmarks.attention_reference import paged_rows, worst_row_error
+    from benchmarks.attention_reference import rows_program, worst_row_error
     from benchmarks.gemm_impls import mode
 
     pages = Pages.shuffled(case.contexts)
-    shape = (pages.count, PAGE_TOKENS, case.kv_heads, HEAD_SIZE)
-    arrays = device_time.random_arrays(shape, jnp.bfloat16, 2 * calls)
+    shapes = checked, pool, _ = shapes_of(case)
+    arrays = device_time.random_arrays(pool, jnp.bfloat16, 2 * calls)
     pools = list(zip(arrays[::2], arrays[1::2], strict=True))
-    query = (case.tokens, case.q_heads, HEAD_SIZE)
-    (q,) = device_time.random_arrays(query, jnp.bfloat16, 1)
+    (q,) = device_time.random_arrays((case.tokens, *checked[1:]), jnp.bfloat16, 1)
     index = tuple(jnp.asarray(x) for x in (case.starts, case.counts, case.contexts))
     carried = (q, jnp.asarray(pages.table), index)
     tokens = case.sample()
     owner, seen = case.owners(tokens)
     table = jnp.asarray(pages.table[owner])
-    want = np.asarray(paged_rows(q[tokens], *pools[0], table, jnp.asarray(seen), scale=SCALE))
+    rows = rows_program(*shapes, SCALE)
+    want = np.asarray(rows(q[tokens], *pools[0], table, jnp.asarray(seen)))
     del arrays
     for impl, program in programs.items():
         try:
@@ -166,11 +167,29 @@ def summarise(rows: Sequence[dict[str, Any]], of: int | None = None) -> dict[str
     return summary
 
 
+def run_peers(
+    report: Report, cases: Sequence[Prefill], args: argparse.Namespace, budget: Budget
+) -> None:
+    """Adds the rows of torch and FlashInfer."""
+    limit = {"timeout_s": args.peer_seconds, "budget": budget}
+    single = [case.name for case in cases if torch_attention.applies(case)]
+    if single:
+        expected = [(n, impl) for n in single for impl in torch_attention.impls("prefill")]
+        options = ["--kind", "prefill", "--cases", *single]
+        run_peer(report, "torch_attention", options, expected, **limit, share=1 / 3)
+    names = [case.name for case in cases]
+    options = ["--kind", "prefill", "--cases", *names]
+    if args.flashinfer_modes:
+        options += ["--modes", *args.flashinfer_modes]
+    run_peer(report, "flashinfer_attention", options, [(n, "flashinfer") for n in names], **limit)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.prefill_attention")
     add_arguments(parser)
     add_variants(parser)
     add_bounds(parser)
+    add_lowering(parser)
     parser.add_argument("--cases", nargs="+", metavar="NAME", help="names or their beginnings")
     parser.add_argument("--no-peers", action="store_true", help="no torch, no FlashInfer")
     parser.add_argument("--flashinfer-modes", nargs="+", help="see the baseline's --modes")
@@ -184,24 +203,15 @@ def main() -> None:
     known = QUICK_PREFILL if args.quick else PREFILL
     chosen = select(known, args.cases)
     cases = planned(report, args, chosen, known, order_named=args.cases is not None)
+    if args.lower_for is not None:
+        sys.exit(fill(args, chains_of(cases, quick_cpu=False)))
     report.summarise = lambda rows: summarise(rows, len(report.cases))
     report.expect((case.name, OURS) for case in cases)
-    if cases and not args.no_peers:  # first, while the device's memory is all free
-        limit = {"timeout_s": args.peer_seconds, "budget": budget}
-        single = [case.name for case in cases if torch_attention.applies(case)]
-        if single:
-            expected = [(n, impl) for n in single for impl in torch_attention.impls("prefill")]
-            options = ["--kind", "prefill", "--cases", *single]
-            run_peer(report, "torch_attention", options, expected, **limit, share=1 / 3)
-        names = [case.name for case in cases]
-        options = ["--kind", "prefill", "--cases", *names]
-        if args.flashinfer_modes:
-            options += ["--modes", *args.flashinfer_modes]
-        run_peer(
-            report, "flashinfer_attention", options, [(n, "flashinfer") for n in names], **limit
-        )
-    if cases and budget.enough():
-        run_ours(report, cases, args.quick, args.variants, budget)
+    with start_lowering(args, budget, lambda: chains_of(cases, quick_cpu=False)) as lowering:
+        if cases and not args.no_peers:  # first, while the device's memory is all free
+            run_peers(report, cases, args, budget)
+        if cases and budget.enough():
+            run_ours(report, cases, args, budget, lowering)
     report.finish()
     sys.exit(report.failures > 0)
 

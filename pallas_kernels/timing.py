@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 from jaxlib.mlir import ir
@@ -77,15 +78,14 @@ def spinner(us: int) -> Callable[[], Any]:
     return program
 
 
-@functools.cache
-def stamper() -> Callable[[], jax.Array]:
-    """A compiled program that reads the GPU's clock when all before it is complete, as `[1]`."""
+def stamp() -> Callable[[], jax.Array]:
+    """A kernel that reads the GPU's clock when all before it is complete, as `[1]`."""
 
     def body(out):
         mosaic.wait_for_previous(None)
         out[0] = nanoseconds()
 
-    stamp = plgpu.kernel(
+    return plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((1,), jnp.int32),
         grid=(1,),
@@ -93,7 +93,12 @@ def stamper() -> Callable[[], jax.Array]:
         compiler_params=mosaic.WARPGROUP,
         kernel_name="stamp",
     )
-    return jax.jit(stamp).lower().compile()
+
+
+@functools.cache
+def stamper() -> Callable[[], jax.Array]:
+    """`stamp` as a compiled program."""
+    return jax.jit(stamp()).lower().compile()
 
 
 def device_us(
@@ -104,6 +109,8 @@ def device_us(
     samples: int = 5,
     warm_us: float = 40_000,
     sample_us: float = 20_000,
+    hold: Callable[[int], Callable[[], Any]] | None = None,
+    stamp: Callable[[], Any] | None = None,
 ) -> list[float]:
     """Samples of one run's device time in microseconds.
 
@@ -117,12 +124,14 @@ def device_us(
       samples: number of samples.
       warm_us, sample_us: the runs ahead of a sample, and its own, take about this long, unless
         they are so short that they are too many to enqueue.
+      hold, stamp: what to use in place of `spinner` and of `stamper()`, for a program that runs on
+        several GPUs: on all of them. The slowest GPU counts.
 
     Raises:
       RuntimeError: the host is too busy to enqueue the runs before the device comes to them.
     """
     host_us, run_us = _HOST_US * launches + 200.0, 0.0
-    stamp = stamper()
+    hold, stamp = hold or spinner, stamp or stamper()
 
     def sample(warm: int, runs: int) -> float:
         """Microseconds of one of `runs` runs that follow on others."""
@@ -131,9 +140,9 @@ def device_us(
         doublings = max(0, math.ceil(math.log2(ahead_us / _HOLD_US)))
         for more in range(_TRIES):
             hold_us = _HOLD_US * 2 ** (doublings + more)
-            hold = spinner(hold_us)
+            held = hold(hold_us)
             start = time.perf_counter()
-            hold()
+            held()
             for _ in range(warm):
                 program(*args)
             begin = stamp()
@@ -143,7 +152,8 @@ def device_us(
             enqueued_us = (time.perf_counter() - start) * 1e6
             jax.block_until_ready(end)
             if enqueued_us < hold_us + 0.9 * run_us * (warm + runs - 1):
-                return (int(end[0]) - int(begin[0])) % 2**32 / 1e3 / runs
+                ns = np.subtract(end, begin, dtype=np.int64) % 2**32
+                return float(ns.max()) / 1e3 / runs
         raise RuntimeError(
             f"the host took longer to enqueue {warm + runs} runs than the device for a hold of "
             f"{hold_us} us and the runs, {_TRIES} times: it waited for the host"

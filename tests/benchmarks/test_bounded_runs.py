@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import textwrap
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -438,6 +439,21 @@ def test_chains_are_compiled_in_order_and_not_all_at_once(searches):
         assert isinstance(ahead.take(7), device_time.Compiled)
         with pytest.raises(KeyError):
             ahead.take(7)
+
+
+def test_what_is_called_beside_chains_is_compiled_once_and_ahead_of_them():
+    called = []
+    x = jnp.ones((2,))
+    chains = {
+        (case, i): partial(device_time.Chain, jnp.add, x, x, 1) for case in "ab" for i in (0, 1)
+    }
+    beside = {case: [partial(called.append, case)] for case in "abc"}
+    with device_time.CompileAhead(chains, ahead=1, beside=beside) as ahead:
+        ahead.take(("a", 0))
+        assert called[0] == "a"
+        ahead.take(("a", 1))
+        ahead.take(("b", 0))
+    assert called == ["a", "b"]
 
 
 class TickingBudget(Budget):

@@ -35,13 +35,14 @@ from benchmarks.attention_cases import (
 from benchmarks.attention_reference import paged_rows, worst_row_error
 from benchmarks.baselines import flashinfer_attention, torch_attention, torch_gemm
 from benchmarks.gemm_cases import LAYERS, Gemm, shapes
-from benchmarks.gemm_impls import product
+from benchmarks.gemm_impls import is_xla, product
 from benchmarks.gemm_runs import checked_rows
 from benchmarks.peers import run_peer
 from benchmarks.ratios import fill_bounds, geomean, speedups
 from benchmarks.report import Report
 from benchmarks.rows import failed_row, load, make_row, skipped_row
 from native.mps import MpsError
+from pallas_kernels.dataflow import Choice
 
 ROOT = Path(benchmarks.__file__).parents[1]
 
@@ -122,6 +123,19 @@ def test_gemm_shapes_are_those_of_the_models():
         checked = checked_rows(rows)
         assert checked[0] == 0
         assert checked[-1] == rows - 1
+
+
+def test_products_that_xla_computes_are_known(monkeypatch):
+    """They are compiled and measured after all others."""
+    chosen = {8: "flat_gemm", 128: "xla"}
+    monkeypatch.setattr(
+        "pallas_kernels.dataflow.choose", lambda m, n, k: Choice(chosen[m], None, "table")
+    )
+    for rows in chosen:
+        assert is_xla("xla", rows, 64, 64)
+        assert not is_xla("flat_gemm", rows, 64, 64)
+    assert [is_xla("table", rows, 64, 64) for rows in chosen] == [False, True]
+    assert [dataflow.has_xla("tiny", rows, "table") for rows in chosen] == [False, True]
 
 
 # --- ratios and summaries -------------------------------------------------------------------

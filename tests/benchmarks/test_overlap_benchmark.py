@@ -1,12 +1,9 @@
 """What the benchmark of FlashOverlap computes on the host, and that it runs without a GPU."""
 
 import dataclasses
-import functools
 import os
 import subprocess
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -331,36 +328,18 @@ def test_a_row_that_lies_elsewhere_is_caught():
         checker.error(dataclasses.replace(plain, ordered=lambda y: y[1:]), outs)
 
 
-class Device:
-    """A GPU that sleeps: what is enqueued runs in turn in a thread."""
+def test_all_gpus_are_held_and_the_slowest_counts(monkeypatch):
+    clock, held = [0], []
 
-    def __init__(self):
-        self._pool = ThreadPoolExecutor(1)
+    def program():
+        clock[0] += 4_000_000
 
-    def enqueue(self, seconds, host_s=0.0):
-        time.sleep(host_s)
-        done = self._pool.submit(time.sleep, seconds)
-        return SimpleNamespace(block_until_ready=done.result)
-
-
-@pytest.mark.parametrize(("device_s", "host_s"), [(4e-3, 1e-3), (2e-3, 5e-3)])
-def test_a_hold_hides_the_host(monkeypatch, device_s, host_s):
-    device = Device()
     monkeypatch.setattr(overlap_time, "on_gpu", lambda: True)
-    monkeypatch.setattr(
-        overlap_time, "_hold", lambda mesh, us: functools.partial(device.enqueue, us * 1e-6)
-    )
-    samples = overlap_time.run_us(None, lambda: device.enqueue(device_s, host_s), 200, samples=3)
-    assert np.median(samples) == pytest.approx(device_s * 1e6, rel=0.3)
-
-
-def test_a_host_that_is_too_slow_is_no_measurement(monkeypatch):
-    device = Device()
-    monkeypatch.setattr(overlap_time, "on_gpu", lambda: True)
-    monkeypatch.setattr(overlap_time, "_HOLDS_US", (1_000,))
-    monkeypatch.setattr(overlap_time, "_hold", lambda mesh, us: lambda: device.enqueue(us * 1e-6))
-    with pytest.raises(RuntimeError, match="waited for it"):
-        overlap_time.run_us(None, lambda: device.enqueue(1e-4, 5e-3), 200)
+    monkeypatch.setattr(overlap_time, "_hold", lambda mesh, us: lambda: held.append(mesh))
+    monkeypatch.setattr(overlap_time, "_stamp", lambda mesh: lambda: np.array([1, 2]) * clock[0])
+    samples = overlap_time.run_us("all", program, 200, samples=3)
+    assert samples == pytest.approx([8000] * 3)
+    assert {*held} == {"all"}
 
 
 def run(*options, cwd=ROOT):

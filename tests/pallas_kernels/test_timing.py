@@ -68,6 +68,17 @@ def test_a_host_that_pauses_after_enqueueing_does_not_count(monkeypatch):
     assert samples == pytest.approx([300] * 5, rel=1e-4)
 
 
+def test_the_slowest_of_several_devices_counts(monkeypatch):
+    machine = Machine(monkeypatch, run_us=300, host_us=20)
+
+    def stamp():
+        (now,) = machine.stamp()
+        return np.array([now, 3 * machine.free * 1e3]).astype(np.int64).astype(np.int32)
+
+    samples = timing.device_us(machine.program, (), 12, hold=machine.spinner, stamp=stamp)
+    assert samples == pytest.approx([900] * 5, rel=1e-4)
+
+
 def test_a_longer_hold_helps_a_slow_host(monkeypatch):
     machine = Machine(monkeypatch, run_us=5, host_us=3_000)
     samples = timing.device_us(machine.program, (), 20)
