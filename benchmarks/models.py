@@ -42,6 +42,18 @@ MODELS: dict[str, dict[str, Any]] = {
         },
         "tie_word_embeddings": False,
     },
+    "llama3-70b": {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": False,
+    },
     # For trying a benchmark out on a CPU; its times mean nothing.
     "tiny": {
         "hidden_size": 64,

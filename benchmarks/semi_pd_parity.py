@@ -3,7 +3,8 @@
 The same requests, some with common beginnings and with the prefix cache on, run on the reference
 (one executor, chunked prefill, with log-probabilities), on one executor with each policy, and on
 executors of semi-PD whose shares are switched every second (on a CPU at every turn) while some of
-them are killed at random. Each engine has a process of its own.
+them are killed at random. With `--topologies auto` one executor and two also take turns at random.
+Each engine has a process of its own.
 
 In float32, on a CPU, tokens must be identical. In bfloat16 two correct runs may part where two
 tokens tie: `benchmarks/token_parity.py` says what that is. `wrong` must be 0.
@@ -27,7 +28,8 @@ from benchmarks.models import MODELS
 from benchmarks.report import Report, add_arguments
 from benchmarks.token_parity import BF16_TIE, LOGPROBS, Reference, compare, references
 from jpd.engine.build import Engine
-from jpd.semi_pd.controller import Shares
+from jpd.semi_pd.controller import Observation, Shares
+from jpd.semi_pd.mode import Mode
 
 PAIRS = ((100, 100), (50, 50))
 """(prefill, decode) shares that are kept ready and switched between."""
@@ -80,6 +82,17 @@ class Disturbance:
             self.kills += 1
 
 
+class AnyMode:
+    """A mode policy that changes its mind at random."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self._random = random.Random(seed)
+
+    def decide(self, observation: Observation, current: Mode) -> Mode:
+        """Whatever is seen."""
+        return self._random.choice(("unified", "semi_pd"))
+
+
 def run_reference(engine: Engine, work: Sequence[LoadRequest]) -> list[Reference]:
     """Runs the requests as the reference."""
     load = Load(engine.coordinator, work, len(work), logprobs=LOGPROBS)
@@ -116,6 +129,7 @@ def run_disturbed(
         "preemptions": stats.preemptions,
         "cached_tokens": stats.cached_tokens,
         "switches": sum(after) - sum(before),
+        "mode_changes": stats.mode_changes,
         "kills": disturbance.kills,
         "executors_lost": stats.executors_lost,
         "requeued": stats.requeued,
@@ -148,7 +162,7 @@ def add_result(
 
 def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, int]:
     """Requests of all topologies together, what was done to them, and engines that did not run."""
-    keys = ("identical", "ties", "wrong", "compared_tokens", "switches", "kills")
+    keys = ("identical", "ties", "wrong", "compared_tokens", "switches", "mode_changes", "kills")
     summary = {key: sum(row.get(key, 0) for row in rows) for key in keys}
     return summary | {"not_run": sum("identical" not in row for row in rows)}
 
@@ -190,8 +204,11 @@ def main() -> None:
         want = engine.call(run_reference, work)
     for topology in args.topologies:
         disturbed = topologies.can_switch(topology)
-        kept = {"semi_pd": {"kept_shares": PAIRS}} if disturbed else {}
-        arguments = topologies.engine_args(model, topology, **sizes, **kept)
+        options = {"kept_shares": PAIRS} if disturbed else {}
+        if topology == "auto":
+            options["break_even"] = AnyMode()
+        group = {"semi_pd": options} if options else {}
+        arguments = topologies.engine_args(model, topology, **sizes, **group)
         try:
             with topologies.EngineProcess(topologies.build, arguments) as engine:
                 if disturbed:

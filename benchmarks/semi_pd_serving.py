@@ -10,8 +10,10 @@ topologies of a workload run one engine after the other, in turns, in one run.
 2. Each point sends rate times `--point-seconds` requests, and waits for the last one. A row has
    `slo.summarize`'s numbers, and the part of the requests within the SLOs (`tight`, `loose`: both
    latencies; `tight_ttft` ...: one of them).
-3. `semi_pd_dynamic` lets jpd's `SloController` choose among shares that are kept ready, aiming at
-   the tight SLO; `semi_pd_100_100` leaves both phases all SMs.
+3. The engine `semi_pd` is measured as three. `semi_pd_100_100` leaves both phases all SMs;
+   `semi_pd_dynamic` lets jpd's `SloController` choose among shares that are kept ready, aiming at
+   the tight SLO; `auto` is that with `topology="auto"`, which serves with one executor below
+   `--break-even`, a ratio (see `jpd/semi_pd/mode.py`). The other two are held on two executors.
 
 A run too long for one call is cut into several: `--merge` keeps the rows of earlier ones, with
 their SLOs and capacities, `--missing` measures what they lack, and `--cases N` that many rates and
@@ -25,8 +27,13 @@ The summary has for each workload, over the means of its seeds:
 - `goodput_vs_...`: the rate at which 90 % keep the tight SLO, of `semi_pd_dynamic` over that of
   another (`per_gpu`: over half of it, since it has two); `loose` has the same for the loose SLO.
   Where a curve never crosses 90 % the ratio is a bound, see `relations`;
-- `break_even_rate`: from there on the mean E2E of `semi_pd_dynamic` is the better one
-  (interpolated); `<`: at all measured rates; null: not even at the highest;
+- `break_even_rate`: the highest rate at which the mean E2E of the better unified policy is as good
+  as that of `semi_pd_dynamic`, interpolated between the two measured rates around it; `>=`: it is
+  still better at the highest; null: at none. `break_even_ratio` is what `--break-even` should be,
+  by this workload: requests that decode for each one that waits for its first token, while prompts
+  are computed, on that policy at that rate (rows: `decoding_per_waiting`);
+- `auto_vs_better_min`: mean E2E of the best of the unified policies and `semi_pd_dynamic` over that
+  of `auto`, at the rate where it is smallest; 1 where `auto` took the better one everywhere;
 - `seed_spread`: largest difference between seeds of a point's mean E2E, over their mean;
 - `null_because`: why a number is missing.
 """
@@ -48,6 +55,7 @@ from benchmarks.options import add_merge_arguments
 from benchmarks.render import print_table
 from benchmarks.report import Report, add_arguments
 from benchmarks.serving_summary import (
+    AUTO,
     DYNAMIC,
     SLOS,
     STATIC,
@@ -59,19 +67,27 @@ from jpd import AsyncLLM
 from jpd.bench import client, slo, traces
 from jpd.bench.slo import RequestRecord, Slo
 from jpd.bench.workload import Workload, retime
+from jpd.config import BREAK_EVEN
 from jpd.semi_pd import controller as controllers
 from jpd.semi_pd.controller import Observation, Shares
+from jpd.semi_pd.mode import BreakEven, Mode
 from jpd.semi_pd.slo_controller import SloController
 
 REFERENCE = "chunked"
-IMPLS = {name: (name,) for name in topologies.TOPOLOGIES} | {"semi_pd": (STATIC, DYNAMIC)}
+IMPLS = {
+    "chunked": ("chunked",),
+    "prefill_first": ("prefill_first",),
+    "semi_pd": (STATIC, DYNAMIC, AUTO),
+    "time_slices": ("time_slices",),
+    "disaggregated": ("disaggregated",),
+}
 """What each engine is measured as."""
 KEPT = {
     "llama31-8b": ((100, 100), (80, 100), (70, 30), (60, 40), (50, 50), (40, 60)),
     "tiny": ((100, 100), (50, 50)),
 }
 """Shares that the controller may choose, for each model."""
-SHOWN = ("case", "impl", "load", "num_prompts", "failed", "tight", "loose", "switches")
+SHOWN = ("case", "impl", "load", "num_prompts", "failed", "tight", "loose", "switches", "mode")
 
 
 class Case(NamedTuple):
@@ -97,20 +113,32 @@ def unloaded_case(workload: str) -> str:
 
 
 class Steering:
-    """A controller that another one can be put into, between two points."""
+    """A controller or mode policy that another one can be put into, between two points."""
 
-    def __init__(self) -> None:
-        self.inner: controllers.Controller = controllers.StaticController()
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
 
-    def decide(self, observation: Observation, current: Shares) -> Shares:
+    def decide(self, observation: Observation, current: Any) -> Any:
         """What the other one says."""
         return self.inner.decide(observation, current)
 
 
+class Held:
+    """A mode policy that stays with two executors."""
+
+    def decide(self, observation: Observation, current: Mode) -> Mode:
+        """Whatever is seen."""
+        return "semi_pd"
+
+
 def make_llm(steered: bool, **args: Any) -> AsyncLLM:
-    """An engine; if `steered`, with `Steering` for its controller."""
+    """An engine; if `steered`, with `Steering` for its controller and its mode policy."""
     if steered:
-        args["semi_pd"] = args["semi_pd"] | {"controller": Steering()}
+        steering = {
+            "controller": Steering(controllers.StaticController()),
+            "break_even": Steering(Held()),
+        }
+        args["semi_pd"] = args["semi_pd"] | steering
     return AsyncLLM(**args)
 
 
@@ -122,8 +150,12 @@ def send(llm: AsyncLLM, workload: Workload, seed: int, alone: bool) -> list[Requ
 
 
 def run_point(
-    llm: AsyncLLM, workload: Workload, seed: int, target: Slo | None
-) -> tuple[list[RequestRecord], dict[str, int]]:
+    llm: AsyncLLM,
+    workload: Workload,
+    seed: int,
+    target: Slo | None,
+    break_even: float | None,
+) -> tuple[list[RequestRecord], dict[str, Any]]:
     """Runs one point; records of the requests, and what the engine counted.
 
     Args:
@@ -131,24 +163,36 @@ def run_point(
         workload: its requests.
         seed: of the prompts.
         target: what a controller is to aim at; None leaves both phases all SMs.
+        break_even: from which load on two executors are to serve; None: from the least.
     """
-    steering = llm.config.semi_pd.controller
-    if isinstance(steering, Steering):
-        steering.inner = controllers.StaticController()
+    options, coordinator = llm.config.semi_pd, llm._engine.coordinator
+    steered = isinstance(options.controller, Steering)
+    if steered:
+        options.controller.inner = controllers.StaticController()
         if target is not None:
             aim = controllers.Slo(ttft_s=target.ttft_s, tpot_s=target.tpot_s)
-            allowed = [Shares(*pair) for pair in llm.config.semi_pd.kept_shares]
-            steering.inner = SloController(slo=aim, allowed=allowed)
+            allowed = [Shares(*pair) for pair in options.kept_shares]
+            options.controller.inner = SloController(slo=aim, allowed=allowed)
+        options.break_even.inner = Held() if break_even is None else BreakEven(ratio=break_even)
     before = _counts(llm)
+    if not steered:
+        coordinator.recent()  # of earlier points
     records = send(llm, workload, seed, alone=False)
-    return records, {name: count - before[name] for name, count in _counts(llm).items()}
+    fields = {name: count - before[name] for name, count in _counts(llm).items()}
+    if steered:  # whoever steers takes what is recent
+        return records, fields | {"mode": llm.stats.mode}
+    recent = coordinator.recent()
+    return records, fields | {
+        "decoding_per_waiting": recent.decoding_beside / recent.waiting_beside
+    }
 
 
 def _counts(llm: AsyncLLM) -> dict[str, int]:
     stats, topology = llm.stats, llm._engine.topology
     counts = {name: getattr(stats, name) for name in ("preemptions", "recompiles")}
     if hasattr(topology, "shares"):
-        counts["executors_lost"] = stats.executors_lost
+        for name in ("executors_lost", "mode_changes"):
+            counts[name] = getattr(stats, name)
         counts["switches"] = len(topology.prefill.switches) + len(topology.decode.switches)
     return counts
 
@@ -201,6 +245,7 @@ def measure_engine(
     *,
     limit: int,
     seconds: float,
+    break_even: float,
 ) -> None:
     """Adds the rows of an engine.
 
@@ -212,6 +257,7 @@ def measure_engine(
         unloaded: row of each workload.
         limit: most tokens of a request.
         seconds: in which a point's requests are sent.
+        break_even: of `auto`.
     """
     for case in cases:
         n = max(4, round(case.rate * seconds))
@@ -226,9 +272,10 @@ def measure_engine(
                 "load": case.rate / unloaded[case.workload]["capacity"],
                 "seed": case.seed,
             }
-            target = slos["tight"] if impl == DYNAMIC else None
+            target = slos["tight"] if impl in (DYNAMIC, AUTO) else None
+            even = break_even if impl == AUTO else None
             try:
-                records, counts = process.call(run_point, requests, case.seed, target)
+                records, counts = process.call(run_point, requests, case.seed, target, even)
                 fields |= point_fields(records, slos) | counts | {"left_out": requests.left_out}
             except Exception as error:  # one point must not cost the others
                 report.fail(case.name, impl, error, **fields)
@@ -298,6 +345,9 @@ def main() -> None:
     rates.add_argument("--loads", nargs="+", type=float, help="of the capacity [0.4 0.6 0.8 1.0]")
     rates.add_argument("--rates", nargs="+", type=float, help="requests/s, for all workloads")
     parser.add_argument("--point-seconds", type=float, help="of sending [20; 2 with --quick]")
+    parser.add_argument(
+        "--break-even", type=float, default=BREAK_EVEN, help="ratio, of auto [%(default)s]"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, help="[0 1; 0 with --quick]")
     parser.add_argument("--cases", type=int, help="rates and seeds in this call, at most [all]")
     add_merge_arguments(parser)
@@ -336,7 +386,11 @@ def main() -> None:
             continue
         kept = {"semi_pd": {"kept_shares": KEPT[model]}} if engine == "semi_pd" else {}
         arguments = topologies.engine_args(
-            model, engine, **sizes, **kept, enable_prefix_caching=False
+            model,
+            "auto" if engine == "semi_pd" else engine,
+            **sizes,
+            **kept,
+            enable_prefix_caching=False,
         )
         arguments["steered"] = engine == "semi_pd"
         with topologies.EngineProcess(make_llm, arguments) as process:
@@ -348,7 +402,14 @@ def main() -> None:
                 cases = choose_cases(args, report, unloaded)
             if engine in args.topologies:
                 measure_engine(
-                    report, process, engine, cases, unloaded, limit=limit, seconds=seconds
+                    report,
+                    process,
+                    engine,
+                    cases,
+                    unloaded,
+                    limit=limit,
+                    seconds=seconds,
+                    break_even=args.break_even,
                 )
         report.save()
     report.save()

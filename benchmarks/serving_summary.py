@@ -13,7 +13,7 @@ from jpd.bench import slo
 from jpd.bench.slo import Goodput
 
 UNIFIED = ("chunked", "prefill_first")
-STATIC, DYNAMIC = "semi_pd_100_100", "semi_pd_dynamic"
+STATIC, DYNAMIC, AUTO = "semi_pd_100_100", "semi_pd_dynamic", "auto"
 SLOS = {"tight": slo.TIGHT, "loose": slo.LOOSE}
 """Times the unloaded latencies."""
 GOODPUT_RATIOS = {
@@ -33,6 +33,8 @@ class Curve(NamedTuple):
     e2e_ms: list[float]
     attained: dict[str, list[float]]
     """For each SLO."""
+    per_waiting: list[float] | None
+    """Requests that decode for each one that waits; None where it was not counted."""
     spread: float | None
     """Largest difference of mean E2E between seeds, over their mean; None with one seed."""
 
@@ -53,8 +55,10 @@ def curve(rows: Sequence[Mapping[str, Any]]) -> Curve:
         if len(values) > 1
     ]
     attained = {scale: means(scale) for scale in SLOS}
+    counted = all("decoding_per_waiting" in row for row in rows)
+    per_waiting = means("decoding_per_waiting") if counted else None
     spread = max(spreads, default=None)
-    return Curve(rates, means("load"), means("mean_e2el_ms"), attained, spread)
+    return Curve(rates, means("load"), means("mean_e2el_ms"), attained, per_waiting, spread)
 
 
 def divide(ours: Goodput, theirs: Goodput, gpus: int = 1) -> tuple[float, str] | None:
@@ -78,15 +82,53 @@ def divide(ours: Goodput, theirs: Goodput, gpus: int = 1) -> tuple[float, str] |
 
 
 def break_even(rates: Sequence[float], speedups: Sequence[float]) -> tuple[float | None, str]:
-    """The rate from which on the speed-up is 1 or more, and how it relates to the true one."""
+    """The highest rate with a speed-up below 1, and how it relates to the true one; None: none."""
     below = np.flatnonzero(np.array(speedups) < 1)
     if len(below) == 0:
-        return rates[0], "<"
+        return None, "<"
     i = int(below[-1])
     if i == len(rates) - 1:
-        return None, ">"
+        return rates[i], ">="
     part = (1 - speedups[i]) / (speedups[i + 1] - speedups[i])
     return rates[i] + part * (rates[i + 1] - rates[i]), "="
+
+
+def add_break_even(
+    summary: dict[str, Any], curves: Mapping[str, Curve], rates: Sequence[float]
+) -> None:
+    """Adds what says whether, and from which load on, two executors are better than one.
+
+    Args:
+        summary: of a workload; gets its three keys, `relations` and `null_because`.
+        curves: of the unified policies and the dynamic controller at least.
+        rates: at which all of those were measured, rising.
+    """
+    relations, missing = summary["relations"], summary["null_because"]
+
+    def at(impl: str, rate: float, values: str = "e2e_ms") -> float:
+        return getattr(curves[impl], values)[curves[impl].rates.index(rate)]
+
+    better = [min(UNIFIED, key=lambda impl, r=rate: at(impl, r)) for rate in rates]
+    speedups = [at(of, r) / at(DYNAMIC, r) for of, r in zip(better, rates, strict=True)]
+    rate, relation = break_even(rates, speedups)
+    summary["break_even_rate"] = rate
+    if rate is None:
+        never = f"no unified policy is better at a rate measured, from {rates[0]:g} on"
+        missing |= dict.fromkeys(("break_even_rate", "break_even_ratio"), never)
+    else:
+        relations["break_even_rate"] = relation
+        if all(curves[of].per_waiting is not None for of in better):
+            ratios = [at(of, r, "per_waiting") for of, r in zip(better, rates, strict=True)]
+            summary["break_even_ratio"] = float(np.interp(rate, rates, ratios))
+        else:
+            missing["break_even_ratio"] = "decoding_per_waiting was not counted"
+    both = [r for r in rates if AUTO in curves and r in curves[AUTO].rates]
+    if both:
+        summary["auto_vs_better_min"] = min(
+            min(at(impl, r) for impl in (*UNIFIED, DYNAMIC)) / at(AUTO, r) for r in both
+        )
+    else:
+        missing["auto_vs_better_min"] = "auto not measured at a rate of the others"
 
 
 def summarise_workload(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -102,7 +144,8 @@ def summarise_workload(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         lacking = [impl for impl in impls if impl not in curves]
         return f"{', '.join(lacking)} not measured" if lacking else None
 
-    keys = ("mean_e2e_speedup_max", "mean_e2e_speedup_at_80pct_load", "break_even_rate")
+    keys = ("mean_e2e_speedup_max", "mean_e2e_speedup_at_80pct_load")
+    keys += ("break_even_rate", "break_even_ratio", "auto_vs_better_min")
     summary |= dict.fromkeys(keys)
     reason = absent((*UNIFIED, DYNAMIC))
     if reason is None:
@@ -123,11 +166,7 @@ def summarise_workload(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             missing["mean_e2e_speedup_at_80pct_load"] = (
                 f"loads {min(loads):.2f} to {max(loads):.2f} were measured"
             )
-        rate, relation = break_even(common, speedups)
-        summary["break_even_rate"] = rate
-        summary["relations"]["break_even_rate"] = relation
-        if rate is None:
-            missing["break_even_rate"] = "a unified policy is better at the highest rate measured"
+        add_break_even(summary, curves, common)
 
     summary["loose"] = {}
     for scale, part in (("tight", summary), ("loose", summary["loose"])):

@@ -28,12 +28,13 @@ TOPOLOGIES: dict[str, dict[str, Any]] = {
     "chunked": {"prefill_policy": "mixed"},
     "prefill_first": {"prefill_policy": "first"},
     "semi_pd": {"topology": "semi_pd"},
+    "auto": {"topology": "auto"},
     "time_slices": {"topology": "semi_pd", "semi_pd": {"sm_shares": False}},
     "disaggregated": {"topology": "disaggregated"},
 }
-"""Options of each engine. The first two are vLLM's two policies on one executor. `time_slices` has
-two executors without MPS (without pinned CPUs where there is no GPU), `disaggregated` one on each
-of two GPUs."""
+"""Options of each engine. The first two are vLLM's two policies on one executor. `auto` has the
+executors of `semi_pd`, of which one may serve both phases. `time_slices` has two executors without
+MPS (without pinned CPUs where there is no GPU), `disaggregated` one on each of two GPUs."""
 
 SIZES: dict[str, dict[str, Any]] = {
     "llama31-8b": {
@@ -100,7 +101,7 @@ def model_folder(model: str) -> str:
 def can_switch(topology: str) -> bool:
     """Whether its executors have shares."""
     chosen = TOPOLOGIES[topology]
-    return chosen.get("topology") == "semi_pd" and "semi_pd" not in chosen
+    return chosen.get("topology") in ("semi_pd", "auto") and "semi_pd" not in chosen
 
 
 def engine_args(model: str, topology: str, **changes: Any) -> dict[str, Any]:

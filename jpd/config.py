@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -18,10 +19,14 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 LoadFormat = Literal["auto", "safetensors", "orbax", "dummy"]
 SchedulingPolicy = Literal["fcfs", "priority"]
 PrefillPolicy = Literal["mixed", "first"]
-Topology = Literal["unified", "semi_pd", "disaggregated"]
+Topology = Literal["unified", "semi_pd", "auto", "disaggregated"]
 Controller = Literal["static", "paper", "slo"]
+MatmulAllReduce = Literal["auto", "overlap", "xla"]
 
 MAX_STEP_TOKENS = 65_536
+BREAK_EVEN = 3.0
+"""Default of `SemiPDConfig.break_even`. `jpd simulate`, with latencies that are arithmetic for an
+H200, finds 2 to 9, by shares and workload; for each of them anything near costs 2 % at most."""
 
 _SPLITS = (
     "jpd splits a model by tensor_parallel_size alone (topology='disaggregated' gives each phase a "
@@ -95,6 +100,10 @@ class KernelConfig:
     """Attention of one new token per sequence over paged KV."""
     prefill_attention: str = "auto"
     """Causal attention of prompt chunks over paged KV."""
+    matmul_all_reduce: MatmulAllReduce = "auto"
+    """Product of a row-parallel layer and its sum over ranks, in steps with prompt tokens:
+    "overlap" hides the sum behind the product, "xla" has one after the other, "auto" is "overlap"
+    where there is a plan by which that is faster. Decode steps do as with "xla"."""
     self_check: bool = True
     """Compare what the steps run with a reference on the host before anything is served. An
     implementation of your own that computes something else on purpose needs False."""
@@ -106,6 +115,8 @@ class KernelConfig:
         for name in ("self_check", "pallas_only"):
             value = getattr(self, name)
             require(isinstance(value, bool), f"kernels.{name}", value, "True or False")
+        value, allowed = self.matmul_all_reduce, MatmulAllReduce.__args__
+        require(value in allowed, "kernels.matmul_all_reduce", value, f"one of {list(allowed)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +149,12 @@ class SemiPDConfig:
     given to another sequence meanwhile. A page that was ends the engine with an error."""
     kept_shares: tuple[tuple[int, int], ...] = ()
     """(prefill, decode) shares whose executors are kept ready beside those that serve, so that a
-    switch to them is a hand-over between two steps. Each costs a process and its work space."""
+    switch to them is a hand-over between two steps. Each costs a process and its work space.
+    `topology="auto"` also keeps decode executors on `decode_share` and on all SMs."""
+    break_even: Any = BREAK_EVEN
+    """For `topology="auto"`: from how many decoding requests for each one that waits for its first
+    token two executors are to serve, and below which one; a number, or an object with `decide`, see
+    `jpd.semi_pd.mode`."""
 
     def __post_init__(self) -> None:
         for name in ("prefill_share", "decode_share"):
@@ -170,6 +186,10 @@ class SemiPDConfig:
             value = getattr(self, name)
             needed = named and self.controller != "static"
             require(not needed or value is not None, f"semi_pd.{name}", value, "a time in seconds")
+        even = self.break_even
+        number = isinstance(even, int | float) and not isinstance(even, bool)
+        ok = 0 < even < math.inf if number else hasattr(even, "decide")
+        require(ok, "semi_pd.break_even", even, "a number above 0, or an object with decide")
         if not self.sm_shares:
             full = self.prefill_share == self.decode_share == 100 and not self.kept_shares
             require(
@@ -241,13 +261,17 @@ class EngineConfig:
     """Implementation of each op."""
     topology: Topology = "unified"
     """"unified" runs both phases on one executor in this process; "semi_pd" each on executors of
-    their own, which share one copy of weights and KV pages; "disaggregated" each on a device of its
-    own, with `num_pages` on each, and moves the KV of a sequence when its prompt is computed."""
+    their own, which share one copy of weights and KV pages; "auto" has the executors of "semi_pd"
+    and lets one of them run both phases while that is better (where they cannot be had, for want of
+    MPS, it becomes "unified" and warns); "disaggregated" each on a device of its
+    own, with `num_pages` on each, and sends the KV of a prompt while it is computed."""
     semi_pd: SemiPDConfig = field(default_factory=SemiPDConfig)
     """SM shares of the two phases."""
     tensor_parallel_size: int = 1
     """Devices that every layer and every KV page is split over, by heads and channels; how is in
-    `jpd.parallel`. A divisor of the model's heads, `intermediate_size` and `vocab_size`."""
+    `jpd.parallel`. A divisor of the model's heads, `intermediate_size` and `vocab_size`. With
+    topology="semi_pd" both phases are on the same devices, with "disaggregated" prefill is on the
+    first so many and decode on the next."""
 
     def __post_init__(self) -> None:
         at_least = {
@@ -272,24 +296,23 @@ class EngineConfig:
         require(isinstance(self.kernels, KernelConfig), "kernels", self.kernels, "a KernelConfig")
         require(isinstance(self.semi_pd, SemiPDConfig), "semi_pd", self.semi_pd, "a SemiPDConfig")
         require(
-            self.topology == "semi_pd" or self.semi_pd == SemiPDConfig(),
+            self.topology in ("semi_pd", "auto") or self.semi_pd == SemiPDConfig(),
             "semi_pd",
             self.semi_pd,
-            "only with topology='semi_pd'",
+            "only with topology='semi_pd' or 'auto'",
         )
-        apart = self.topology != "unified"
         require(
-            not apart or self.prefill_policy == "mixed",
+            self.topology == "auto" or self.semi_pd.break_even == BREAK_EVEN,
+            "semi_pd.break_even",
+            self.semi_pd.break_even,
+            "only with topology='auto'",
+        )
+        require(
+            self.topology in ("unified", "auto") or self.prefill_policy == "mixed",
             "prefill_policy",
             self.prefill_policy,
-            "only with topology='unified'",
+            "only with topology='unified' or 'auto'",
         )
-        if apart and self.tensor_parallel_size > 1:
-            raise ConfigError(
-                f"tensor_parallel_size={self.tensor_parallel_size} is not allowed with "
-                f"topology={self.topology!r}: tensor_parallel_size > 1 is served by "
-                "topology='unified' only, so far"
-            )
         tokens, seqs = self.max_num_batched_tokens, self.max_num_seqs
         if tokens is not None:
             require(

@@ -118,21 +118,36 @@ class Block:
         stored = np.dtype(np.uint16) if dtype == _BFLOAT16 else dtype
         return cupy.ndarray(shape, stored, self._memory + offset)
 
-    def jax_array(self, offset: int, shape: Sequence[int], dtype: Any) -> jax.Array:
+    def jax_array(
+        self, offset: int, shape: Sequence[int], dtype: Any, device: jax.Device | None = None
+    ) -> jax.Array:
         """A `jax.Array` over a part of the block, without a copy; see `array`.
 
         It is committed to the device that the block lies on. Donated to a jitted function it is
         updated in place on a GPU; on a CPU the result lies in new memory.
 
+        Args:
+          offset, shape, dtype: See `array`.
+          device: Where the array is to be: one of several devices that jax makes of a CPU, the
+            block's own GPU; on a CPU the first when not given.
+
         Raises:
-          ValueError: see `array`.
+          ValueError: see `array`; or the block does not lie on `device`.
         """
         import jax
 
         view: Any = self.array(offset, shape, dtype)
-        if np.dtype(dtype) == _BFLOAT16:
-            view = _BFloat16Export(view.view(np.uint16))
-        return jax.dlpack.from_dlpack(view, copy=False)
+        if self.device == "cpu" and device is not None:  # DLPack knows of one CPU only
+            array = jax.device_put(view, device, may_alias=True)
+            in_place = array.unsafe_buffer_pointer() == view.ctypes.data
+        else:
+            if np.dtype(dtype) == _BFLOAT16:
+                view = _BFloat16Export(view.view(np.uint16))
+            array = jax.dlpack.from_dlpack(view, copy=False)
+            in_place = device is None or array.devices() == {device}
+        if not in_place:
+            raise ValueError(f"device={device} is not allowed: the block lies on {self.device}")
+        return array
 
     def write(self, offset: int, values: jax.Array) -> None:
         """Copies an array to `offset`, see `array`, and waits until it is there."""
@@ -144,8 +159,9 @@ class Block:
 
         values.block_until_ready()
         source = values.unsafe_buffer_pointer()
-        runtime.memcpy(view.data.ptr, source, values.nbytes, runtime.memcpyDefault)
-        runtime.deviceSynchronize()
+        with view.device:
+            runtime.memcpy(view.data.ptr, source, values.nbytes, runtime.memcpyDefault)
+            runtime.deviceSynchronize()
 
     def close(self) -> None:
         """Gives the block up; a second call does nothing.

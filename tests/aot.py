@@ -51,13 +51,35 @@ needs_wheels = pytest.mark.skipif(
 
 
 def compile_for_h200(
-    fn: Callable[..., Any], arguments: Any, *, donate: tuple[int, ...] = (), options: Any = None
+    fn: Callable[..., Any],
+    arguments: Any,
+    *,
+    donate: tuple[int, ...] = (),
+    options: Any = None,
+    mesh: tuple[int, str] = (1, "x"),
+    specs: Any = None,
 ) -> Any:
-    """The compiled program of a function of arrays, of which shapes and types are taken."""
-    topology = topologies.get_topology_desc(platform="cuda", target_config=_H200, topology="1x1x1")
-    mesh = topologies.make_mesh(topology, (1,), ("x",))
-    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    abstract = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), arguments
+    """The compiled program of a function of arrays, of which shapes and types are taken.
+
+    Args:
+      fn: the function.
+      arguments: of it.
+      donate: which of them.
+      options: XLA's.
+      mesh: number of GPUs, and name of their axis.
+      specs: a `PartitionSpec` for every leaf of the arguments; when not given, every GPU has all.
+    """
+    count, axis = mesh
+    topology = topologies.get_topology_desc(
+        platform="cuda", target_config=_H200, topology=f"1x1x{count}"
     )
+    gpus = topologies.make_mesh(topology, (count,), (axis,))
+    if specs is None:
+        specs = jax.tree.map(lambda _: jax.sharding.PartitionSpec(), arguments)
+
+    def abstract_of(a: Any, spec: jax.sharding.PartitionSpec) -> jax.ShapeDtypeStruct:
+        sharding = jax.sharding.NamedSharding(gpus, spec)
+        return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
+
+    abstract = jax.tree.map(abstract_of, arguments, specs)
     return jax.jit(fn, donate_argnums=donate).lower(*abstract).compile(options)

@@ -21,7 +21,7 @@ from jpd.engine.lane import OneExecutor, Topology
 from jpd.errors import ConfigError
 from jpd.models import ModelConfig, Params
 from jpd.ops import self_check
-from jpd.parallel import Split, place
+from jpd.parallel import Placement, Split, place
 from jpd.text import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -197,17 +197,30 @@ def check_kernels(
     logger.info("kernels agree with their references: %s", "; ".join(checked))
 
 
+def check_ranks(config: EngineConfig, split: Split, params: Params, placement: Placement) -> None:
+    """`check_kernels` on every device of a placement, each with its part of the parameters."""
+    for rank, device in enumerate(placement.devices):
+        check_kernels(config, split.rank_model, placement.of_rank(params, rank), device)
+
+
 @dataclass(frozen=True, slots=True)
 class Prepared:
     """Everything of an engine that needs no device."""
 
     config: EngineConfig
     """Resolved, with `num_pages`."""
-    model: ModelConfig
+    split: Split
+    """Of the model, over `tensor_parallel_size` ranks."""
     tokenizer: Tokenizer | None
     eos_token_ids: tuple[int, ...]
     model_bytes: int
+    """Of one rank."""
     phi: np.ndarray | None
+
+    @property
+    def model(self) -> ModelConfig:
+        """The whole model."""
+        return self.split.model
 
 
 def prepare(
@@ -218,9 +231,9 @@ def prepare(
     Args:
       config: as the user gave it.
       on_cpu: steps run on a CPU.
-      limit: bytes of the device that weights, KV pages and work space share.
+      limit: bytes of each device that weights, KV pages and work space share.
       device: for messages.
-      executors: that share weights and pages on the device, each with its work space.
+      executors: that share weights and pages on the devices, each with its work space.
 
     Raises:
       ConfigError: the configuration, the checkpoint or the machine does not allow it.
@@ -230,7 +243,8 @@ def prepare(
     model = checkpoint.read_config(folder)
     config = resolve(config.replace(model=str(folder)), model, on_cpu=on_cpu)
     # What one rank has; of logits all have the whole.
-    part = Split(model, config.tensor_parallel_size).rank_model
+    split = Split(model, config.tensor_parallel_size)
+    part = split.rank_model
     model_bytes = checkpoint.param_bytes(part, config.dtype)
     sized = part.replace(vocab_size=model.vocab_size)
     memory.check_model_fits(model_bytes, limit, config.gpu_memory_utilization, device)
@@ -261,7 +275,7 @@ def prepare(
     # Random weights have scores of their own.
     phi = None if config.load_format == "dummy" else checkpoint.load_phi(folder, model)
     logger.info("%s", config)
-    return Prepared(config, model, tokenizer, tuple(sorted(eos)), model_bytes, phi)
+    return Prepared(config, split, tokenizer, tuple(sorted(eos)), model_bytes, phi)
 
 
 def build(config: EngineConfig, device: jax.Device | None = None) -> Engine:
@@ -278,7 +292,7 @@ def build(config: EngineConfig, device: jax.Device | None = None) -> Engine:
     prepared = prepare(config, on_cpu=device.platform == "cpu", limit=limit, device=device)
     config, model = prepared.config, prepared.model
     use_cache_dir(config.compilation_cache_dir)
-    placement = place(model, devices)
+    placement = place(prepared.split, devices)
     _, params = checkpoint.load(
         config.model,
         dtype=config.dtype,
@@ -287,9 +301,7 @@ def build(config: EngineConfig, device: jax.Device | None = None) -> Engine:
         show_progress=config.show_progress,
         placement=placement,
     )
-    for rank, each in enumerate(devices):
-        of_rank = placement.of_rank(params, rank)
-        check_kernels(config, placement.rank_model or model, of_rank, each)
+    check_ranks(config, prepared.split, params, placement)
     executor = Executor(
         config,
         model,

@@ -70,6 +70,7 @@ class Coordinator:
         self._config = config
         self._vocab_size = model.vocab_size
         self._topology = topology
+        self._mode = self._mode_of(topology)
         self._tokenizer = tokenizer
         self._eos_token_ids = eos_token_ids
         self._requests: dict[str, Request] = {}
@@ -96,6 +97,8 @@ class Coordinator:
             cached_tokens=scheduler.stats.cached_tokens,
             requeued=scheduler.stats.requeued,
             recompiles=self._topology.recompiles,
+            mode=self._mode,
+            break_even_estimate=self._topology.break_even_estimate,
             executors_lost=self._topology.num_lost,
             running=scheduler.num_running,
             waiting=scheduler.num_waiting,
@@ -106,8 +109,9 @@ class Coordinator:
         """What happened since the last call; for whoever steers the topology."""
         scheduler, recent = self.scheduler, self._recent.take()
         recent.now_s = self.clock()
-        recent.waiting_requests, recent.waiting_tokens = scheduler.prefill_queue()
-        recent.decoding_requests = int(scheduler.table.decoding.sum())
+        recent.waiting_requests = scheduler.num_without_token
+        recent.waiting_tokens = scheduler.prefill_tokens()
+        recent.decoding_requests = scheduler.num_decoding
         recent.free_pages_fraction = scheduler.pool.num_free / scheduler.pool.num_usable
         return recent
 
@@ -311,6 +315,9 @@ class Coordinator:
             if other is not lane:
                 other.forget(finished.plan)
         self._stats.softmax_recomputed_rows += result.softmax_recomputed_rows
+        if finished.plan.chunks:
+            held_up = self.scheduler.num_decoding, self.scheduler.num_without_token
+            self._recent.held_up(finished.plan, *held_up)
         committed = self.scheduler.commit(finished.plan, result.tokens)
         return self._deliver(finished.plan, committed, result)
 
@@ -320,12 +327,13 @@ class Coordinator:
         others = [other for other in self._topology.lanes if other is not lane]
         prefill = lane.prefill and not any(other.has_chunks for other in others)
         decode = lane.decode and not any(other.has_rows for other in others)
+        both = lane.prefill and lane.decode
         if self._config.prefill_policy == "first" and prefill:
-            plan = scheduler.plan(decode=False)
+            plan = scheduler.plan(decode=False, decodes_on=both)
             if plan is not None or not decode:
                 return plan
-            return scheduler.plan(prefill=False)
-        return scheduler.plan(prefill=prefill, decode=decode)
+            return scheduler.plan(prefill=False, decodes_on=both)
+        return scheduler.plan(prefill=prefill, decode=decode, decodes_on=both)
 
     def _launch(self, lane: Lane) -> bool:
         """Plans and launches the next step of a lane, if there is one."""
@@ -350,7 +358,17 @@ class Coordinator:
         except PagesLostError:
             self._start_over()
             return False
+        mode = self._mode_of(self._topology)
+        if mode != self._mode:
+            self._mode = mode
+            self._stats.mode_changes += 1
         return True
+
+    def _mode_of(self, topology: Topology) -> str:
+        """As in `EngineStats`."""
+        if any(lane.prefill and lane.decode for lane in topology.lanes):
+            return "unified"
+        return "disaggregated" if self._config.topology == "disaggregated" else "semi_pd"
 
     def _start_over(self) -> None:
         """Computes every sequence again from what was published of it."""

@@ -20,11 +20,11 @@ from jpd.engine import batch as batches
 from jpd.engine.compile import CompiledSteps, step_options, step_store
 from jpd.engine.lowering import StepLowering, source_of
 from jpd.engine.plan import StepPlan, StepResult, TokenLogprobs
-from jpd.engine.rank_step import RankLowering
+from jpd.engine.rank_lowering import RankLowering
 from jpd.engine.sampler import Sampled
 from jpd.engine.sampler_inputs import SamplingInputs, SamplingTable
 from jpd.engine.shapes import ShapeTable, StepShape
-from jpd.engine.step import KVPages
+from jpd.engine.step import KVPages, Progress
 from jpd.models import ModelConfig, Params
 from jpd.parallel import ManyDevices, OneDevice, Placement
 from jpd.types import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
@@ -98,6 +98,7 @@ class Executor:
       kv: the KV pages, which jax may update in place; made here when not given.
       shapes: what steps are padded to; for both phases when not given.
       placement: the devices, if the model is split over several; `device` is the first of them.
+      progress: told by running steps how far they are.
     """
 
     def __init__(
@@ -111,6 +112,7 @@ class Executor:
         kv: KVPages | None = None,
         shapes: ShapeTable | None = None,
         placement: Placement | None = None,
+        progress: Progress | None = None,
     ) -> None:
         self.params = params
         self.placement = placement or OneDevice(device)
@@ -125,6 +127,7 @@ class Executor:
         self._model = model_config = self.placement.rank_model or model_config
         self._device = device
         self._phi = phi
+        self._progress = progress
         # Its last row, for padding, has the number of the history's unowned row.
         self._sampling = SamplingTable(
             config.max_num_seqs, MAX_LOGIT_BIAS + MAX_STOP_TOKEN_IDS + len(eos_token_ids)
@@ -145,8 +148,9 @@ class Executor:
             out_shardings=everywhere,
         )
 
-    def _lowering(self) -> StepLowering | RankLowering:
+    def _lowering(self) -> StepLowering:
         config = self._config
+        several = isinstance(self.placement, ManyDevices)
         source = source_of(
             self._model,
             chunks=config.max_prefills_per_step,
@@ -154,15 +158,18 @@ class Executor:
             phi=self._phi,
             kernels=config.kernels,
             platform=self._device.platform,
+            progress=self._progress,
+            split=self.placement.split if several else None,
         )
         arrays = (self.params, self.kv, self.history)
 
         def inputs(shape: StepShape) -> Any:
             return *arrays, *self._host_inputs(shape, None)
 
-        if isinstance(self.placement, ManyDevices):
-            return RankLowering(source, self.placement, inputs)
-        return StepLowering(source, self._device, inputs, step_store(config.compilation_cache_dir))
+        store = step_store(config.compilation_cache_dir)
+        if several:
+            return RankLowering(source, self.placement, inputs, store)
+        return StepLowering(source, self.placement.everywhere, inputs, store)
 
     def _lower(self, shape: StepShape) -> Any:
         return self._lowering().lower(shape)

@@ -131,8 +131,8 @@ class Lane:
 
     @property
     def has_rows(self) -> bool:
-        """A decoding row is in flight."""
-        return any(len(step.plan.rows) for step in self.in_flight)
+        """A decoding row is in flight, or a chunk after which a row may decode here only."""
+        return any(len(step.plan.rows) or step.plan.decodes_on for step in self.in_flight)
 
     def forget(self, plan: StepPlan) -> None:
         """Rows that grew in another lane: what the executor knows of them is out of date."""
@@ -196,6 +196,11 @@ class Topology(Protocol):
     def num_lost(self) -> int:
         """Executors that failed or were killed while others went on."""
 
+    @property
+    def break_even_estimate(self) -> float | None:
+        """What decides between one executor and two (`topology="auto"`); None where nothing does,
+        or nothing is known."""
+
     def lost(self, lane: Lane, error: ExecutorLostError) -> None:
         """The executor of a lane failed.
 
@@ -243,6 +248,8 @@ class OneExecutor:
 
     num_lost = 0
     """The engine ends with it."""
+    break_even_estimate = None
+    """There is no choice."""
     executors: ClassVar[list[ExecutorInfo]] = []
     switches: ClassVar[list[Switch]] = []
 

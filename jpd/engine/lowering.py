@@ -32,13 +32,15 @@ from jax import export
 from jpd import ops
 from jpd.config import KernelConfig
 from jpd.engine import lowering_pool
+from jpd.engine.rank_step import input_shardings, on_all_ranks, overlaps
 from jpd.engine.sampler import Sampled
 from jpd.engine.shapes import StepShape
-from jpd.engine.step import step
+from jpd.engine.step import Progress, step
 from jpd.engine.stored_steps import StepStore, StoredStep
 from jpd.models import ModelConfig
 from jpd.ops import registry
 from jpd.ops.pallas import Gpu, gpu_seen, pretending, tracing_for
+from jpd.parallel import Split
 
 logger = logging.getLogger(__name__)
 
@@ -90,10 +92,18 @@ class StepSource:
     """What the steps run on, as jax names a device's platform."""
     gpu: Gpu | None
     """The GPU of that platform; None takes what is traced as this process finds it."""
+    progress: Progress | None = None
+    """Told by steps with prompt tokens how far they are."""
+    split: Split | None = None
+    """Over the ranks that run each step together, of which `model` is one's; None on one device."""
 
     def function(self, shape: StepShape) -> Callable[..., Any]:
         """The step as a function of its inputs."""
-        return partial(step, self.model, shape, self.chunks, self.page_size, phi=self.phi)
+        progress = self.progress if shape.tokens else None
+        run = partial(step, self.model, shape, self.chunks, self.page_size, progress=progress)
+        if self.split is None:
+            return partial(run, phi=self.phi)
+        return on_all_ranks(run, self.split, self.phi, overlap=overlaps(shape))
 
     @contextlib.contextmanager
     def tracing(self) -> Iterator[None]:
@@ -114,8 +124,10 @@ class StepSource:
           ValueError: `jax.export` does not keep what the step consists of.
           ImportError: flatbuffers is not installed.
         """
-        leaves, tree = jax.tree.flatten(inputs)
-        leaves = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
+        leaves, tree = jax.tree.flatten(_abstract(inputs))
+        if self.split is not None:
+            places = jax.tree.leaves(input_shardings(self.split, inputs))
+            leaves = [leaf.update(sharding=p) for leaf, p in zip(leaves, places, strict=True)]
         function = self.function(shape)
 
         # The leaves and not the tree: jax.export takes no dict with other keys than names.
@@ -123,8 +135,14 @@ class StepSource:
             return function(*jax.tree.unflatten(tree, leaves))
 
         platform = "cuda" if self.platform == "gpu" else self.platform
+        # A module is kept for this version of the code alone, so these calls are what they are.
+        targets = () if self.progress is None else self.progress.targets
+        known = [export.DisabledSafetyCheck.custom_call(target) for target in targets]
+        exporting = export.export(
+            jax.jit(step_of_leaves), platforms=[platform], disabled_checks=known
+        )
         with self.tracing(), _for_this_version(), registry.recording() as choices:
-            exported = export.export(jax.jit(step_of_leaves), platforms=[platform])(*leaves)
+            exported = exporting(*leaves)
         return StoredStep(bytes(exported.serialize()), tuple(choices))
 
 
@@ -169,7 +187,8 @@ def _code() -> str | None:
     for package in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             digest.update(f"{package} {importlib.metadata.version(package)}\n".encode())
-    for package, kinds in (("jpd", ["*.py"]), ("pallas_kernels", ["*.py", "*.json"])):
+    sources = {"jpd": ["*.py"], "native": ["*.py"], "pallas_kernels": ["*.py", "*.json"]}
+    for package, kinds in sources.items():
         found = importlib.util.find_spec(package)
         folders = [] if found is None else found.submodule_search_locations or []
         files = [f for folder in folders for kind in kinds for f in Path(folder).rglob(kind)]
@@ -220,6 +239,8 @@ def key(source: StepSource, shape: StepShape, inputs: Any) -> str | None:
         source.model,
         (source.chunks, source.page_size, source.platform, source.gpu),
         None if phi is None else (phi.shape, str(phi.dtype), phi.tobytes()),
+        source.progress,
+        source.split,
         shape,
         tree,
         [(leaf.shape, str(leaf.dtype)) for leaf in leaves],
@@ -244,7 +265,7 @@ class StepLowering:
 
     Args:
       source: what they are made from.
-      device: what they run on.
+      everywhere: where inputs are brought that are not on devices yet.
       inputs: the inputs of a shape: arrays, or what has their shapes and types.
       store: where modules are kept.
     """
@@ -252,14 +273,15 @@ class StepLowering:
     def __init__(
         self,
         source: StepSource,
-        device: jax.Device,
+        everywhere: jax.sharding.Sharding,
         inputs: Callable[[StepShape], Any],
         store: StepStore | None,
     ) -> None:
         self._source = source
-        self._device = device
+        self._everywhere = everywhere
         self._inputs_of = inputs
         self._inputs: dict[StepShape, Any] = {}
+        self._places: dict[StepShape, Any] = {}
         self._store = store
 
     def lower(self, shape: StepShape) -> Any:
@@ -308,18 +330,27 @@ class StepLowering:
 
     def _answers(self, shapes: list[StepShape]) -> Generator[tuple[StepShape, StoredStep | str]]:
         """What other processes made of each shape, or why they did not; "" if none was asked."""
-        count = _processes(self._source, len(shapes))
-        # What has no key depends on this process: another would make something else.
-        if count < 2 or self._key(shapes[0]) is None:
+        jobs = []
+        if _processes(self._source, len(shapes)) > 1:
+            # What has no key depends on this process: another would make something else.
+            keyed = [shape for shape in shapes if self._key(shape) is not None]
+            jobs = [(shape, self._inputs[shape]) for shape in keyed]
+        count = _processes(self._source, len(jobs))
+        if count < 2:
             yield from ((shape, "") for shape in shapes)
             return
-        jobs = [(shape, self._inputs[shape]) for shape in shapes]
         yield from lowering_pool.lower(self._source, jobs, count, settings(), fingerprint())
+        asked = dict(jobs)
+        yield from ((shape, "") for shape in shapes if shape not in asked)
 
     def _look_at(self, shapes: list[StepShape]) -> None:
         """Notes what the inputs of shapes look like; here, in one thread."""
         for shape in shapes:
-            self._inputs[shape] = _abstract(self._inputs_of(shape))
+            inputs = self._inputs_of(shape)
+            self._inputs[shape] = _abstract(inputs)
+            self._places[shape] = jax.tree.map(
+                lambda a: getattr(a, "sharding", None) or self._everywhere, inputs
+            )
 
     def _key(self, shape: StepShape) -> str | None:
         return key(self._source, shape, self._inputs[shape]) if _can_export() else None
@@ -367,13 +398,17 @@ class StepLowering:
         return lowered
 
     def _directly(self, shape: StepShape) -> Any:
-        with self._source.tracing():
+        with self._tracing(shape):
             return self._lower(self._source.function(shape), shape)
 
+    def _tracing(self, shape: StepShape) -> contextlib.AbstractContextManager[None]:
+        """The step is to be traced inside the block, for this process alone."""
+        del shape
+        return self._source.tracing()
+
     def _lower(self, function: Callable[..., Any], shape: StepShape) -> Any:
-        place = jax.sharding.SingleDeviceSharding(self._device)
         inputs = jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), self._inputs[shape]
+            lambda a, place: a.update(sharding=place), self._inputs[shape], self._places[shape]
         )
         return jax.jit(function, donate_argnums=DONATED).lower(*inputs)
 
@@ -391,7 +426,9 @@ def source_of(
     phi: np.ndarray | None,
     kernels: KernelConfig,
     platform: str,
+    progress: Progress | None = None,
+    split: Split | None = None,
 ) -> StepSource:
-    """What steps are made from on this process's device of a platform."""
+    """What steps are made from on this process's devices of a platform."""
     gpu = gpu_seen() if platform == "gpu" and not pretending() else None
-    return StepSource(model, chunks, page_size, phi, kernels, platform, gpu)
+    return StepSource(model, chunks, page_size, phi, kernels, platform, gpu, progress, split)

@@ -22,6 +22,12 @@ class EngineStats:
     """Sequences that gave their pages up to others and are computed again."""
     requeued: int = 0
     """Sequences that are computed again because an executor was lost in their prefill."""
+    mode: str = "unified"
+    """"unified" while one executor computes both phases, else "semi_pd" or "disaggregated"."""
+    mode_changes: int = 0
+    """Times that `mode` changed: by `topology="auto"`, or as nobody was left for a phase."""
+    break_even_estimate: float | None = None
+    """What `topology="auto"` decides by, see `jpd.semi_pd.mode`; None while nothing is known."""
     executors_lost: int = 0
     """Executors that failed or were killed while others went on, idle ones included."""
     pages_lost: int = 0

@@ -49,12 +49,8 @@ class Chunk:
 
 @dataclass(eq=False, slots=True)
 class PageCopy:
-    """Keys and values of a sequence that move from a prefill device to a decode device."""
+    """Keys and values of a chunk that go from a prefill device to a decode device."""
 
-    sequence: Sequence | None
-    """None in an executor's process."""
-    row: int
-    serial: int
     source: list[int]
     """Pages of the prefill pool."""
     target: list[int]
@@ -86,8 +82,11 @@ class StepPlan:
     """Longest context in the step."""
     plain_greedy: bool
     """Every sampled row takes the argmax and nothing else is asked."""
+    decodes_on: bool = False
+    """Who runs it also runs the next decode step: rows may decode there right after their last
+    chunk, with their token still on the device. Else another may decode them once it is known."""
     copies: list[PageCopy] = field(default_factory=list)
-    """What is to be copied before the step runs."""
+    """What the step sends to another device, layer by layer; it has run when all is there."""
     admissions: list[Admission] = field(default_factory=list)
     """Rows that are new to the executor that the step goes to."""
     ticket: int = 0
@@ -106,8 +105,7 @@ class StepPlan:
     def without_sequences(self) -> StepPlan:
         """What an executor in another process needs."""
         chunks = [replace(chunk, sequence=None, named=[]) for chunk in self.chunks]
-        copies = [replace(copy, sequence=None) for copy in self.copies]
-        return replace(self, sequences=[], admitted=[], chunks=chunks, copies=copies)
+        return replace(self, sequences=[], admitted=[], chunks=chunks)
 
 
 @dataclass(frozen=True, slots=True)

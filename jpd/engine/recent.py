@@ -24,6 +24,10 @@ class Recent:
     """For each decode step, the time since the one before it, where they have a row in common."""
     prefill_tokens: int = 0
     """Prompt tokens computed."""
+    decoding_beside: int = 0
+    """Sequences that decoded while a prompt token was computed, summed over those tokens."""
+    waiting_beside: int = 0
+    """Sequences without a first token meanwhile, its own included; summed likewise."""
     now_s: float = 0.0
     waiting_requests: int = 0
     """Sequences without a first token: in the queue or in prefill."""
@@ -51,6 +55,12 @@ class RecentSteps:
             if not serials.isdisjoint(self._last_serials):
                 self.recent.token_gap_s.append(now_s - self._last_decode_s)
             self._last_serials, self._last_decode_s = serials, now_s
+
+    def held_up(self, plan: StepPlan, decoding: int, waiting: int) -> None:
+        """A step with prompt chunks has run; so many sequences decoded, or waited for a token."""
+        tokens = sum(len(chunk.tokens) for chunk in plan.chunks)
+        self.recent.decoding_beside += tokens * decoding
+        self.recent.waiting_beside += tokens * waiting
 
     def take(self) -> Recent:
         """All since the last call."""

@@ -50,10 +50,10 @@ class Scheduler:
       max_stop_ids: stop token ids a sequence may have.
       enable_prefix_caching: share pages between equal beginnings.
       tag_pages: plans say how often each of their pages was handed out.
-      one_executor: all steps run in one order. Then a row may decode in the step after its last
-        chunk, with its token still on the device, and freed pages are free at once.
-      two_pools: prefill and decode executors have `num_pages` each, on devices of their own, and a
-        sequence moves from one pool to the other when its prompt is computed.
+      one_executor: all steps run in one order. Then freed pages are free at once.
+      two_pools: prefill and decode executors have `num_pages` each, on devices of their own. A
+        prompt is sent from one pool to the other while it is computed, so a sequence is admitted
+        when both have room for it.
     """
 
     def __init__(
@@ -74,6 +74,7 @@ class Scheduler:
         self.page_size = page_size
         self.pool = PagePool(num_pages)
         self.decode_pool = PagePool(num_pages) if two_pools else self.pool
+        self._two_pools = two_pools
         self._fence = None if one_executor else PageFence()
         self.cache = PrefixCache(self.pool) if enable_prefix_caching else None
         self.table = SequenceTable(max_num_seqs, max_model_len, page_size, max_stop_ids)
@@ -82,7 +83,6 @@ class Scheduler:
         self._max_chunks = max_prefills_per_step
         self._waiting: list[tuple[tuple[int, int], Sequence]] = []
         self._prefilling: list[Sequence] = []
-        self._to_move: list[Sequence] = []
         self._suspects = Suspects()
         self._tag_pages = tag_pages
         self._watermark = int(num_pages * _FREE_SHARE_ON_ADMISSION)
@@ -98,15 +98,28 @@ class Scheduler:
         """Some sequence is not finished."""
         return self.num_waiting > 0 or self.num_running > 0
 
-    def prefill_queue(self) -> tuple[int, int]:
-        """Sequences without a next token on the host, and their tokens still to be computed."""
+    @property
+    def num_decoding(self) -> int:
+        """Sequences that decode and have a token on the host to show for it."""
         table = self.table
-        waiting = [s for _, s in self._waiting if s.state is State.WAITING]
-        moving = {s.row for s in self._to_move}
-        rows = [s.row for s in table.sequences if s is not None and not table.decoding[s.row]]
-        rows = [row for row in rows if row not in moving]
-        left = table.known[rows] - table.computed[rows]
-        return len(waiting) + len(rows), sum(len(s.tokens) for s in waiting) + int(left.sum())
+        return int((table.decoding & (table.known > table.begun)).sum())
+
+    @property
+    def num_without_token(self) -> int:
+        """Sequences without a next token on the host: in the queue or in prefill."""
+        return self.num_waiting + int(self._awaits_token().sum())
+
+    def _awaits_token(self) -> np.ndarray:
+        """Rows `[n]` of sequences that got no token since they were admitted."""
+        return (self.table.serial > 0) & (self.table.known == self.table.begun)
+
+    def prefill_tokens(self) -> int:
+        """Tokens still to be computed of sequences without a next token."""
+        rows = np.flatnonzero(self._awaits_token())
+        # Where the first token is still on the device, more may have been launched than is known.
+        left = np.maximum(self.table.known[rows] - self.table.computed[rows], 0)
+        waiting = (s for _, s in self._waiting if s.state is State.WAITING)
+        return sum(len(s.tokens) for s in waiting) + int(left.sum())
 
     def pages_for(self, length: int) -> int:
         """Pages that a sequence of `length` tokens needs; its last token is never stored."""
@@ -148,36 +161,35 @@ class Scheduler:
 
     # ---- plan
 
-    def plan(self, *, prefill: bool = True, decode: bool = True) -> StepPlan | None:
+    def plan(
+        self, *, prefill: bool = True, decode: bool = True, decodes_on: bool = False
+    ) -> StepPlan | None:
         """The next step, or None if nothing can be computed now.
 
         Args:
           prefill: the step may hold prompt chunks. Chunks find each other's pages as soon as they
             are planned, so steps that hold chunks must run in the order of their plans.
           decode: the step may hold decoding rows; so must steps that hold them.
+          decodes_on: see `StepPlan`; True with `one_executor`.
         """
         for alone in self._suspects.turns():
-            plan = self._plan(prefill, decode, alone)
+            plan = self._plan(prefill, decode, decodes_on or self._fence is None, alone)
             if plan is not None:
                 return plan
         return None
 
-    def _plan(self, prefill: bool, decode: bool, alone: bool) -> StepPlan | None:
+    def _plan(self, prefill: bool, decode: bool, decodes_on: bool, alone: bool) -> StepPlan | None:
         """The next step of one suspect alone, or of all others."""
         table = self.table
         preemptions = self.stats.preemptions
-        rows, copies = np.zeros(0, np.int32), []
-        if decode:
-            rows = self._decode_rows(alone)
-            # After rows that grow took their pages, and preempted whom they had to.
-            copies = self._move(alone, len(rows))
-            rows = np.append(rows, np.array([copy.row for copy in copies], np.int32))
+        rows = self._decode_rows(alone) if decode else np.zeros(0, np.int32)
         chunks, admitted = [], []
         # What was just preempted must not come back in the same step.
         if prefill and not (alone and len(rows)):
             chunks, admitted = self._chunks(
                 self._max_tokens - len(rows),
                 1 if alone else self._max_chunks,
+                decodes_on=decodes_on,
                 alone=alone,
                 admit=self.stats.preemptions == preemptions,
             )
@@ -204,7 +216,8 @@ class Scheduler:
                 table.plain_greedy[rows].all()
                 and all(table.plain_greedy[c.row] for c in chunks if c.last)
             ),
-            copies=copies,
+            decodes_on=decodes_on,
+            copies=[self._send(chunk) for chunk in chunks] if self._two_pools else [],
             ticket=0 if self._fence is None else self._fence.begin(),
         )
         table.computed[rows] += 1
@@ -228,30 +241,21 @@ class Scheduler:
             tokens,
         )
 
-    def _move(self, alone: bool, busy: int) -> list[PageCopy]:
-        """Moves sequences whose first token is known to the decode pool, in order.
+    def _send(self, chunk: Chunk) -> PageCopy:
+        """Pages that a chunk writes to; with the first, also those that the prefix cache had.
 
-        They decode from this step on. Their old pages are given up when it has run.
+        A page that a chunk fills in part is sent again with the rest of it.
         """
-        copies: list[PageCopy] = []
-        candidates = [s for s in self._to_move if self._suspects.allows(s, alone)]
-        if alone:
-            candidates = candidates[: 1 - busy]
-        for sequence in sorted(candidates, key=lambda s: s.order):
-            row = sequence.row
-            known = int(self.table.known[row])
-            count = -(-known // self.page_size)  # with room for the newest token, which it stores
-            reserve = self._watermark if self.table.decoding.any() else 0
-            if count + reserve > self.decode_pool.num_free:
-                break
-            self._to_move.remove(sequence)
-            pages, filled = self.decode_pool.allocate(count), self.pages_for(known)
-            serial = int(self.table.serial[row])
-            copies.append(PageCopy(sequence, row, serial, sequence.pages[:filled], pages[:filled]))
-            sequence.source_pages, sequence.moved = sequence.pages, True
-            self.table.replace_pages(row, pages)
-            self.table.decoding[row] = True
-        return copies
+        sequence = chunk.sequence
+        sent = slice(sequence.num_sent, -(-chunk.end // self.page_size))
+        sequence.num_sent = chunk.end // self.page_size
+        return PageCopy(sequence.pages[sent], sequence.target_pages[sent])
+
+    def _move(self, sequence: Sequence) -> None:
+        """To the decode pool, where all of its prompt has arrived."""
+        self._release(self.pool, sequence.pages[::-1])
+        self.table.replace_pages(sequence.row, sequence.target_pages)
+        sequence.target_pages, sequence.moved = [], True
 
     def _decode_rows(self, alone: bool) -> np.ndarray:
         """Rows that decode a token, each with a page for it; preempts where pages run out."""
@@ -281,9 +285,9 @@ class Scheduler:
                 return
             if self._fence is not None and self._fence.holds(pool):
                 return
-            holders = (s for s in self.table.sequences if s is not None)
-            running = (s for s in holders if self._pool_of(s) is pool)
-            self._preempt(max(running, key=lambda s: s.order))
+            running = (s for s in self.table.sequences if s is not None)
+            holders = (s for s in running if self._pool_of(s) is pool or s.target_pages)
+            self._preempt(max(holders, key=lambda s: s.order))
 
     def _preempt(self, sequence: Sequence) -> None:
         self._remove(sequence)
@@ -294,13 +298,13 @@ class Scheduler:
 
     def _remove(self, sequence: Sequence) -> None:
         self.table.remove(sequence)
-        for queue in (self._prefilling, self._to_move):
-            if sequence in queue:
-                queue.remove(sequence)
+        if sequence in self._prefilling:
+            self._prefilling.remove(sequence)
         # The end of a sequence is the least likely to be shared, so it is given up first.
         self._release(self._pool_of(sequence), sequence.pages[::-1])
-        self._release(self.pool, sequence.source_pages[::-1])
-        sequence.pages, sequence.source_pages, sequence.moved = [], [], False
+        self._release(self.decode_pool, sequence.target_pages[::-1])
+        sequence.pages, sequence.target_pages = [], []
+        sequence.moved, sequence.num_sent = False, 0
 
     def _release(self, pool: PagePool, pages: list[int]) -> None:
         if self._fence is None:
@@ -331,9 +335,13 @@ class Scheduler:
             cached = self.cache.match(sequence.page_names[: (count - 1) // self.page_size])
         new_pages = -(-count // self.page_size) - len(cached)
         taken = new_pages + sum(self.pool.references(page) == 0 for page in cached)
-        reserve = self._reserve() if self.num_running else 0
-        if taken + reserve > self.pool.num_free:
+        if taken + self._reserve(self.pool) > self.pool.num_free:
             return None
+        if self._two_pools:
+            targets = len(cached) + new_pages
+            if targets + self._reserve(self.decode_pool) > self.decode_pool.num_free:
+                return None
+            sequence.target_pages = self.decode_pool.allocate(targets)
         for page in cached:
             self.pool.share(page)
         heapq.heappop(self._waiting)
@@ -349,9 +357,11 @@ class Scheduler:
         self._prefilling.append(sequence)
         return sequence
 
-    def _reserve(self) -> int:
+    def _reserve(self, pool: PagePool) -> int:
         """Pages that a sequence that begins must leave: some, and one for each row that waits."""
-        if self.decode_pool is not self.pool:
+        if not self.num_running:
+            return 0
+        if pool is not self.decode_pool:
             return self._watermark
         table = self.table
         waits = table.decoding & (table.computed >= table.capacity)
@@ -359,7 +369,7 @@ class Scheduler:
         return max(self._watermark, int(waits.sum()))
 
     def _chunks(
-        self, budget: int, most: int, *, alone: bool, admit: bool
+        self, budget: int, most: int, *, decodes_on: bool, alone: bool, admit: bool
     ) -> tuple[list[Chunk], list[Sequence]]:
         """At most `most` prompt chunks of at most `budget` tokens in all, and whom they begin."""
         chunks: list[Chunk] = []
@@ -367,18 +377,18 @@ class Scheduler:
         for sequence in [s for s in self._prefilling if self._suspects.allows(s, alone)]:
             if budget == 0 or len(chunks) == most:
                 break
-            chunks.append(self._chunk(sequence, budget))
+            chunks.append(self._chunk(sequence, budget, decodes_on))
             budget -= len(chunks[-1].tokens)
         while admit and budget > 0 and len(chunks) < most:
             sequence = self._admit(alone)
             if sequence is None:
                 break
             admitted.append(sequence)
-            chunks.append(self._chunk(sequence, budget))
+            chunks.append(self._chunk(sequence, budget, decodes_on))
             budget -= len(chunks[-1].tokens)
         return chunks, admitted
 
-    def _chunk(self, sequence: Sequence, budget: int) -> Chunk:
+    def _chunk(self, sequence: Sequence, budget: int, decodes_on: bool) -> Chunk:
         """The next prompt tokens of an admitted sequence."""
         table, row = self.table, sequence.row
         start, known = int(table.computed[row]), int(table.known[row])
@@ -387,8 +397,7 @@ class Scheduler:
         last = end == known
         if last:
             self._prefilling.remove(sequence)
-            # Another executor may decode the row when its first token is known.
-            table.decoding[row] = self._fence is None
+            table.decoding[row] = decodes_on
         return Chunk(
             sequence,
             row,
@@ -433,10 +442,6 @@ class Scheduler:
             for sequence in [*plan.sequences, *(chunk.sequence for chunk in plan.chunks)]:
                 if sequence.num_losses:
                     self._suspects.clear(sequence)
-        for copy in plan.copies:
-            if table.serial[copy.row] == copy.serial:
-                self._release(self.pool, copy.sequence.source_pages[::-1])
-                copy.sequence.source_pages = []
         done = Committed([], [], [])
         if alive.all():
             rows, decoded = plan.rows, tokens[:batch]
@@ -454,10 +459,9 @@ class Scheduler:
             if not chunk.last:
                 continue
             if table.serial[chunk.row] == chunk.serial:
-                if self.decode_pool is self.pool:
-                    table.decoding[chunk.row] = True
-                else:
-                    self._to_move.append(chunk.sequence)
+                if self._two_pools:
+                    self._move(chunk.sequence)
+                table.decoding[chunk.row] = True
                 self._append(np.array([chunk.row], np.int32), tokens[i : i + 1], [chunk.sequence])
                 done.sequences.append(chunk.sequence)
                 done.tokens.append(int(tokens[i]))
@@ -522,9 +526,6 @@ class Scheduler:
         alive = table.serial[plan.rows] == plan.serials
         table.computed[plan.rows[alive]] -= 1
         gone = [plan.sequences[i] for i in np.flatnonzero(~alive).tolist()]
-        for copy in reversed(plan.copies):
-            if table.serial[copy.row] == copy.serial:
-                self._move_back(copy)
         for chunk in plan.chunks:
             for page in chunk.named:
                 self.cache.remove(page)
@@ -546,15 +547,6 @@ class Scheduler:
             self.finish(sequence, FinishReason.ERROR)
         return given_up
 
-    def _move_back(self, copy: PageCopy) -> None:
-        """A copy that nobody knows to be done: the sequence is to move again."""
-        sequence = copy.sequence
-        self._release(self.decode_pool, sequence.pages[::-1])
-        self.table.replace_pages(copy.row, sequence.source_pages)
-        sequence.source_pages, sequence.moved = [], False
-        self.table.decoding[copy.row] = False
-        self._to_move.append(sequence)
-
     def start_over(self) -> None:
         """Everything that is in the pages is lost: all sequences wait to be computed again."""
         for sequence in [s for s in self.table.sequences if s is not None]:
@@ -573,8 +565,8 @@ class Scheduler:
             holders = [s.pages for s in running if self._pool_of(s) is pool]
             if self._fence is not None:
                 holders += self._fence.held(pool)
-            if pool is self.pool:
-                holders += [s.source_pages for s in running]
+            targets = [s.target_pages for s in running] if pool is self.decode_pool else []
+            holders += targets
             pool.check_integrity(holders)
             writable = [
                 page
@@ -582,6 +574,7 @@ class Scheduler:
                 if self._pool_of(s) is pool
                 for page in s.pages[int(self.table.computed[s.row]) // self.page_size :]
             ]
+            writable += [page for pages in targets for page in pages]
             assert len(writable) == len(set(writable)), "a page has two writers"
             for page in writable:
                 assert pool.references(page) == 1, "a page that is written to is shared"

@@ -48,8 +48,10 @@ class Sequence:
     pages: list[int] = field(default_factory=list)
     moved: bool = False
     """Its pages are in the pool of the decode executors."""
-    source_pages: list[int] = field(default_factory=list)
-    """What it held before it moved, until the copy is known to be done."""
+    target_pages: list[int] = field(default_factory=list)
+    """There, for the pages of its prompt, which are sent while it is computed; until it moves."""
+    num_sent: int = 0
+    """Pages that were sent in full by the steps launched so far."""
     page_names: list[bytes] = field(default_factory=list)
     """Names of its full pages, for the prefix cache."""
     findable: bool = True
@@ -69,10 +71,10 @@ class Sequence:
 class SequenceTable:
     """Rows of the running sequences as arrays, so that a step costs little Python.
 
-    For a row: `known` tokens are on the host, `computed` have their KV in the pages or in a
-    launched step. A decoding row has `known == computed + 1`, or `known == computed` while its
-    newest token is still on the device. A row neither decodes nor has prompt left while its first
-    token is on the way from an executor that does not decode.
+    For a row: `known` tokens are on the host, `begun` of them when it was admitted; `computed` have
+    their KV in the pages or in a launched step. A decoding row has `known == computed + 1`, or
+    `known == computed` while its newest token is still on the device. A row neither decodes nor has
+    prompt left while its first token is on the way from an executor that does not decode.
     """
 
     def __init__(self, rows: int, max_model_len: int, page_size: int, max_stop_ids: int) -> None:
@@ -81,6 +83,7 @@ class SequenceTable:
         self.sequences: list[Sequence | None] = [None] * rows
         self.serial = np.zeros(rows, np.int64)
         self.tokens = np.zeros((rows, max_model_len + 1), np.int32)
+        self.begun = np.zeros(rows, np.int32)
         self.known = np.zeros(rows, np.int32)
         self.computed = np.zeros(rows, np.int32)
         self.max_length = np.zeros(rows, np.int32)
@@ -105,7 +108,7 @@ class SequenceTable:
         self.sequences[row] = sequence
         self.serial[row] = self._serials
         self.tokens[row, :count] = sequence.tokens
-        self.known[row] = count
+        self.begun[row] = self.known[row] = count
         self.computed[row] = computed
         self.max_length[row] = sequence.max_length
         self.decoding[row] = False

@@ -6,7 +6,7 @@ with weights run over `B + T` tokens, attention runs for each part with the op m
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,24 @@ KVPages = list[tuple[jax.Array, jax.Array]]
 """For each layer, keys and values `[P, S, Hkv, D]`."""
 
 
+class Progress(Protocol):
+    """Told by a running step how far it is, for whoever waits for its pages. Can be pickled."""
+
+    targets: tuple[str, ...]
+    """XLA FFI targets that it calls."""
+
+    def filled(
+        self, layer: int, following: jax.Array, keys: jax.Array, values: jax.Array
+    ) -> jax.Array:
+        """All is written that the step writes to the pages of a layer.
+
+        Returns `following`, unchanged, from which the step goes on.
+        """
+
+    def ended(self, last: jax.Array, kv: KVPages) -> jax.Array:
+        """All is computed that `last`, which is returned unchanged, depends on."""
+
+
 class PagedAttend:
     """The `attend` of a step: writes new keys and values into pages, then attends over them."""
 
@@ -32,8 +50,10 @@ class PagedAttend:
         batch: Batch,
         page_size: int,
         phi: np.ndarray | None = None,
+        progress: Progress | None = None,
     ) -> None:
         self.kv = list(kv)
+        self._progress = progress
         self._recomputed: list[jax.Array] = []
         self._config = config
         self._phi = phi
@@ -85,6 +105,8 @@ class PagedAttend:
             num_heads=config.num_heads,
             norms=norms,
         )
+        if self._progress is not None:
+            q = self._progress.filled(layer, q, *pages)
         self.kv[layer] = tuple(pages)
         window = config.windows[layer]
         options = {"scale": q.shape[-1] ** -0.5, "window": window}
@@ -135,11 +157,12 @@ def step(
     prompt_lengths: jax.Array | None,
     *,
     phi: np.ndarray | None = None,
+    progress: Progress | None = None,
 ) -> tuple[KVPages, jax.Array, Any, jax.Array | None]:
     """Runs one step.
 
     Args:
-      config, shape, chunks, page_size, phi: static.
+      config, shape, chunks, page_size, phi, progress: static.
       params: the model's parameters.
       kv: pages, donated.
       history: `[rows + 1, max_model_len + 1]` int32 tokens of every row, donated. The newest token
@@ -159,7 +182,7 @@ def step(
     tokens = jnp.concatenate(
         [jnp.where(batch.tokens < 0, newest, batch.tokens), batch.chunk_tokens]
     )
-    attend = PagedAttend(config, kv, batch, page_size, phi)
+    attend = PagedAttend(config, kv, batch, page_size, phi, progress)
     model = bind(config, params)
     rows, lengths = batch.rows, batch.positions + 1
     with ops.workspace():
@@ -182,4 +205,6 @@ def step(
         )
         sampled = out.tokens
     history = history.at[rows, lengths].set(sampled)
+    if progress is not None:
+        history = progress.ended(history, attend.kv)
     return attend.kv, history, out, attend.recomputed_rows()

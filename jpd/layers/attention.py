@@ -53,7 +53,7 @@ class Attention(nnx.Module):
         sin: jax.Array,
         attend: Attend,
         residual: jax.Array | None = None,
-    ) -> jax.Array:
+    ) -> ops.Stream:
         """Attention of x `[T, E]`, plus `residual` if given."""
         qkv = self.qkv(x).reshape(-1, self.heads + 2 * self.kv_heads, self.size)
         norms = None

@@ -45,7 +45,8 @@ class SummedLinear(Linear):
         super().__init__(inputs, outputs, **others)
         self.over = over
 
-    def __call__(self, x: jax.Array, residual: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, residual: jax.Array | None = None) -> ops.Stream:
+        """As of `Linear`; with a residual, a stream for a norm to read."""
         weight, bias = self.weight[...], self._bias()
         return ops.summed_linear(x, weight, over=self.over, bias=bias, residual=residual)
 

@@ -14,5 +14,6 @@ class RMSNorm(nnx.Module):
         self.weight = nnx.Param(jnp.ones((width,), dtype))
         self.eps = eps
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return ops.rms_norm(x, self.weight[...], self.eps)
+    def __call__(self, x: ops.Stream) -> tuple[jax.Array, jax.Array]:
+        """The norm of a residual stream `[M, N]`, and the stream with all that was added to it."""
+        return ops.normed_stream(x, self.weight[...], self.eps)

@@ -32,7 +32,7 @@ class MLP(nnx.Module):
         self.gate_up = Linear(width, 2 * ffn, bias=bias, dtype=dtype, rngs=rngs)
         self.down = SummedLinear(ffn, width, over="ffn", bias=bias, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array, residual: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, residual: jax.Array | None = None) -> ops.Stream:
         return self.down(self.gate_up.gated(x), residual)
 
 
@@ -45,9 +45,11 @@ class DecoderLayer(nnx.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_eps, dtype=dtype)
         self.mlp = MLP(config, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend) -> jax.Array:
-        x = self.attention(self.attention_norm(x), cos, sin, attend, residual=x)
-        return self.mlp(self.mlp_norm(x), residual=x)
+    def __call__(self, x: ops.Stream, cos: jax.Array, sin: jax.Array, attend: Attend) -> ops.Stream:
+        y, x = self.attention_norm(x)
+        x = self.attention(y, cos, sin, attend, residual=x)
+        y, x = self.mlp_norm(x)
+        return self.mlp(y, residual=x)
 
 
 class Decoder(nnx.Module):
@@ -73,7 +75,7 @@ class Decoder(nnx.Module):
         x = self.embed(tokens)
         for layer in self.layers:
             x = layer(x, cos, sin, attend)
-        return self.norm(x)
+        return self.norm(x)[0]
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Logits `[M, V]` float32 of hidden states `[M, E]`."""

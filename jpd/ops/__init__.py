@@ -5,7 +5,15 @@ from jpd.ops.linear import gated_linear, linear
 from jpd.ops.norm import rms_norm
 from jpd.ops.pallas import describe as describe_kernels
 from jpd.ops.pallas import kernels_without_gpu, may_run, workspace
-from jpd.ops.ranks import Ranks, embedding, gathered_logits, over_ranks, summed_linear
+from jpd.ops.ranks import (
+    Ranks,
+    Stream,
+    embedding,
+    gathered_logits,
+    normed_stream,
+    over_ranks,
+    summed_linear,
+)
 from jpd.ops.registry import check, choices, implementations, register, using
 from jpd.ops.rope import HeadNorms, rope_write, rotate, split_heads
 
@@ -13,6 +21,7 @@ __all__ = [
     "DecodeAttention",
     "HeadNorms",
     "Ranks",
+    "Stream",
     "check",
     "choices",
     "decode_attention",
@@ -24,6 +33,7 @@ __all__ = [
     "kernels_without_gpu",
     "linear",
     "may_run",
+    "normed_stream",
     "over_ranks",
     "prefill_attention",
     "register",

@@ -111,8 +111,8 @@ def _refusal() -> str | None:
     return None
 
 
-def _interpret() -> Any:
-    """The `interpret` argument of the kernels.
+def interpret_mode() -> Any:
+    """The `interpret` argument of the kernels in the program that is being traced.
 
     Raises:
       NotImplementedError: no kernel can run here.
@@ -164,7 +164,7 @@ def describe() -> dict[str, str]:
 
 
 def _linear(x, weight, *, bias, residual, gated):
-    interpret = _interpret()
+    interpret = interpret_mode()
     from pallas_kernels import dataflow
 
     return dataflow.linear(
@@ -190,7 +190,7 @@ def gated_linear_pallas(x, weight, *, bias=None):
 
 def rms_norm_pallas(x, weight, eps):
     """One launch; rows stay in registers."""
-    interpret = _interpret()
+    interpret = interpret_mode()
     from pallas_kernels.rms_norm import rms_norm
 
     if x.ndim != 2:
@@ -202,7 +202,7 @@ def rope_write_pallas(
     qkv, cos, sin, k_pages, v_pages, slots, *, num_heads, norms: HeadNorms | None = None
 ):
     """One launch, in place."""
-    interpret = _interpret()
+    interpret = interpret_mode()
     from pallas_kernels.rope_write import rope_write
 
     q, k_pages, v_pages = rope_write(
@@ -230,7 +230,7 @@ def decode_attention_pallas(
     Early only if the pages come from the kernel `rope_write`, which starts no other before all that
     came before it is complete. What XLA writes them by may copy them and lets others start at will.
     """
-    interpret = _interpret()
+    interpret = interpret_mode()
     from pallas_kernels.decode_attention import decode_attention
 
     result = decode_attention(
@@ -252,7 +252,7 @@ def prefill_attention_pallas(
     q, k_pages, v_pages, page_table, starts, counts, contexts, *, scale, window=None
 ):
     """Causal attention over pages."""
-    interpret = _interpret()
+    interpret = interpret_mode()
     from pallas_kernels.prefill_attention import prefill_attention
 
     return prefill_attention(

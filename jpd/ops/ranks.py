@@ -12,13 +12,15 @@ import contextlib
 from collections.abc import Iterator, Set
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from jpd.ops.linear import linear
-from jpd.ops.overlap import matmul_all_reduce
+from jpd.ops.norm import rms_norm
+from jpd.ops.overlap import Packed, matmul_all_reduce, rms_norm_residual
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,18 @@ def _of(name: str) -> Ranks | None:
     return ranks if ranks is not None and name in ranks.cut else None
 
 
+class Unadded(NamedTuple):
+    """A residual stream to which a sum over ranks is still to be added, by the next norm."""
+
+    stream: jax.Array
+    """`[M, N]`."""
+    output: jax.Array | Packed
+
+
+Stream = jax.Array | Unadded
+"""A residual stream `[M, N]`, for `normed_stream`."""
+
+
 def summed_linear(
     x: jax.Array,
     weight: jax.Array,
@@ -59,7 +73,7 @@ def summed_linear(
     over: str,
     bias: jax.Array | None = None,
     residual: jax.Array | None = None,
-) -> jax.Array:
+) -> Stream:
     """A row-parallel layer: `linear` whose inputs are cut, summed over the ranks.
 
     Args:
@@ -70,17 +84,32 @@ def summed_linear(
       residual: `[M, N]`, whole on every rank; likewise.
 
     Returns:
-      `[M, N]`, whole on every rank.
+      `[M, N]`, whole on every rank. With a residual it is a stream, which is not added up yet where
+      ranks are summed over.
     """
     ranks = _of(over)
     if ranks is None:
         return linear(x, weight, bias=bias, residual=residual)
     if ranks.overlap:
-        y = matmul_all_reduce(x, weight, ranks.axis)
+        last = bias is None and residual is not None  # the next to read it is a norm
+        y = matmul_all_reduce(x, weight, ranks.axis, packed=last)
     else:
         y = lax.psum(linear(x, weight), ranks.axis)
     y = y if bias is None else y + bias
-    return y if residual is None else residual + y
+    return y if residual is None else Unadded(residual, y)
+
+
+def normed_stream(x: Stream, weight: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
+    """The RMS norm of a residual stream, and the stream.
+
+    Args:
+      x: what a layer left to be added to it is added first.
+      weight: `[N]` of the norm.
+      eps: added to the mean square.
+    """
+    if isinstance(x, Unadded):
+        return rms_norm_residual(x.output, x.stream, weight, eps)
+    return rms_norm(x, weight, eps), x
 
 
 def embedding(tokens: jax.Array, weight: jax.Array) -> jax.Array:

@@ -11,7 +11,14 @@ of the latter are added over the devices ("ranks"). Three parts, one idea each:
 What a program does with its part is in `jpd.ops.ranks`.
 """
 
-from jpd.parallel.placement import ManyDevices, OneDevice, Placement, place
+from jpd.parallel.placement import (
+    ManyDevices,
+    OneDevice,
+    Placement,
+    page_spec,
+    param_specs,
+    place,
+)
 from jpd.parallel.rules import AXES, MESH_AXIS, RULES
 from jpd.parallel.split import Split
 
@@ -23,5 +30,7 @@ __all__ = [
     "OneDevice",
     "Placement",
     "Split",
+    "page_spec",
+    "param_specs",
     "place",
 ]

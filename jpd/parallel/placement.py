@@ -41,6 +41,12 @@ class Placement(Protocol):
     def of_rank(self, tree: Any, rank: int) -> Any:
         """What one device has of arrays, as arrays on that device."""
 
+    def join(self, path: Path, parts: Sequence[jax.Array]) -> jax.Array:
+        """A parameter for steps, of what each device has of it; nothing is copied."""
+
+    def join_pages(self, parts: Sequence[jax.Array]) -> jax.Array:
+        """The pages of all devices, of those on each; nothing is copied."""
+
     def put(self, path: Path, whole: np.ndarray) -> jax.Array:
         """Sends a parameter from the host, which never changes the buffer again."""
 
@@ -72,6 +78,15 @@ class OneDevice:
     def of_rank(self, tree: Any, rank: int) -> Any:
         del rank
         return tree
+
+    def join(self, path: Path, parts: Sequence[jax.Array]) -> jax.Array:
+        del path
+        (whole,) = parts
+        return whole
+
+    def join_pages(self, parts: Sequence[jax.Array]) -> jax.Array:
+        (whole,) = parts
+        return whole
 
     def put(self, path: Path, whole: np.ndarray) -> jax.Array:
         del path
@@ -106,25 +121,13 @@ class ManyDevices:
         self.devices = tuple(devices)
         self.mesh = Mesh(np.array(self.devices), (MESH_AXIS,))
         self.everywhere = NamedSharding(self.mesh, P())
-        kv_heads = MESH_AXIS if "kv_heads" in split.cut_axes else None
-        self.page_spec = P(None, None, kv_heads)
-        """Of KV pages `[P, S, Hkv, D]`: every rank has its heads of all pages."""
         self._programs: dict[Any, Callable[[jax.Array], jax.Array]] = {}
-
-    def spec(self, path: Path) -> P:
-        """How a parameter is cut for steps."""
-        cut = self.split.cut(path)
-        return P() if cut is None else P(*(None,) * cut.axis, MESH_AXIS)
-
-    def specs(self, params: Params) -> Any:
-        """`spec` of every leaf of a tree."""
-        return _map(lambda path, _: self.spec(path), params)
 
     def pages(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], Sharding]:
         pages, tokens, heads, size = shape
         if "kv_heads" in self.split.cut_axes:
             heads *= len(self.devices)
-        return (pages, tokens, heads, size), NamedSharding(self.mesh, self.page_spec)
+        return (pages, tokens, heads, size), NamedSharding(self.mesh, page_spec(self.split))
 
     def of_rank(self, tree: Any, rank: int) -> Any:
         def part(array: jax.Array) -> jax.Array:
@@ -137,6 +140,16 @@ class ManyDevices:
 
         return jax.tree.map(part, tree)
 
+    def join(self, path: Path, parts: Sequence[jax.Array]) -> jax.Array:
+        cut, shape = self.split.cut(path), list(parts[0].shape)
+        if cut is not None:
+            shape[cut.axis] = len(cut.order)
+        sharding = NamedSharding(self.mesh, _spec(self.split, path))
+        return jax.make_array_from_single_device_arrays(tuple(shape), sharding, list(parts))
+
+    def join_pages(self, parts: Sequence[jax.Array]) -> jax.Array:
+        return jax.make_array_from_single_device_arrays(*self.pages(parts[0].shape), list(parts))
+
     def put(self, path: Path, whole: np.ndarray) -> jax.Array:
         cut = self.split.cut(path)
         if cut is None:
@@ -145,10 +158,7 @@ class ManyDevices:
             jax.device_put(cut.part(whole, rank), device)
             for rank, device in enumerate(self.devices)
         ]
-        shape = list(whole.shape)
-        shape[cut.axis] = len(cut.order)
-        sharding = NamedSharding(self.mesh, self.spec(path))
-        return jax.make_array_from_single_device_arrays(tuple(shape), sharding, parts)
+        return self.join(path, parts)
 
     def in_checkpoint_order(self, path: Path, shape: tuple[int, ...]) -> Sharding:
         """As in steps where both orders are the same; else by columns, each rank some of all rows.
@@ -157,7 +167,7 @@ class ManyDevices:
         """
         cut = self.split.cut(path)
         if cut is None or cut.in_order:
-            return NamedSharding(self.mesh, self.spec(path))
+            return NamedSharding(self.mesh, _spec(self.split, path))
         return NamedSharding(self.mesh, self._by_columns(shape))
 
     def _by_columns(self, shape: tuple[int, ...]) -> P:
@@ -226,6 +236,22 @@ def _rows_of_all(cut: Cut, columns: bool, x: jax.Array) -> jax.Array:
     return x[jnp.asarray(first)]
 
 
+def _spec(split: Split, path: Path) -> P:
+    """How a parameter is cut for steps."""
+    cut = split.cut(path)
+    return P() if cut is None else P(*(None,) * cut.axis, MESH_AXIS)
+
+
+def param_specs(split: Split, params: Params) -> Any:
+    """How every leaf of a tree of parameters is cut for steps."""
+    return _map(lambda path, _: _spec(split, path), params)
+
+
+def page_spec(split: Split) -> P:
+    """How KV pages `[P, S, Hkv, D]` are cut: every rank has its heads of all pages."""
+    return P(None, None, MESH_AXIS if "kv_heads" in split.cut_axes else None)
+
+
 def _map(fn: Callable[[Path, Any], Any], params: Params) -> Any:
     """`fn` of path and leaf, over a tree of nested dicts."""
 
@@ -235,12 +261,6 @@ def _map(fn: Callable[[Path, Any], Any], params: Params) -> Any:
     return jax.tree_util.tree_map_with_path(with_keys, params)
 
 
-def place(model: ModelConfig, devices: Sequence[jax.Device]) -> Placement:
-    """The placement of a model on one device or several.
-
-    Raises:
-      ConfigError: the model cannot be split over so many.
-    """
-    if len(devices) == 1:
-        return OneDevice(devices[0])
-    return ManyDevices(Split(model, len(devices)), devices)
+def place(split: Split, devices: Sequence[jax.Device]) -> Placement:
+    """The placement of a model on as many devices as it is split over."""
+    return OneDevice(devices[0]) if split.ranks == 1 else ManyDevices(split, devices)

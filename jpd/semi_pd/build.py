@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import os
 from contextlib import ExitStack
 from multiprocessing.connection import wait as wait_for_any
@@ -16,6 +17,7 @@ from jpd.engine.build import Engine
 from jpd.engine.lane import PagesLostError
 from jpd.errors import ConfigError
 from jpd.semi_pd.controller import Controller, Shares, Slo
+from jpd.semi_pd.mode import UNIFIED_SHARE, BreakEven, ModePolicy
 from jpd.semi_pd.paper_controller import PaperController
 from jpd.semi_pd.pool import ExecutorPool
 from jpd.semi_pd.shared_model import SharedModel
@@ -26,6 +28,8 @@ from native.affinity import CpuShares
 from native.memory import allocate
 from native.mps import Mps, MpsError
 from native.shares import SmShares
+
+logger = logging.getLogger(__name__)
 
 _CONTEXT_BYTES = 700 << 20
 """What a process on a GPU takes beside what it allocates: CUDA's context, loaded programs."""
@@ -39,7 +43,17 @@ def build(config: EngineConfig) -> Engine:
     """
     if config.topology == "unified":
         return engine_build.build(config)
-    return _build_apart(config)
+    try:
+        return _build_apart(config)
+    except _NoSharesError as error:
+        if config.topology != "auto":
+            raise
+        logger.warning("topology='auto' becomes 'unified': %s", error)
+        return engine_build.build(config.replace(topology="unified", semi_pd=SemiPDConfig()))
+
+
+class _NoSharesError(ConfigError):
+    """MPS does not run here."""
 
 
 def _uses_gpu() -> bool:
@@ -49,7 +63,7 @@ def _uses_gpu() -> bool:
 
 
 def _build_apart(config: EngineConfig) -> Engine:
-    """Prefill and decode executors, on one device or each on its own."""
+    """Prefill and decode executors, on the same devices or each on its own."""
     on_gpu = _uses_gpu()
     options = config.semi_pd
     apart = config.topology == "disaggregated"
@@ -62,17 +76,19 @@ def _build_apart(config: EngineConfig) -> Engine:
         prefill_shares, decode_shares, env = None, None, {}
         if in_shares:
             prefill_shares, decode_shares, env = _shares(on_gpu, resources)
-        places = [f"cuda:{i}" if on_gpu else "cpu" for i in range(1 + apart)]
+        ranks = config.tensor_parallel_size
         owners = []
-        for place in places:
-            owners.append(StorageOwner.start(place, env))
+        for first in range(0, ranks * (1 + apart), ranks):
+            places = [f"cuda:{first + rank}" if on_gpu else "cpu" for rank in range(ranks)]
+            owners.append(_owner(config, places, env))
             resources.callback(owners[-1].stop)
-        executors = 1 if apart else num_executors(options)
+        executors = 1 if apart else num_executors(config)
         contexts = executors * _CONTEXT_BYTES if on_gpu else 0
+        sharing = 1 if on_gpu else len(owners) * ranks  # all of a CPU's ranks share its memory
         prepared = engine_build.prepare(
             config,
             on_cpu=not on_gpu,
-            limit=min(o.free_bytes for o in owners) // (1 if on_gpu else len(owners)) - contexts,
+            limit=min(owner.free_bytes for owner in owners) // sharing - contexts,
             device="a GPU" if on_gpu else "this machine",
             executors=executors,
         )
@@ -87,12 +103,13 @@ def _build_apart(config: EngineConfig) -> Engine:
         prefill, decode = models[0], models[-1]
         topology = TwoPhases(
             models,
-            _pool("prefill", prefill, None, prefill_shares, options),
-            _pool("decode", decode, prefill if apart else None, decode_shares, options),
+            _pool("prefill", prefill, decode if apart else None, prefill_shares, config),
+            _pool("decode", decode, None, decode_shares, config),
             Shares(options.prefill_share, options.decode_share),
             prepared.config.max_num_seqs,
             depth=1 + prepared.config.async_scheduling,
             controller=make_controller(options),
+            mode_policy=make_mode_policy(config),
             control_interval_s=options.control_interval_s,
             step_timeout_s=options.step_timeout_s,
             on_close=resources.close,
@@ -109,18 +126,33 @@ def _build_apart(config: EngineConfig) -> Engine:
         raise
 
 
+def _owner(config: EngineConfig, places: list[str], env: dict[str, str]) -> StorageOwner:
+    """A storage owner on the devices of all ranks.
+
+    Raises:
+      ConfigError: one of them cannot be used.
+    """
+    try:
+        return StorageOwner.start(places, env)
+    except ConfigError as error:
+        raise ConfigError(
+            f"topology={config.topology!r} with tensor_parallel_size="
+            f"{config.tensor_parallel_size} needs {', '.join(places)}: {error}"
+        ) from error
+
+
 def _shares(on_gpu: bool, resources: ExitStack) -> tuple[SmShares, SmShares, dict[str, str]]:
     """What gives prefill and decode executors their shares, and the variables of other processes.
 
     Raises:
-      ConfigError: MPS does not run here.
+      _NoSharesError: MPS does not run here.
     """
     if not on_gpu:
         return CpuShares("low"), CpuShares("high"), {}
     try:
         daemon = Mps.start()
     except MpsError as error:
-        raise ConfigError(
+        raise _NoSharesError(
             f"semi_pd.sm_shares=True is not possible here (False gives both phases slices of the "
             f"GPU's time): {error}"
         ) from error
@@ -129,10 +161,22 @@ def _shares(on_gpu: bool, resources: ExitStack) -> tuple[SmShares, SmShares, dic
     return daemon, daemon, daemon.environment(100)
 
 
-def num_executors(options: SemiPDConfig) -> int:
+def kept_shares(config: EngineConfig, phase: str) -> frozenset[int]:
+    """Shares of one phase that always have a ready executor, beside the one that serves."""
+    options = config.semi_pd
+    kept = {getattr(Shares(*pair), phase) for pair in options.kept_shares}
+    if config.topology == "auto" and phase == "decode":
+        kept |= {options.decode_share, UNIFIED_SHARE}
+    return frozenset(kept)
+
+
+def num_executors(config: EngineConfig) -> int:
     """Executors that run at once, the one that a switch starts in the background included."""
-    pairs = [(options.prefill_share, options.decode_share), *options.kept_shares]
-    running = sum(len({pair[phase] for pair in pairs}) for phase in (0, 1))
+    options = config.semi_pd
+    running = sum(
+        len({share, *kept_shares(config, phase)})
+        for phase, share in (("prefill", options.prefill_share), ("decode", options.decode_share))
+    )
     return running + options.is_controlled
 
 
@@ -150,16 +194,23 @@ def make_controller(options: SemiPDConfig) -> Controller | None:
     return SloController(slo=slo, allowed=[Shares(*pair) for pair in options.kept_shares])
 
 
+def make_mode_policy(config: EngineConfig) -> ModePolicy | None:
+    """Who decides between one executor and two; None where the topology does."""
+    policy = config.semi_pd.break_even
+    if config.topology != "auto":
+        return None
+    return BreakEven(ratio=policy) if isinstance(policy, int | float) else policy
+
+
 def _pool(
     phase: str,
     model: SharedModel,
-    source: SharedModel | None,
+    target: SharedModel | None,
     shares: SmShares | None,
-    options: SemiPDConfig,
+    config: EngineConfig,
 ) -> ExecutorPool:
-    kept = frozenset(getattr(Shares(*pair), phase) for pair in options.kept_shares)
-    start = functools.partial(model.start_executor, phase, shares, source)
-    return ExecutorPool(phase, start, shares, kept)
+    start = functools.partial(model.start_executor, phase, shares, target)
+    return ExecutorPool(phase, start, shares, kept_shares(config, phase))
 
 
 def _wait_until_seated(topology: TwoPhases, show_progress: bool) -> None:

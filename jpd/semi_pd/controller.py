@@ -36,6 +36,15 @@ class Shares:
 
 FULL = Shares(100, 100)
 
+_COUNTS = (
+    "prefill_tokens",
+    "decoding_beside",
+    "waiting_beside",
+    "waiting_requests",
+    "waiting_tokens",
+    "decoding_requests",
+)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slo:
@@ -72,6 +81,10 @@ class Observation:
     """Prompt tokens computed."""
     prefill_busy_s: float = 0.0
     """Time that the prefill executor spent computing them."""
+    decoding_beside: int = 0
+    """The requests that decoded while a prompt token was computed, summed over those tokens."""
+    waiting_beside: int = 0
+    """The requests without a first token meanwhile, its own included; summed likewise."""
     waiting_requests: int = 0
     """Requests without a first token now: in the queue or in prefill."""
     waiting_tokens: int = 0
@@ -88,14 +101,18 @@ class Observation:
                 require(value >= 0 and math.isfinite(value), name, value, "finite, at least 0")
         busy = self.prefill_busy_s
         require(busy >= 0 and math.isfinite(busy), "prefill_busy_s", busy, "finite, at least 0")
-        for name in ("prefill_tokens", "waiting_requests", "waiting_tokens", "decoding_requests"):
+        for name in _COUNTS:
             require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         free = self.free_pages_fraction
         require(0 <= free <= 1, "free_pages_fraction", free, "0..1")
 
 
 class Controller(Protocol):
-    """Decides the SM shares; called by the coordinator a few times a second."""
+    """Decides the SM shares; called by the coordinator a few times a second.
+
+    While one executor serves both phases (`topology="auto"`) there is nothing to divide: it is not
+    called, and what happened meanwhile it is not told.
+    """
 
     def decide(self, observation: Observation, current: Shares) -> Shares:
         """The shares to serve with from now on.

@@ -7,12 +7,15 @@ and no others: the rest of the pages may be changing under another process's han
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from jpd.engine.executor import Executor
 from jpd.engine.plan import StepPlan
+from jpd.parallel import Placement
 from jpd.semi_pd import arrays
 from jpd.semi_pd.layout import Layout
 from native.memory import Block
@@ -29,21 +32,33 @@ def written_places(plan: StepPlan, page_size: int) -> tuple[np.ndarray, np.ndarr
 
 
 class HostPagesExecutor(Executor):
-    """An executor whose pages lie in a block of host memory.
+    """An executor whose pages lie in blocks of host memory, one of each rank.
 
     Args:
-      block, layout: the pages, see `jpd.semi_pd.layout.pages_layout`.
+      blocks, layout: the pages, see `jpd.semi_pd.layout.pages_layout`.
+      placement: of the ranks.
       *args, **options: of `Executor`.
     """
 
-    def __init__(self, *args: Any, block: Block, layout: Layout, **options: Any) -> None:
-        self._block, self._layout = block, layout
-        self._views = [block.array(f.offset, f.shape, f.dtype) for f in layout.fields]
-        super().__init__(*args, kv=arrays.kv_pages(block, layout), **options)
+    def __init__(
+        self,
+        *args: Any,
+        blocks: Sequence[Block],
+        layout: Layout,
+        placement: Placement,
+        **options: Any,
+    ) -> None:
+        self._blocks, self._layout = blocks, layout
+        self._views = [
+            [block.array(f.offset, f.shape, f.dtype) for f in layout.fields] for block in blocks
+        ]
+        kv = arrays.kv_pages(blocks, layout, placement)
+        super().__init__(*args, kv=kv, placement=placement, **options)
 
     def _written(self, plan: StepPlan) -> None:
-        places = written_places(plan, self._views[0].shape[1])
-        computed = [kind for layer in self.kv for kind in layer]
-        for view, new in zip(self._views, computed, strict=True):
-            view[places] = np.asarray(new)[places]
-        self.kv = arrays.kv_pages(self._block, self._layout)
+        places = written_places(plan, self._views[0][0].shape[1])
+        for rank, views in enumerate(self._views):
+            computed = jax.tree.leaves(self.placement.of_rank(self.kv, rank))
+            for view, new in zip(views, computed, strict=True):
+                view[places] = np.asarray(new)[places]
+        self.kv = arrays.kv_pages(self._blocks, self._layout, self.placement)

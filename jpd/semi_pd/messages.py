@@ -8,9 +8,10 @@ import numpy as np
 
 from jpd.config import EngineConfig
 from jpd.engine.plan import StepResult
-from jpd.models import ModelConfig
+from jpd.parallel import Split
 from jpd.semi_pd.layout import Layout
 from jpd.semi_pd.storage import Handles
+from native.kv_push import Arrival
 from native.memory import Handle
 
 
@@ -20,25 +21,29 @@ class WorkerSpec:
 
     config: EngineConfig
     """Resolved."""
-    model: ModelConfig
+    split: Split
+    """Of the model, over as many ranks as there are handles."""
     eos_token_ids: tuple[int, ...]
     phi: np.ndarray | None
     weights: Layout
+    """Of one rank, as are `pages`."""
     pages: Layout
     handles: Handles
     prefill: bool
-    """Prepare for steps with prompt chunks alone; it can run others, after it compiled them."""
+    """Prepare for steps with prompt chunks; it can run others, after it compiled them."""
     decode: bool
-    """Prepare for steps with decoding rows alone."""
-    source_pages: Handle | None
-    """Pages of prefill executors on another device, to copy from; None where they are the same."""
+    """Prepare for steps with decoding rows; with `prefill`, also for steps of both."""
+    target_pages: tuple[Handle, ...]
+    """Of each rank, pages of decode executors on another device, to which prompts' KV is sent; none
+    where they are the same."""
     generations: Handle | None
     """`[P]` int64 on the host, how often each page was handed out; None checks nothing."""
 
     @property
     def fds(self) -> tuple[int, ...]:
         """File descriptors that the process must inherit."""
-        more = [handle for handle in (self.source_pages, self.generations) if handle is not None]
+        checked = () if self.generations is None else (self.generations,)
+        more = (*self.target_pages, *checked)
         return (*self.handles.fds, *(fd for handle in more for fd in handle.fds))
 
 
@@ -52,13 +57,14 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """A step has run and its keys and values are in the pages. Times are of `time.monotonic`."""
+    """A step has run and its keys and values are in the pages, also in those of another device that
+    they were sent to. Times are of `time.monotonic`."""
 
     result: StepResult
     recompiles: int
     """Step shapes that this executor compiled while requests waited, up to now."""
-    copied_bytes: int
-    """KV that was brought from another device for this step."""
+    arrival: Arrival | None
+    """Of the KV that it sent to another device; None where both phases have the same pages."""
     begun_s: float
     """When the device could begin: launch of the step, or end of the one before it."""
     ended_s: float

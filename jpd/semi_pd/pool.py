@@ -109,8 +109,13 @@ class ExecutorPool:
 
     @property
     def copied_bytes(self) -> int:
-        """KV that was brought to executors from another device."""
+        """KV that executors sent to another device."""
         return self._sum("copied_bytes")
+
+    @property
+    def overlapped_bytes(self) -> int:
+        """Of that, what was there before the step that sent it had computed all."""
+        return self._sum("overlapped_bytes")
 
     @property
     def recompiles(self) -> int:
@@ -189,7 +194,7 @@ class ExecutorPool:
         executor.kill(wait=running)
         if self._ready.get(executor.share) is executor:
             del self._ready[executor.share]
-            for name in ("busy_s", "copied_bytes", "recompiles"):
+            for name in ("busy_s", "copied_bytes", "overlapped_bytes", "recompiles"):
                 self._gone[name] += getattr(executor, name)
         if self._starting.get(executor.share, (None,))[0] is executor:
             del self._starting[executor.share]

@@ -47,7 +47,9 @@ class RemoteExecutor:
         self.num_steps = 0
         """Steps that it finished."""
         self.copied_bytes = 0
-        """KV that was brought to it from another device."""
+        """KV that it sent to another device."""
+        self.overlapped_bytes = 0
+        """Of that, what was there before the step that sent it had computed all."""
         self.busy_s = 0.0
         """Time that its device had something to do."""
         self._child = child
@@ -135,7 +137,9 @@ class RemoteExecutor:
             self._reports.append(message)
             self.recompiles = message.recompiles
             self.busy_s += message.ended_s - message.begun_s
-            self.copied_bytes += message.copied_bytes
+            if message.arrival is not None:
+                self.copied_bytes += message.arrival.nbytes
+                self.overlapped_bytes += message.arrival.overlapped_bytes
             self.num_steps += 1
 
     def _receive_all(self) -> None:

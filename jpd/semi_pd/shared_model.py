@@ -8,9 +8,10 @@ from multiprocessing.connection import Connection
 from jpd.child import spawn
 from jpd.config import SemiPDConfig
 from jpd.engine.build import Prepared
-from jpd.semi_pd import arrays
+from jpd.semi_pd import arrays, collectives
 from jpd.semi_pd.layout import pages_layout
 from jpd.semi_pd.messages import WorkerSpec
+from jpd.semi_pd.mode import phases_of
 from jpd.semi_pd.remote import RemoteExecutor
 from jpd.semi_pd.storage import StorageOwner
 from native.memory import Handle
@@ -36,18 +37,19 @@ class SharedModel:
         env: Mapping[str, str],
         generations: Handle | None,
     ) -> None:
-        config, model = prepared.config, prepared.model
+        config = prepared.config
         self._owner = owner
         self._prepared = prepared
         self._env = env
         self._generations = generations
-        self._weights = arrays.weights_layout(model, config.dtype)
+        part = prepared.split.rank_model
+        self._weights = arrays.weights_layout(part, config.dtype)
         self._pages = pages_layout(
-            num_layers=model.num_layers,
+            num_layers=part.num_layers,
             num_pages=config.num_pages,
             page_size=config.page_size,
-            num_kv_heads=model.num_kv_heads,
-            head_dim=model.head_dim,
+            num_kv_heads=part.num_kv_heads,
+            head_dim=part.head_dim,
             dtype=config.dtype,
         )
         # How executors are chosen is the coordinator's business.
@@ -62,6 +64,7 @@ class SharedModel:
             self._weights,
             self._pages,
             config.model,
+            self._prepared.split,
             dtype=config.dtype,
             load_format=config.load_format,
             seed=config.seed,
@@ -85,43 +88,46 @@ class SharedModel:
           ConfigError: see `StorageOwner.load`.
         """
         self._owner.stop()
-        self._owner = StorageOwner.start(self._owner.device, self._env)
+        self._owner = StorageOwner.start(self._owner.devices, self._env)
         self._load(show_progress=False)
 
     @property
-    def pages(self) -> Handle:
-        """The KV pages."""
+    def pages(self) -> tuple[Handle, ...]:
+        """The KV pages of each rank."""
         return self._owner.handles.pages
 
     def start_executor(
         self,
         phase: str,
         shares: SmShares | None,
-        source: SharedModel | None,
+        target: SharedModel | None,
         share: int,
     ) -> RemoteExecutor:
         """Starts an executor's process; it says `Ready` when it can run steps.
 
         Args:
-          phase: "prefill" or "decode", whose steps it prepares for.
+          phase: "prefill" or "decode"; which steps it prepares for, see `phases_of`.
           shares: gives it its share; None gives it none.
-          source: whose pages it copies sequences from; None where prefill fills these.
+          target: whose pages it sends the KV of prompts to; None where decode reads these.
           share: percent of the SMs.
         """
+        prefill, decode = phases_of(self._prepared.config.topology, phase, share)
         spec = WorkerSpec(
             config=self._config,
-            model=self._prepared.model,
+            split=self._prepared.split,
             eos_token_ids=self._prepared.eos_token_ids,
             phi=self._prepared.phi,
             weights=self._weights,
             pages=self._pages,
             handles=self._owner.handles,
-            prefill=phase == "prefill",
-            decode=phase == "decode",
-            source_pages=None if source is None else source.pages,
+            prefill=prefill,
+            decode=decode,
+            target_pages=() if target is None else target.pages,
             generations=self._generations,
         )
-        env = _ENV | (shares.environment(share) if shares is not None else {})
+        env = dict(_ENV)
+        if shares is not None:
+            env |= shares.environment(share) | collectives.environment(self._owner.devices)
         child = spawn("jpd.semi_pd.worker", fds=spec.fds, env=env)
         try:
             child.connection.send(spec)

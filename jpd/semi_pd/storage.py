@@ -7,13 +7,14 @@ anonymous file that lives while anybody holds it (`native.memory`). Either way n
 
 from __future__ import annotations
 
+import functools
 import os
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jpd.child import Child, connect, spawn
 from jpd.config import Dtype, LoadFormat
@@ -22,46 +23,50 @@ from jpd.semi_pd import loader
 from jpd.semi_pd.layout import Layout
 from native.memory import Block, Handle, allocate, memory_of, receive_handle, send_handle
 
+if TYPE_CHECKING:
+    from jpd.parallel import Split
+
 
 @dataclass(frozen=True)
 class Handles:
     """What an executor needs to map weights and KV pages; can be pickled, `fds` go beside it."""
 
-    weights: Handle
-    pages: Handle
+    weights: tuple[Handle, ...]
+    """Of each rank, as are `pages`."""
+    pages: tuple[Handle, ...]
 
     @property
     def fds(self) -> tuple[int, ...]:
-        return (*self.weights.fds, *self.pages.fds)
+        return tuple(fd for handle in (*self.weights, *self.pages) for fd in handle.fds)
 
 
 class StorageOwner:
     """The coordinator's side of the storage owner. `start`, `load`, then `handles`."""
 
-    def __init__(self, child: Child, device: str, env: Mapping[str, str]) -> None:
-        self.device = device
+    def __init__(self, child: Child, devices: Sequence[str], env: Mapping[str, str]) -> None:
+        self.devices = tuple(devices)
         self._child = child
         self._env = env
-        self._handles: list[Handle] = []
+        self._handles: list[tuple[Handle, ...]] = []
         self._close_handles = weakref.finalize(self, _close, self._handles)
-        self.free_bytes = self.total_bytes = 0
-        """Of the device, before anything was allocated."""
+        self.free_bytes = 0
+        """Of each device at least, before anything was allocated."""
 
     @classmethod
-    def start(cls, device: str, env: Mapping[str, str] | None = None) -> StorageOwner:
+    def start(cls, devices: Sequence[str], env: Mapping[str, str] | None = None) -> StorageOwner:
         """Starts the process.
 
         Args:
-          device: "cpu" or "cuda:N".
+          devices: Of each rank, "cpu" or "cuda:N".
           env: Variables for the process, and for the loader, beside this process's own.
 
         Raises:
-          ConfigError: the device cannot be used.
+          ConfigError: a device cannot be used.
           EngineDeadError: the process ended.
         """
-        owner = cls(spawn("jpd.semi_pd.storage", env=env), device, env or {})
+        owner = cls(spawn("jpd.semi_pd.storage", env=env), devices, env or {})
         try:
-            owner.free_bytes, owner.total_bytes = owner._ask(device)
+            owner.free_bytes = owner._ask(owner.devices)
         except BaseException:
             owner.stop()
             raise
@@ -72,6 +77,7 @@ class StorageOwner:
         weights: Layout,
         pages: Layout,
         folder: Path,
+        split: Split,
         *,
         dtype: Dtype,
         load_format: LoadFormat = "auto",
@@ -80,13 +86,14 @@ class StorageOwner:
     ) -> None:
         """Makes room for weights, fills them, makes room for pages; see `jpd.checkpoint.load`.
 
-        In this order: the device holds the weights twice while they are loaded, and the pages are
+        In this order: a device holds its weights twice while they are loaded, and the pages are
         meant to take all that is left. After an error it may be called again.
 
         Args:
-          weights: Layout of the parameters.
-          pages: Layout of the KV pages.
+          weights: Layout of a rank's parameters.
+          pages: Layout of a rank's KV pages.
           folder: A model folder.
+          split: Of its model, over as many ranks as there are devices.
           dtype, load_format, seed, show_progress: As of `jpd.checkpoint.load`.
 
         Raises:
@@ -101,7 +108,7 @@ class StorageOwner:
             "seed": seed,
             "show_progress": show_progress,
         }
-        loader.run(folder, options, self._handles[0], weights, self._env)
+        loader.run(folder, options, self._handles[0], weights, split, self._env)
         self._allocate(pages)
 
     @property
@@ -135,7 +142,7 @@ class StorageOwner:
 
     def _allocate(self, layout: Layout) -> None:
         self._ask(layout.nbytes)
-        self._handles.append(receive_handle(self._child.connection))
+        self._handles.append(tuple(receive_handle(self._child.connection) for _ in self.devices))
 
     def _ask(self, question: Any) -> Any:
         try:
@@ -149,37 +156,53 @@ class StorageOwner:
         return answer
 
 
-def _close(handles: list[Handle]) -> None:
-    for handle in handles:
+def _close(handles: list[tuple[Handle, ...]]) -> None:
+    for handle in (handle for of_ranks in handles for handle in of_ranks):
         for fd in handle.fds:
             os.close(fd)
     handles.clear()
 
 
+def _on_each[T](devices: Sequence[str], do: Callable[[str], T]) -> list[T]:
+    """What `do` gives for each device.
+
+    Raises:
+      ConfigError: it failed, on the device that is named.
+    """
+    results = []
+    for device in devices:
+        try:
+            results.append(do(device))
+        except Exception as error:  # CuPy is missing, CUDA does not start, no memory is left, ...
+            text = f"device={device!r}: {type(error).__name__}: {error}"
+            raise ConfigError(text) from error
+    return results
+
+
 def _main() -> None:
-    """Answers a device with its memory, then each number of bytes with a block."""
+    """Answers devices with the bytes that are free, then each number of bytes with blocks."""
     connection = connect()
-    blocks: list[Block] = []
-    device = None
+    kept: list[Block] = []
+    devices: tuple[str, ...] = ()
     while True:
         try:
             question = connection.recv()
         except (EOFError, ConnectionError):
             return
         try:
-            if device is None:
-                answer = memory_of(question)
-                device = question
-            else:
-                blocks.append(allocate(question, device))
-                answer = None
-        except Exception as error:  # CuPy is missing, CUDA does not start, no memory is left, ...
-            where = repr(device or question)
-            connection.send(ConfigError(f"device={where}: {type(error).__name__}: {error}"))
+            if not devices:
+                free = _on_each(question, lambda device: memory_of(device)[0])
+                devices = question
+                connection.send(min(free))
+                continue
+            blocks = _on_each(devices, functools.partial(allocate, question))
+        except ConfigError as error:
+            connection.send(error)
             continue
-        connection.send(answer)
-        if answer is None:
-            send_handle(connection, blocks[-1].handle())
+        kept += blocks
+        connection.send(None)
+        for block in blocks:
+            send_handle(connection, block.handle())
 
 
 if __name__ == "__main__":

@@ -16,10 +16,12 @@ import time
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import wait as wait_for_any
 
+from jpd.config import require
 from jpd.engine.lane import ExecutorInfo, ExecutorLostError, Lane, PagesLostError, Switch
 from jpd.engine.recent import Recent
 from jpd.errors import EngineDeadError
 from jpd.semi_pd.controller import Controller, Observation, Shares
+from jpd.semi_pd.mode import UNIFIED_SHARE, Mode, ModePolicy
 from jpd.semi_pd.pool import ExecutorPool
 from jpd.semi_pd.remote import RemoteExecutor
 from jpd.semi_pd.shared_model import SharedModel
@@ -109,6 +111,7 @@ class TwoPhases:
       num_rows: rows of the sequence table.
       depth: steps that may be in flight in a lane.
       controller: asked for shares; None keeps them.
+      mode_policy: asked whether the decode executor is to compute prompts too; None: it is not.
       control_interval_s: between two questions.
       step_timeout_s: an executor that has not reported a step for so long is lost.
       on_close: called when all executors have ended.
@@ -124,6 +127,7 @@ class TwoPhases:
         *,
         depth: int,
         controller: Controller | None,
+        mode_policy: ModePolicy | None = None,
         control_interval_s: float,
         step_timeout_s: float,
         on_close: Callable[[], None],
@@ -138,6 +142,11 @@ class TwoPhases:
         self._seats = (self.prefill, self.decode)
         self._models = models
         self._controller = controller
+        self._mode_policy = mode_policy
+        # Nobody is held up before the first requests come.
+        self._mode: Mode = "semi_pd" if mode_policy is None else "unified"
+        self._apart = shares
+        self._share_out()
         self._interval_s = control_interval_s
         self._asked_s = clock()
         self._clock = clock
@@ -163,7 +172,12 @@ class TwoPhases:
 
     @shares.setter
     def shares(self, shares: Shares) -> None:
-        self.prefill.share, self.decode.share = shares.prefill, shares.decode
+        self._apart = shares
+        self._share_out()
+
+    def _share_out(self) -> None:
+        self.prefill.share = self._apart.prefill
+        self.decode.share = UNIFIED_SHARE if self._mode == "unified" else self._apart.decode
 
     @property
     def recompiles(self) -> int:
@@ -171,11 +185,13 @@ class TwoPhases:
         return sum(seat.pool.recompiles for seat in self._seats)
 
     def tend(self, recent: Callable[[], Recent]) -> None:
-        """Asks the controller, and seats executors where a lane is between steps.
+        """Asks policy and controller, and seats executors where a lane is between steps.
 
-        While the executor of a phase is replaced the phase waits: the other's executors would have
-        to compile steps of another kind first, which takes longer. Where one phase has been given
-        up, the other serves both, if it has the same pages.
+        A phase that moves to the other lane does so between two steps: the coordinator launches
+        none there before the last one here has run. While the executor of a phase is replaced the
+        phase waits: the other's executors would have to compile steps of another kind first, which
+        takes longer. Where one phase has been given up, the other serves both, if it has the same
+        pages.
 
         Raises:
           EngineDeadError: nobody can serve a phase.
@@ -184,19 +200,35 @@ class TwoPhases:
         now_s = self._clock()
         serving = all(seat.executor is not None for seat in self._seats)
         due = now_s - self._asked_s >= self._interval_s
-        if self._controller is not None and due and serving:
+        steered = self._controller is not None or self._mode_policy is not None
+        if steered and due and serving:
             self._asked_s = now_s
-            self.shares = self._controller.decide(self._observation(recent()), self.shares)
+            self._steer(self._observation(recent()))
         self.seat()
-        given_up = [seat for seat in self._seats if seat.pool.given_up(seat.share)]
+        given_up = self._given_up()
         if len(given_up) == 2 or (given_up and len(self._models) == 2):
             last = ", ".join(f"{s.pool.phase}: {s.pool.last_failure}" for s in given_up)
             raise EngineDeadError(f"no executor is left; what the last ones failed with: {last}")
-        prefill, decode = self._seats
-        prefill.lane.decode, decode.lane.prefill = decode in given_up, prefill in given_up
+
+    def _given_up(self) -> list[Seat]:
+        """Those of phases that nobody can be started for."""
+        return [seat for seat in self._seats if seat.pool.given_up(seat.share)]
+
+    def _steer(self, observation: Observation) -> None:
+        """Asks who is to serve and, of two executors, with which shares."""
+        unified = self.decode.lane.prefill
+        if self._mode_policy is not None:
+            mode = self._mode_policy.decide(observation, "unified" if unified else "semi_pd")
+            require(mode in Mode.__args__, "mode", mode, f"one of {list(Mode.__args__)}")
+            if mode != self._mode:
+                logger.info("%s from now on; estimate: %s", mode, self.break_even_estimate)
+                self._mode = mode
+                self._share_out()
+        if self._controller is not None and self._mode == "semi_pd" and not unified:
+            self.shares = self._controller.decide(observation, self.shares)
 
     def seat(self) -> None:
-        """Seats executors where a lane is between steps.
+        """Seats executors where a lane is between steps, and says which phases lanes compute.
 
         Raises:
           PagesLostError: the memory is gone, or nobody could be started on it.
@@ -209,6 +241,13 @@ class TwoPhases:
             for seat in self._seats:
                 seat.pool.close()
             raise PagesLostError
+        given_up = self._given_up()
+        # Only an executor on all SMs was prepared for steps of both phases.
+        serves_both = self.decode.executor is not None and self.shares.decode == UNIFIED_SHARE
+        unified = self._mode == "unified" and serves_both
+        self.prefill.lane.prefill = not unified
+        self.prefill.lane.decode = self.decode in given_up
+        self.decode.lane.prefill = unified or self.prefill in given_up
 
     def _memory_is_suspect(self) -> bool:
         """Nobody is there, and in both phases a start failed: a fault of the GPU takes all its
@@ -288,6 +327,11 @@ class TwoPhases:
     def num_lost(self) -> int:
         """Executors that failed or were killed."""
         return sum(seat.pool.num_lost for seat in self._seats)
+
+    @property
+    def break_even_estimate(self) -> float | None:
+        """Of jpd's own mode policy."""
+        return getattr(self._mode_policy, "estimate", None)
 
     def lost(self, lane: Lane, error: ExecutorLostError) -> None:
         """Ends the executor; another will be seated."""

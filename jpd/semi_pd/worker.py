@@ -20,96 +20,106 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from jpd.child import connect
-from jpd.errors import ConfigError
 from jpd.semi_pd.ownership import OwnershipCheck, OwnershipError
-from jpd.semi_pd.page_copy import PageCopier
 from native import affinity
 
 if TYPE_CHECKING:
     from jpd.engine.executor import Executor, InFlight
     from jpd.engine.plan import StepPlan, StepResult
     from jpd.semi_pd.messages import WorkerSpec
+    from jpd.semi_pd.page_push import PagePusher
+    from native.kv_push import Arrival
 
 
 class _Worker:
     """An executor, and what happens to pages before and after its steps."""
 
     def __init__(
-        self, executor: Executor, copier: PageCopier | None, check: OwnershipCheck | None
+        self, executor: Executor, pusher: PagePusher | None, check: OwnershipCheck | None
     ) -> None:
         self.executor = executor
-        self._copier = copier
+        self._pusher = pusher
         self._check = check
 
-    def launch(self, plan: StepPlan) -> tuple[InFlight, int]:
-        """The launched step, and the bytes that were copied for it."""
+    def launch(self, plan: StepPlan) -> tuple[InFlight, list[int]]:
+        """The launched step, and the numbers of what it sends to another device."""
         if self._check is not None:
             self._check.check(plan, "before it was launched")
-        copied = 0 if self._copier is None else self._copier.copy(plan.copies)
-        return self.executor.launch(plan), copied
+        numbers = [] if self._pusher is None else self._pusher.announce(plan.copies)
+        return self.executor.launch(plan), numbers
 
-    def result(self, step: InFlight) -> StepResult:
+    def result(self, step: InFlight, numbers: list[int]) -> tuple[StepResult, Arrival | None]:
+        """When the step has run and all that it sent has arrived."""
         result = step.result()
+        arrival = None if self._pusher is None else self._pusher.wait(numbers)
         if self._check is not None:
             self._check.check(step.plan, "before it had run")
-        return result
+        return result, arrival
+
+    def release(self) -> None:
+        """Waits for the device and lets go of everything."""
+        self.executor.release()
+        if self._pusher is not None:
+            self._pusher.close()
 
 
 def _build(spec: WorkerSpec) -> tuple[_Worker, int]:
     """The executor, compiled and checked, and the SMs or CPUs that it runs on."""
     # Here and not above: jax reads the CPUs that it may use once, when it starts.
-    import jax
-
-    from jpd.engine.build import check_kernels
+    from jpd.engine.build import check_ranks
     from jpd.engine.compile import use_cache_dir
     from jpd.engine.executor import Executor, shape_table
-    from jpd.semi_pd import arrays
+    from jpd.parallel import place
+    from jpd.semi_pd import arrays, collectives
     from jpd.semi_pd.host_pages import HostPagesExecutor
     from native.memory import open_block
 
-    where = spec.handles.pages.device
-    if where != "cpu":
-        # The process may see several GPUs, to read their pages; jax is to start on one.
-        jax.config.update("jax_cuda_visible_devices", where.removeprefix("cuda:"))
-    device = jax.devices()[0]
-    on_cpu = device.platform == "cpu"
-    if on_cpu != (spec.handles.weights.device == "cpu"):
-        raise ConfigError(
-            f"weights lie on {spec.handles.weights.device}, but jax found only {device}: "
-            "a GPU needs jpd[cuda12] or jpd[cuda13]; JAX_PLATFORMS=cpu keeps all on the CPU"
-        )
-    weights, pages = open_block(spec.handles.weights), open_block(spec.handles.pages)
-    params = arrays.params(weights, spec.weights)
+    places = [handle.device for handle in spec.handles.pages]
+    on_cpu = places[0] == "cpu"
+    placement = place(spec.split, arrays.start_jax(places))
+    weights = [open_block(handle) for handle in spec.handles.weights]
+    pages = [open_block(handle) for handle in spec.handles.pages]
+    params = arrays.params(weights, spec.weights, placement)
     use_cache_dir(spec.config.compilation_cache_dir)
-    check_kernels(spec.config, spec.model, params, device)
+    check_ranks(spec.config, spec.split, params, placement)
+    pusher = None
+    if spec.target_pages:
+        from jpd.semi_pd.page_push import PagePusher, PushProgress
+
+        readers = [None if on_cpu else where for where in places]
+        targets = [
+            open_block(h, reader) for h, reader in zip(spec.target_pages, readers, strict=True)
+        ]
+        pusher = PagePusher(pages, targets, spec.pages, placement.devices)
     options = {
+        "progress": None if pusher is None else PushProgress(),
         "phi": spec.phi,
         "shapes": shape_table(spec.config, prefill=spec.prefill, decode=spec.decode),
+        "placement": placement,
     }
-    common = (spec.config, spec.model, params, device, spec.eos_token_ids)
+    model, device = spec.split.model, placement.devices[0]
+    common = (spec.config, model, params, device, spec.eos_token_ids)
     if on_cpu:
-        executor = HostPagesExecutor(*common, block=pages, layout=spec.pages, **options)
+        executor = HostPagesExecutor(*common, blocks=pages, layout=spec.pages, **options)
         units = affinity.visible_cpus()
     else:
         from native.mps import visible_sms
 
-        executor = Executor(*common, kv=arrays.kv_pages(pages, spec.pages), **options)
-        units = visible_sms(int(where.removeprefix("cuda:")))
+        kv = arrays.kv_pages(pages, spec.pages, placement)
+        executor = Executor(*common, kv=kv, **options)
+        units = min(visible_sms(int(where.removeprefix("cuda:"))) for where in places)
+        collectives.check_sms(places, units)
     executor.compile_ahead()
     check = None
     if spec.generations is not None:
         counts = open_block(spec.generations).array(0, (spec.config.num_pages,), np.int64)
         check = OwnershipCheck(counts)
-    copier = None
-    if spec.source_pages is not None:
-        source = open_block(spec.source_pages, reader=None if on_cpu else where)
-        copier = PageCopier(source, pages, spec.pages)
-    return _Worker(executor, copier, check), units
+    return _Worker(executor, pusher, check), units
 
 
 def _report(
     worker: _Worker,
-    steps: queue.SimpleQueue[tuple[InFlight, int, float] | None],
+    steps: queue.SimpleQueue[tuple[InFlight, list[int], float] | None],
     out: _Out,
 ) -> None:
     """Reports steps in the order of their launch, each when it has run."""
@@ -117,13 +127,13 @@ def _report(
 
     ended_s = 0.0
     while (launched := steps.get()) is not None:
-        step, copied_bytes, launched_s = launched
+        step, numbers, launched_s = launched
         begun_s = max(launched_s, ended_s)
         try:
-            result = worker.result(step)
+            result, arrival = worker.result(step, numbers)
             ended_s = time.monotonic()
             recompiles = worker.executor.recompiles
-            out.send(StepReport(result, recompiles, copied_bytes, begun_s, ended_s))
+            out.send(StepReport(result, recompiles, arrival, begun_s, ended_s))
         except BaseException as error:
             _give_up(out, error)
 
@@ -178,7 +188,7 @@ def _main() -> None:
     threading.Thread(
         target=_receive, args=(connection, plans), name="jpd-receive", daemon=True
     ).start()
-    steps: queue.SimpleQueue[tuple[InFlight, int, float] | None] = queue.SimpleQueue()
+    steps: queue.SimpleQueue[tuple[InFlight, list[int], float] | None] = queue.SimpleQueue()
     reporter = threading.Thread(
         target=_report, args=(worker, steps, out), name="jpd-report", daemon=True
     )
@@ -191,7 +201,7 @@ def _main() -> None:
             _give_up(out, error)
     steps.put(None)
     reporter.join()
-    worker.executor.release()
+    worker.release()
 
 
 if __name__ == "__main__":

@@ -171,6 +171,8 @@ def _counters(engine: SimulatedEngine) -> dict[str, Any]:
         "num_pages": engine.config.num_pages,
         "steps": stats.steps,
         "preemptions": stats.preemptions,
+        "mode": stats.mode,
+        "mode_changes": stats.mode_changes,
         "switches": [dataclasses.asdict(switch) for switch in engine.switches],
     }
 

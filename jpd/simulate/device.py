@@ -158,7 +158,7 @@ class SimulatedExecutor:
     """
 
     recompiles = 0
-    copied_bytes = 0
+    copied_bytes = overlapped_bytes = 0
     failure: str | None = None
     pid = 0
 
@@ -203,7 +203,8 @@ class SimulatedExecutor:
         """Queues a step."""
         self.gpu.spend(self.gpu.model.overheads.launch_s)
         full_s = self.gpu.model.full_s(StepWork.of(plan, self._shapes))
-        full_s += self.gpu.model.page_copy_s * sum(len(copy.source) for copy in plan.copies)
+        sent_s = self.gpu.model.page_copy_s * sum(len(copy.source) for copy in plan.copies)
+        full_s = max(full_s, sent_s)  # each layer's beside what comes after it
         step = SimulatedStep(plan, self, full_s, self.gpu.now_s + self._message_s)
         self.steps.append(step)
         if len(self.steps) == 1:

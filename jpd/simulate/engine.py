@@ -13,6 +13,7 @@ from jpd.engine.executor import shape_table
 from jpd.engine.lane import Lane, OneExecutor, Switch
 from jpd.semi_pd import build as semi_pd_build
 from jpd.semi_pd.controller import Shares
+from jpd.semi_pd.mode import phases_of
 from jpd.semi_pd.pool import ExecutorPool
 from jpd.semi_pd.topology import TwoPhases
 from jpd.simulate.device import SimulatedExecutor, VirtualGpu
@@ -60,8 +61,8 @@ def prepare(config: EngineConfig, memory_bytes: int, gpu_name: str) -> Prepared:
         "1, as the simulator knows no latencies of several GPUs",
     )
     executors = 1
-    if config.topology == "semi_pd":
-        executors = semi_pd_build.num_executors(config.semi_pd)
+    if config.topology in ("semi_pd", "auto"):
+        executors = semi_pd_build.num_executors(config)
     return engine_build.prepare(
         config, on_cpu=False, limit=memory_bytes, device=gpu_name, executors=executors
     )
@@ -110,21 +111,21 @@ def _two_phases(config: EngineConfig, gpu: VirtualGpu) -> _TwoPhases:
     options, model = config.semi_pd, gpu.model
 
     def pool(phase: str) -> ExecutorPool:
-        shapes = shape_table(config, prefill=phase == "prefill", decode=phase == "decode")
         place = int(config.topology == "disaggregated" and phase == "decode")
 
         def start(share: int) -> SimulatedExecutor:
+            prefill, decode = phases_of(config.topology, phase, share)
             return SimulatedExecutor(
                 gpu,
-                shapes,
+                shape_table(config, prefill=prefill, decode=decode),
                 share,
                 place=place,
                 ready_s=gpu.now_s + model.start_s,
                 message_s=model.overheads.message_s,
             )
 
-        kept = (getattr(Shares(*pair), phase) for pair in options.kept_shares)
-        return ExecutorPool(phase, start, None, frozenset(kept), clock=gpu.clock)
+        kept = semi_pd_build.kept_shares(config, phase)
+        return ExecutorPool(phase, start, None, kept, clock=gpu.clock)
 
     return _TwoPhases(
         gpu,
@@ -135,6 +136,7 @@ def _two_phases(config: EngineConfig, gpu: VirtualGpu) -> _TwoPhases:
         config.max_num_seqs,
         depth=1 + config.async_scheduling,
         controller=semi_pd_build.make_controller(options),
+        mode_policy=semi_pd_build.make_mode_policy(config),
         control_interval_s=options.control_interval_s,
         step_timeout_s=options.step_timeout_s,
         on_close=lambda: None,

@@ -156,7 +156,8 @@ class LatencyModel:
     """Of `decode_curve`: percent of the SMs."""
     interference: Interference = H200
     page_copy_s: float = 0.0
-    """For each KV page that a step of `topology="disaggregated"` brings from the other GPU."""
+    """For each KV page that a step of `topology="disaggregated"` sends to the other GPU, beside
+    what it computes."""
     start_s: float = 15.0
     """From the start of an executor's process until it can serve: the background switch's delay."""
 

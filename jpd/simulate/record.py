@@ -14,9 +14,7 @@ from jpd.engine.executor import shape_table
 from jpd.engine.lane import Lane, StepInFlight
 from jpd.engine.plan import Admission, StepPlan, StepResult
 from jpd.engine.shapes import ShapeTable
-from jpd.semi_pd.controller import FULL, Shares
 from jpd.semi_pd.remote import RemoteStep
-from jpd.semi_pd.topology import TwoPhases
 from jpd.simulate.fit import MeasuredStep, StepTimes, non_negative_least_squares
 from jpd.simulate.latency import Overheads, StepWork
 
@@ -29,14 +27,18 @@ class _Record:
     work: StepWork
     num_tokens: int
     """Rows of its result."""
-    shares: Shares
+    share: int
+    """Of its executor."""
+    other_share: int
+    """Of the executor of the other lane."""
     alone: bool
     """No other step was in flight in its lane when it was launched."""
     launched_s: float
     """After the launch."""
     begun_s: float = 0.0
     ended_s: float = 0.0
-    asked_s: float = 0.0
+    awaited_s: float = 0.0
+    """Since then the coordinator had nothing to do but to wait."""
     known_s: float = 0.0
 
 
@@ -54,7 +56,7 @@ class _RecordedStep:
     def result(self) -> StepResult:
         """Of the step."""
         record = self._record
-        record.asked_s = time.monotonic()
+        record.awaited_s = self._recorder.waits(time.monotonic())
         result = self._step.result()
         record.known_s = time.monotonic()
         if isinstance(self._step, RemoteStep):
@@ -84,7 +86,9 @@ class Recorder:
         # launched, steps taken in, tokens of those.
         self._host: list[tuple[float, int, int, int]] = []
         self._free_s: float | None = None
+        self._waits_since_s: float | None = None
         self._taken_in: _Record | None = None
+        self._watch_waits()
         for index, lane in enumerate(self._lanes):
             shapes = shape_table(engine.config, prefill=lane.prefill, decode=lane.decode)
             self._watch(index, lane, shapes)
@@ -99,15 +103,40 @@ class Recorder:
 
         def watched(plan: StepPlan, admissions: list[Admission]) -> None:
             work = StepWork.of(plan, shapes)
-            shares = self._topology.shares if isinstance(self._topology, TwoPhases) else FULL
             alone = not lane.in_flight
             launch(plan, admissions)
             tokens = len(plan.rows) + len(plan.chunks)
-            record = _Record(index, work, tokens, shares, alone, time.monotonic())
+            shares = self._share(index), self._share(1 - index)
+            record = _Record(index, work, tokens, *shares, alone, time.monotonic())
             lane.in_flight[-1] = _RecordedStep(lane.in_flight[-1], record, self)
             self._worked(record.launched_s, launched=1)
 
         lane.launch = watched
+
+    def _share(self, index: int) -> int:
+        """Percent of the SMs that a lane's executor has; 100 where it is the only one."""
+        lane = self._lanes[index] if index < len(self._lanes) else None
+        return getattr(lane and lane.executor, "share", 100)
+
+    def _watch_waits(self) -> None:
+        wait = self._topology.wait
+
+        def watched() -> Lane | None:
+            self.waits(time.monotonic())
+            lane = wait()
+            if lane is None and any(each.in_flight for each in self._lanes):
+                # Requests came, or executors: there is something to do.
+                self._free_s, self._waits_since_s = time.monotonic(), None
+            return lane
+
+        self._topology.wait = watched
+
+    def waits(self, now_s: float) -> float:
+        """The coordinator has nothing to do from now on; returns since when it has not."""
+        if self._waits_since_s is None:
+            self._worked(now_s, launched=0)
+            self._free_s, self._waits_since_s = None, now_s
+        return self._waits_since_s
 
     def _worked(self, now_s: float, launched: int) -> None:
         """The coordinator did something until now."""
@@ -119,7 +148,7 @@ class Recorder:
 
     def took_in(self, record: _Record) -> None:
         """Called by a step whose result is known."""
-        self._worked(record.asked_s, launched=0)
+        self._waits_since_s = None
         self.records.append(record)
         self._taken_in = record
         # With nothing else in flight the engine may go on to wait for requests.
@@ -136,10 +165,12 @@ class Recorder:
             busy = _Busy([r for other, rs in enumerate(by_lane) if other != own for r in rs])
             for record in records:
                 seconds = record.ended_s - record.begun_s
+                shares = record.share, record.other_share
+                prefill, decode = shares if record.work.prompt_tokens else shares[::-1]
                 yield MeasuredStep(
                     **{name: getattr(record.work, name) for name in StepWork.__slots__},
-                    prefill_share=record.shares.prefill,
-                    decode_share=record.shares.decode,
+                    prefill_share=prefill,
+                    decode_share=decode,
                     other_busy=busy.until(record.ended_s, record.begun_s) / seconds,
                     seconds=seconds,
                 )
@@ -148,7 +179,7 @@ class Recorder:
         table = np.array(self._host, float).reshape(-1, 4)
         launch_s, deliver_s, token_s = non_negative_least_squares(table[:, 1:], table[:, 0])
         sent = [r.begun_s - r.launched_s for r in self.records if r.alone]
-        came = [r.known_s - r.ended_s for r in self.records if r.asked_s < r.ended_s]
+        came = [r.known_s - r.ended_s for r in self.records if r.awaited_s < r.ended_s]
         # In one process both are 0.
         messages = [np.mean(times) for times in (sent, came) if times]
         return Overheads(

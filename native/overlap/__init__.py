@@ -14,7 +14,7 @@ for comparison.
         return comm.run(transfer, gemm, after=[x])
 """
 
-from native.overlap.build import BuildError
+from native.build import BuildError
 from native.overlap.communicator import Buffers, Communicator
 from native.overlap.library import OverlapError, nccl_version
 from native.overlap.trace import CallTrace, GroupTrace

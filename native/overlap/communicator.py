@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Self
 import jax
 import numpy as np
 
+from native.devices import ordinal
 from native.overlap import library
 from native.overlap import trace as traces
 from native.overlap.library import OverlapError
@@ -107,7 +108,7 @@ class Communicator:
         ids = self._exchange_ids(exchange)
         process = jax.process_index()
         ranks = [
-            (_ordinal(device), rank, clique_id)
+            (ordinal(device), rank, clique_id)
             for clique, clique_id in zip(self.cliques, ids, strict=True)
             for rank, device in enumerate(clique)
             if device.process_index == process
@@ -255,13 +256,6 @@ def _broadcast(data: bytes) -> bytes:
     from jax.experimental import multihost_utils
 
     return bytes(multihost_utils.broadcast_one_to_all(np.frombuffer(data, np.uint8)).astype("u1"))
-
-
-def _ordinal(device: Any) -> int:
-    """The device's number in its process, as XLA gives it to FFI handlers."""
-    if device.platform == "cpu":
-        return jax.local_devices(backend="cpu").index(device)
-    return device.local_hardware_id
 
 
 @atexit.register

@@ -10,8 +10,9 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from native.overlap import build
+from native import build
 
+SOURCE = Path(__file__).with_name("overlap.cc")
 START, DONE = "jpd_overlap_start", "jpd_overlap_done"
 """Names of the XLA FFI targets."""
 
@@ -36,7 +37,7 @@ def handle() -> ctypes.CDLL:
     import jax
 
     with _lock:
-        lib = ctypes.CDLL(str(build.build()))
+        lib = ctypes.CDLL(str(build.build(SOURCE)))
         lib.jpd_overlap_message.restype = ctypes.c_char_p
         for name, arguments in {
             "load": [ctypes.c_char_p, ctypes.c_char_p],

@@ -1,10 +1,8 @@
 // Collectives on a private stream beside a GEMM that signals groups of finished tiles: NCCL ranks,
 // the XLA FFI handlers that start and join them, and a watchdog that ends what is stuck.
 //
-// libcuda and libnccl are opened at run time and declared here, so that neither their headers nor
-// their link libraries are needed. What Python calls is at the end (extern "C").
-
-#include <dlfcn.h>
+// libnccl is opened at run time and declared here, as libcuda is in cuda.h, so that neither its
+// header nor its link library is needed. What Python calls is at the end (extern "C").
 
 #include <algorithm>
 #include <atomic>
@@ -28,6 +26,7 @@
 #include <utility>
 #include <vector>
 
+#include "native/cuda.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -37,57 +36,10 @@ namespace {
 using Clock = std::chrono::steady_clock;
 using Seconds = std::chrono::duration<double>;
 
-struct Failure : std::runtime_error {
-  using std::runtime_error::runtime_error;
-};
+// ------------------------------------------------------------------------------ libnccl
 
-// ------------------------------------------------------------------------------ libcuda, libnccl
-
-struct CUctx_st;
-struct CUstream_st;
-struct CUevent_st;
-using CUcontext = CUctx_st*;
-using CUstream = CUstream_st*;
-using CUevent = CUevent_st*;
-using CUdeviceptr = unsigned long long;
-using CUresult = int;
-
-constexpr CUresult kNotReady = 600;  // CUDA_ERROR_NOT_READY
-constexpr unsigned kStreamNonBlocking = 1;
-constexpr unsigned kEventTiming = 0;
-constexpr unsigned kEventNoTiming = 2;
 constexpr unsigned kWaitGreaterOrEqual = 0;  // CU_STREAM_WAIT_VALUE_GEQ
-constexpr int kCaptureRelaxed = 2;           // CU_STREAM_CAPTURE_MODE_RELAXED
 constexpr int kReleased = INT_MAX / 2;       // at least any number of tiles and any ticket
-
-struct Cuda {
-  CUresult (*Init)(unsigned);
-  CUresult (*DeviceGet)(int*, int);
-  CUresult (*PrimaryRetain)(CUcontext*, int);
-  CUresult (*PrimaryRelease)(int);
-  CUresult (*CtxPush)(CUcontext);
-  CUresult (*CtxPop)(CUcontext*);
-  CUresult (*PriorityRange)(int*, int*);
-  CUresult (*StreamCreate)(CUstream*, unsigned, int);
-  CUresult (*StreamDestroy)(CUstream);
-  CUresult (*StreamQuery)(CUstream);
-  CUresult (*StreamWaitEvent)(CUstream, CUevent, unsigned);
-  CUresult (*StreamWaitValue32)(CUstream, CUdeviceptr, uint32_t, unsigned);
-  CUresult (*EventCreate)(CUevent*, unsigned);
-  CUresult (*EventDestroy)(CUevent);
-  CUresult (*EventRecord)(CUevent, CUstream);
-  CUresult (*EventQuery)(CUevent);
-  CUresult (*EventElapsed)(float*, CUevent, CUevent);
-  CUresult (*MemsetD32)(CUdeviceptr, unsigned, size_t, CUstream);
-  CUresult (*MemsetD8)(CUdeviceptr, unsigned char, size_t, CUstream);
-  CUresult (*CopyToHost)(void*, CUdeviceptr, size_t, CUstream);
-  CUresult (*HostAlloc)(void**, size_t, unsigned);
-  CUresult (*HostFree)(void*);
-  CUresult (*MemAlloc)(CUdeviceptr*, size_t);
-  CUresult (*MemFree)(CUdeviceptr);
-  CUresult (*ErrorName)(CUresult, const char**);
-  CUresult (*ExchangeCaptureMode)(int*);
-};
 
 struct ncclComm;
 using NcclComm = ncclComm*;
@@ -131,55 +83,12 @@ struct Nccl {
   NcclResult (*Recv)(void*, size_t, int, int, NcclComm, CUstream);
 };
 
-Cuda cuda;
 Nccl nccl;
 std::atomic<bool> loaded{false};
 
-void* open_library(const char* name) {
-  // What is loaded already first: XLA's and cupy's NCCL is then also ours.
-  void* handle = dlopen(name, RTLD_NOW | RTLD_NOLOAD);
-  if (handle == nullptr) handle = dlopen(name, RTLD_NOW);
-  if (handle == nullptr) throw Failure(std::string("cannot load ") + name + ": " + dlerror());
-  return handle;
-}
-
-template <typename Function>
-void find(void* library, const char* name, Function& function) {
-  void* found = dlsym(library, name);
-  if (found == nullptr) throw Failure(std::string(name) + " is missing: " + dlerror());
-  static_assert(sizeof(found) == sizeof(function));
-  std::memcpy(&function, &found, sizeof(found));
-}
-
 void load(const char* cuda_path, const char* nccl_path) {
-  void* library = open_library(cuda_path);
-  find(library, "cuInit", cuda.Init);
-  find(library, "cuDeviceGet", cuda.DeviceGet);
-  find(library, "cuDevicePrimaryCtxRetain", cuda.PrimaryRetain);
-  find(library, "cuDevicePrimaryCtxRelease_v2", cuda.PrimaryRelease);
-  find(library, "cuCtxPushCurrent_v2", cuda.CtxPush);
-  find(library, "cuCtxPopCurrent_v2", cuda.CtxPop);
-  find(library, "cuCtxGetStreamPriorityRange", cuda.PriorityRange);
-  find(library, "cuStreamCreateWithPriority", cuda.StreamCreate);
-  find(library, "cuStreamDestroy_v2", cuda.StreamDestroy);
-  find(library, "cuStreamQuery", cuda.StreamQuery);
-  find(library, "cuStreamWaitEvent", cuda.StreamWaitEvent);
-  find(library, "cuStreamWaitValue32_v2", cuda.StreamWaitValue32);
-  find(library, "cuEventCreate", cuda.EventCreate);
-  find(library, "cuEventDestroy_v2", cuda.EventDestroy);
-  find(library, "cuEventRecord", cuda.EventRecord);
-  find(library, "cuEventQuery", cuda.EventQuery);
-  find(library, "cuEventElapsedTime", cuda.EventElapsed);
-  find(library, "cuMemsetD32Async", cuda.MemsetD32);
-  find(library, "cuMemsetD8Async", cuda.MemsetD8);
-  find(library, "cuMemcpyDtoHAsync_v2", cuda.CopyToHost);
-  find(library, "cuMemHostAlloc", cuda.HostAlloc);
-  find(library, "cuMemFreeHost", cuda.HostFree);
-  find(library, "cuMemAlloc_v2", cuda.MemAlloc);
-  find(library, "cuMemFree_v2", cuda.MemFree);
-  find(library, "cuGetErrorName", cuda.ErrorName);
-  find(library, "cuThreadExchangeStreamCaptureMode", cuda.ExchangeCaptureMode);
-  library = open_library(nccl_path);
+  load_cuda(cuda_path);
+  void* library = open_library(nccl_path);
   find(library, "ncclGetVersion", nccl.GetVersion);
   find(library, "ncclGetUniqueId", nccl.GetUniqueId);
   find(library, "ncclCommInitRankConfig", nccl.InitRankConfig);
@@ -201,13 +110,6 @@ void load(const char* cuda_path, const char* nccl_path) {
   loaded = true;
 }
 
-void check_cuda(CUresult result, const char* call) {
-  if (result == 0) return;
-  const char* name = nullptr;
-  if (cuda.ErrorName(result, &name) != 0 || name == nullptr) name = "unknown error";
-  throw Failure(std::string("CUDA: ") + call + " -> " + name);
-}
-
 void check_nccl(NcclResult result, const char* call, NcclComm comm = nullptr) {
   if (result == 0) return;
   std::string text = std::string("NCCL: ") + call + " -> " + nccl.ErrorString(result);
@@ -215,22 +117,6 @@ void check_nccl(NcclResult result, const char* call, NcclComm comm = nullptr) {
   if (detail != nullptr && *detail != 0) text += std::string(" (") + detail + ")";
   throw Failure(text);
 }
-
-#define CUDA(call) check_cuda(cuda.call, #call)
-
-// A device's primary context, which is XLA's, for as long as this lives.
-class Current {
- public:
-  explicit Current(CUcontext context) { CUDA(CtxPush(context)); }
-  ~Current() {
-    CUcontext popped;
-    cuda.CtxPop(&popped);
-  }
-  Current(const Current&) = delete;
-  Current& operator=(const Current&) = delete;
-};
-
-CUdeviceptr address(const void* pointer) { return reinterpret_cast<CUdeviceptr>(pointer); }
 
 // ------------------------------------------------------------------------------ what is asked for
 
@@ -313,33 +199,6 @@ struct Op {
 };
 
 // ------------------------------------------------------------------------------ one device's rank
-
-class EventPool {
- public:
-  explicit EventPool(unsigned flags) : flags_(flags) {}
-  CUevent take() {
-    if (free_.empty()) {
-      CUevent event;
-      CUDA(EventCreate(&event, flags_));
-      return event;
-    }
-    CUevent event = free_.back();
-    free_.pop_back();
-    return event;
-  }
-  void give(CUevent& event) {
-    if (event != nullptr) free_.push_back(event);
-    event = nullptr;
-  }
-  void clear() {
-    for (CUevent event : free_) cuda.EventDestroy(event);
-    free_.clear();
-  }
-
- private:
-  unsigned flags_;
-  std::vector<CUevent> free_;
-};
 
 constexpr int kAbortSeconds = 10;  // what clearing up may take
 constexpr size_t kTraced = 512;       // calls whose events are kept until they are read
@@ -1133,21 +992,11 @@ Call make_call(Communicator& communicator, int device, std::string_view collecti
   return call;
 }
 
-template <typename Work>
-ffi::Error guarded(Work work) {
-  try {
-    work();
-    return ffi::Error::Success();
-  } catch (const std::exception& error) {
-    return ffi::Error::Internal(std::string("native.overlap: ") + error.what());
-  }
-}
-
 ffi::Error start(CUstream stream, int32_t device, int64_t id, std::string_view collective,
                  Numbers offsets, Numbers counts, Numbers targets, bool enqueue, bool trace,
                  ffi::RemainingArgs, ffi::Result<ffi::AnyBuffer> packed,
                  ffi::Result<ffi::AnyBuffer> counters, ffi::RemainingRets rets) {
-  return guarded([&] {
+  return guarded("native.overlap", [&] {
     auto found = communicator(id);
     std::unique_ptr<ffi::AnyBuffer> out;
     if (rets.size() > 0) out = std::make_unique<ffi::AnyBuffer>(**rets.get<ffi::AnyBuffer>(0));
@@ -1162,7 +1011,7 @@ ffi::Error done(CUstream stream, int32_t device, int64_t id, std::string_view co
                 ffi::AnyBuffer packed, ffi::AnyBuffer counters, ffi::RemainingArgs args,
                 ffi::Result<ffi::AnyBuffer> packed_after,
                 ffi::Result<ffi::AnyBuffer> counters_after, ffi::RemainingRets rets) {
-  return guarded([&] {
+  return guarded("native.overlap", [&] {
     auto found = communicator(id);
     if (packed_after->untyped_data() != packed.untyped_data() ||
         counters_after->untyped_data() != counters.untyped_data() || args.size() != rets.size()) {
@@ -1229,18 +1078,6 @@ ffi::Error done_on_cpu(int32_t device, Args... args) {
   return done(nullptr, device, std::move(args)...);
 }
 
-thread_local std::string message;
-
-template <typename Work>
-int64_t reported(Work work) {
-  try {
-    return work();
-  } catch (const std::exception& error) {
-    message = error.what();
-    return -1;
-  }
-}
-
 }  // namespace
 
 // None has the trait kCmdBufferCompatible: a CUDA graph would run them once, at capture.
@@ -1270,7 +1107,6 @@ int64_t jpd_overlap_load(const char* cuda_path, const char* nccl_path) {
   return reported([&]() -> int64_t {
     if (!loaded) {
       load(cuda_path, nccl_path);
-      check_cuda(cuda.Init(0), "cuInit");
     }
     return 0;
   });

@@ -50,6 +50,15 @@ def rms_norm(
     return _rms_norm(x, weight, eps=float(eps), config=config, interpret=interpret)
 
 
+def normed(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """The norm of one row in registers, inside a kernel."""
+    values = x.astype(jnp.float32)
+    mean = jnp.sum(values * values) * (1 / x.size)
+    rounded = (values * lax.rsqrt(mean + eps)).astype(x.dtype)
+    # A product of two 16-bit floats is exact in float32: this rounds once, as theirs does.
+    return (rounded.astype(jnp.float32) * weight.astype(jnp.float32)).astype(x.dtype)
+
+
 @functools.partial(jax.jit, static_argnames=("eps", "config", "interpret"))
 def _rms_norm(x, weight, *, eps, config, interpret):
     rows, width = x.shape
@@ -60,11 +69,8 @@ def _rms_norm(x, weight, *, eps, config, interpret):
         mosaic.let_next_start(interpret)
         scale = plgpu.load(weight_ref, layout=layout, optimized=False)
         mosaic.wait_for_previous(interpret)
-        values = plgpu.load(x_ref.at[row], layout=layout, optimized=False).astype(jnp.float32)
-        mean = jnp.sum(values * values) * (1 / width)
-        normed = (values * lax.rsqrt(mean + eps)).astype(x.dtype)
-        # A product of two 16-bit floats is exact in float32: this rounds once, as theirs does.
-        y_ref[row] = (normed.astype(jnp.float32) * scale.astype(jnp.float32)).astype(x.dtype)
+        values = plgpu.load(x_ref.at[row], layout=layout, optimized=False)
+        y_ref[row] = normed(values, scale, eps)
 
     return plgpu.kernel(
         body,

@@ -31,7 +31,7 @@ from benchmarks.rows import load as load_document
 from jpd import AsyncLLM
 from jpd.bench.slo import Slo
 from jpd.engine.build import Engine
-from jpd.semi_pd.controller import Observation, Shares
+from jpd.semi_pd.controller import Observation, Shares, StaticController
 from jpd.semi_pd.slo_controller import SloController
 from jpd.simulate.fit import StepTimes
 
@@ -41,7 +41,7 @@ QUESTION = "How fast do the topologies serve, and how much load do they bear wit
 
 
 def test_a_controller_is_put_in_between_two_points() -> None:
-    steering = semi_pd_serving.Steering()
+    steering = semi_pd_serving.Steering(StaticController())
     seen = Observation(now_s=0.0)
     assert steering.decide(seen, Shares(50, 50)) == Shares(100, 100)
     steering.inner = SimpleNamespace(decide=lambda observation, current: Shares(30, 70))
@@ -302,27 +302,33 @@ def test_every_engine_gets_the_same_sizes() -> None:
             if topology in serving_summary.UNIFIED
             else "disaggregated"
             if topology == "disaggregated"
+            else "auto"
+            if topology == "auto"
             else "semi_pd"
         )
     kept = topologies.engine_args("tiny", "time_slices", semi_pd={"kept_shares": ()})
     assert kept["semi_pd"] == {"sm_shares": False, "kept_shares": ()}
-    assert [t for t in topologies.TOPOLOGIES if topologies.can_switch(t)] == ["semi_pd"]
+    assert [t for t in topologies.TOPOLOGIES if topologies.can_switch(t)] == ["semi_pd", "auto"]
 
 
 def test_the_dynamic_point_aims_at_the_slo(engine: Engine, monkeypatch) -> None:
-    steering = semi_pd_serving.Steering()
-    options = SimpleNamespace(controller=steering, kept_shares=PAIRS)
+    steering = semi_pd_serving.Steering(None)
+    mode = semi_pd_serving.Steering(None)
+    options = SimpleNamespace(controller=steering, break_even=mode, kept_shares=PAIRS)
     llm = SimpleNamespace(
         config=SimpleNamespace(semi_pd=options),
         stats=engine.coordinator.stats(),
         _engine=engine,
     )
     monkeypatch.setattr(semi_pd_serving, "send", lambda *args, **options: [])
-    records, counts = semi_pd_serving.run_point(llm, None, 0, Slo(0.5, 0.05))
+    records, fields = semi_pd_serving.run_point(llm, None, 0, Slo(0.5, 0.05), 1.5)
     assert records == []
-    assert counts == {"preemptions": 0, "recompiles": 0, "executors_lost": 0, "switches": 0}
+    counts = ("preemptions", "recompiles", "executors_lost", "mode_changes", "switches")
+    assert fields == dict.fromkeys(counts, 0) | {"mode": "semi_pd"}
+    assert mode.inner.ratio == 1.5
     assert isinstance(steering.inner, SloController)
     assert steering.inner.slo.ttft_s == 0.5
     assert steering.inner.allowed == [Shares(*pair) for pair in PAIRS]
-    semi_pd_serving.run_point(llm, None, 0, None)
+    semi_pd_serving.run_point(llm, None, 0, None, None)
+    assert mode.inner.decide(None, "unified") == "semi_pd"
     assert steering.inner.decide(None, Shares(50, 50)) == Shares(100, 100)

@@ -59,13 +59,15 @@ def test_tokens_that_are_missing_or_unheard_of_are_wrong() -> None:
 
 def test_parity_summary_counts_engines_that_did_not_run() -> None:
     ran = {"identical": 5, "ties": 1, "wrong": 0, "compared_tokens": 60}
-    rows = [ran, ran | {"switches": 7, "kills": 2, "wrong": 1}, {"status": "failed: x"}]
+    more = {"switches": 7, "mode_changes": 3, "kills": 2, "wrong": 1}
+    rows = [ran, ran | more, {"status": "failed: x"}]
     assert semi_pd_parity.summarise(rows) == {
         "identical": 10,
         "ties": 2,
         "wrong": 1,
         "compared_tokens": 120,
         "switches": 7,
+        "mode_changes": 3,
         "kills": 2,
         "not_run": 1,
     }
@@ -112,6 +114,8 @@ def test_summary_of_a_workload() -> None:
     assert found["loose"]["goodput_vs_chunked"] != found["goodput_vs_chunked"]
     assert found["goodput_vs_disaggregated_per_gpu"] is None
     assert set(found["null_because"]) == {
+        "break_even_ratio",
+        "auto_vs_better_min",
         "goodput_vs_disaggregated_per_gpu",
         "loose goodput_vs_disaggregated_per_gpu",
     }
@@ -129,6 +133,8 @@ def test_what_was_not_measured_is_null_and_says_why() -> None:
         "mean_e2e_speedup_max",
         "mean_e2e_speedup_at_80pct_load",
         "break_even_rate",
+        "break_even_ratio",
+        "auto_vs_better_min",
         "goodput_vs_prefill_first",
         "goodput_vs_chunked",
         "goodput_dynamic_vs_100_100",
@@ -178,10 +184,44 @@ def test_ratio_of_goodputs_that_are_bounds(ours: str, theirs: str, relation: str
 
 
 def test_break_even() -> None:
-    assert serving_summary.break_even([1, 2], [1.1, 1.2]) == (1, "<")
-    assert serving_summary.break_even([1, 2], [1.1, 0.9]) == (None, ">")
+    assert serving_summary.break_even([1, 2], [1.1, 1.2]) == (None, "<")
+    assert serving_summary.break_even([1, 2], [1.1, 0.9]) == (2, ">=")
     # Noise at a low rate does not count: from there on it must stay better.
     assert serving_summary.break_even([1, 2, 3, 4], [0.9, 1.1, 0.5, 1.5]) == (3.5, "=")
+
+
+def break_even_of(**of: list[tuple[float, float, float]]) -> dict[str, Any]:
+    """The summary where chunked is the better unified policy, with (rate, E2E, n / w)."""
+    rows = [
+        point(impl, rate, e2e, 1.0) | ({"decoding_per_waiting": ratio} if ratio else {})
+        for impl, found in of.items()
+        for rate, e2e, ratio in found
+    ]
+    rows += [row | {"impl": "prefill_first", "mean_e2el_ms": 9e9} for row in rows]
+    return serving_summary.summarise_workload(rows)
+
+
+def test_break_even_ratio_and_what_auto_makes_of_it() -> None:
+    chunked = [(1, 100, 0.5), (2, 110, 2.0), (4, 200, 8.0)]
+    dynamic = [(1, 110, 0), (2, 121, 0), (4, 160, 0)]
+    found = break_even_of(
+        chunked=chunked, semi_pd_dynamic=dynamic, auto=[(1, 100, 0), (2, 110, 0), (4, 165, 0)]
+    )
+    # Speed-ups 1 / 1.1 at 2/s and 1.25 at 4/s.
+    part = (1 - 1 / 1.1) / (1.25 - 1 / 1.1)
+    assert found["break_even_rate"] == pytest.approx(2 + 2 * part)
+    assert found["break_even_ratio"] == pytest.approx(2 + 6 * part)
+    assert found["relations"]["break_even_rate"] == "="
+    assert found["auto_vs_better_min"] == pytest.approx(160 / 165)
+    below = break_even_of(chunked=chunked[:2], semi_pd_dynamic=dynamic[:2])
+    assert (below["break_even_rate"], below["break_even_ratio"]) == (2, 2.0)
+    assert below["relations"]["break_even_rate"] == ">="
+    assert below["auto_vs_better_min"] is None
+    above = break_even_of(chunked=chunked[2:], semi_pd_dynamic=dynamic[2:])
+    assert above["break_even_rate"] is None
+    assert "from 4 on" in above["null_because"]["break_even_ratio"]
+    uncounted = break_even_of(chunked=[(1, 100, 0)], semi_pd_dynamic=[(1, 110, 0)])
+    assert "not counted" in uncounted["null_because"]["break_even_ratio"]
 
 
 def test_fields_of_a_point() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -14,15 +16,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 
 from jpd import ops
 from jpd.config import KernelConfig
 from jpd.engine.build import Engine
 from jpd.engine.executor import Executor
+from jpd.engine.lowering import key
 from jpd.engine.plan import StepPlan
 from jpd.engine.shapes import StepShape
 from jpd.ops import registry
 from jpd.ops.rope import write_kv
+from jpd.semi_pd.page_push import PushProgress
+from native.kv_push import link
 from tests import tiny_models
 from tests.engine.tiny_engine import MODEL, drain, fresh, greedy, tiny_engine
 
@@ -94,6 +100,66 @@ def test_every_page_array_leaves_the_step_where_it_came_in(
     assert memory.alias_size_in_bytes == kv_bytes + executor.history.nbytes
     cublas = (32 << 20) if jax.default_backend() == "gpu" else 0  # its own work space
     assert memory.temp_size_in_bytes - cublas < jax.tree.leaves(executor.kv)[0].nbytes
+
+
+class Silent:
+    """Is told of progress and does nothing about it."""
+
+    targets = ()
+
+    def filled(
+        self, layer: int, following: jax.Array, keys: jax.Array, values: jax.Array
+    ) -> jax.Array:
+        return following
+
+    def ended(self, last: jax.Array, kv: object) -> jax.Array:
+        return last
+
+
+def lowered_with(engine: Engine, shape: StepShape, progress: object) -> jax.stages.Lowered:
+    source = dataclasses.replace(engine.executor._lowering()._source, progress=progress)
+    executor = engine.executor
+    inputs = executor.params, executor.kv, executor.history, *executor._host_inputs(shape, None)
+    with source.tracing():
+        return jax.jit(source.function(shape), donate_argnums=(1, 2)).lower(*inputs)
+
+
+@SHAPES
+def test_who_is_told_of_progress_leaves_no_trace(engine: Engine, shape: StepShape) -> None:
+    without = lowered_with(engine, shape, None).as_text()
+    assert without == lowered_with(engine, shape, Silent()).as_text()
+    assert "jpd_kv" not in without
+
+
+@SHAPES
+def test_a_step_that_sends_its_pages_still_copies_none(engine: Engine, shape: StepShape) -> None:
+    link._library()
+    lowered = lowered_with(engine, shape, PushProgress())
+    if not shape.tokens:
+        assert lowered.as_text() == lowered_with(engine, shape, None).as_text()
+        return
+    compiled = lowered.compile()
+    hlo = compiled.as_text()
+    leaves = jax.tree.leaves(engine.executor.kv)
+    assert set(opcodes_of_size(hlo, leaves[0].size)) <= IN_PLACE
+    called = re.findall(r'custom_call_target="(jpd_kv_\w+)"', hlo)
+    assert called == ["jpd_kv_filled"] * (len(leaves) // 2) + ["jpd_kv_ended"]
+    kv_bytes = sum(leaf.nbytes for leaf in leaves) + engine.executor.history.nbytes
+    assert compiled.memory_analysis().alias_size_in_bytes == kv_bytes
+
+
+def test_a_step_that_sends_its_pages_can_be_kept(engine: Engine) -> None:
+    shape = StepShape(8, 32, 128, False)
+    plain = engine.executor._lowering()._source
+    source = dataclasses.replace(plain, progress=PushProgress())
+    inputs = engine.executor._lowering()._inputs_of(shape)
+    stored = pickle.loads(pickle.dumps(source)).export(shape, inputs)
+    module = export.deserialize(bytearray(stored.module)).mlir_module()
+    assert module.count("@jpd_kv_filled") == engine.model_config.num_layers
+    assert key(source, shape, inputs) != key(plain, shape, inputs)
+    assert key(source, shape, inputs) == key(
+        dataclasses.replace(plain, progress=PushProgress()), shape, inputs
+    )
 
 
 def test_serving_never_moves_the_pages(engine: Engine) -> None:

@@ -26,6 +26,8 @@ from jpd.engine.shapes import StepShape
 from jpd.engine.step import step
 from jpd.errors import ConfigError
 from jpd.models import config_from_hf, init_params
+from jpd.semi_pd.page_push import PushProgress
+from native.kv_push import link
 from pallas_kernels import mosaic
 from tests.aot import compile_for_h200, needs_wheels
 from tests.engine.tiny_engine import greedy, one_executor, run
@@ -217,6 +219,33 @@ def test_the_compiled_step_is_a_chain_of_kernels(shape: StepShape) -> None:
         # counts of recomputed rows are summed.
         kernels = [i for i, kind in enumerate(run) if kind == "custom-call"]
         assert kernels[14] - kernels[6] == 8, run
+
+
+@needs_wheels
+def test_a_step_that_sends_its_pages_says_so_between_the_kernels_of_a_layer() -> None:
+    shape = StepShape(2, 32, 64, True)
+    _, executor = make_executor("qwen3", layers=3)
+    fn, inputs = gpu_step(executor, shape)
+    fn = partial(fn, progress=PushProgress())
+
+    def with_targets(*inputs: Any) -> Any:
+        link._library()  # here: the platform, made by compile_for_h200, must be there before
+        return fn(*inputs)
+
+    with ops.kernels_without_gpu(), ops.using(ONLY, "gpu"):
+        options = step_options(ONLY)
+        compiled = compile_for_h200(with_targets, inputs, donate=(1, 2), options=options)
+    text = re.sub(r'module = "[^"]*"', "", compiled.as_text())
+    pages = ",".join(map(str, executor.kv[0][0].shape))
+    assert not re.search(rf"bf16\[{pages}\]\S* copy", text)
+    targets = re.findall(r'custom_call_target="(\w+)"', text)
+    told = [i for i, target in enumerate(targets) if target == "jpd_kv_filled"]
+    assert len(told) == 3
+    # Behind the product and the write of a layer, in front of its attention.
+    assert targets[: told[0]].count("mosaic_gpu_v2") >= 2
+    for begin, end in zip(told, [*told[1:], len(targets)], strict=True):
+        assert targets[begin + 1 : end].count("mosaic_gpu_v2") >= 4
+    assert targets[-1] == "jpd_kv_ended"
 
 
 def test_the_reader_sees_what_xla_would_do() -> None:

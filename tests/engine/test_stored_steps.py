@@ -234,7 +234,7 @@ def test_a_changed_source_or_table_is_other_code(
 
     real = code()
     assert real is not None
-    for package in ("jpd", "pallas_kernels"):
+    for package in ("jpd", "native", "pallas_kernels"):
         (tmp_path / package / "tuned").mkdir(parents=True)
         (tmp_path / package / "__init__.py").write_text("")
     table = tmp_path / "pallas_kernels" / "tuned" / "gpu.json"
@@ -252,7 +252,9 @@ def test_a_changed_source_or_table_is_other_code(
     seen.append(code())
     (tmp_path / "jpd" / "__init__.py").write_text("# changed")
     seen.append(code())
-    assert len(set(seen)) == 4
+    (tmp_path / "native" / "__init__.py").write_text("# changed")
+    seen.append(code())
+    assert len(set(seen)) == 5
     for file in (tmp_path / "jpd").glob("*.py"):
         file.unlink()
     assert code() is None

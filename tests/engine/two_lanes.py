@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from jpd.engine.lane import ExecutorLostError, Lane, PagesLostError
 from jpd.engine.plan import StepPlan, StepResult
 from jpd.engine.recent import Recent
@@ -36,8 +38,8 @@ class LateExecutor(FakeDevice):
 
     random: random.Random = field(default_factory=random.Random)
     dead: bool = False
-    source: FakeDevice | None = None
-    """Whose pages it copies sequences from."""
+    target: FakeDevice | None = None
+    """To whose pages it sends what it computes of prompts."""
     serials: dict[int, int] = field(default_factory=dict)
     queue: list[StepPlan] = field(default_factory=list)
 
@@ -59,21 +61,21 @@ class LateExecutor(FakeDevice):
         rows = [*zip(plan.rows.tolist(), plan.serials.tolist(), strict=True)]
         for row, serial in rows + [(c.row, c.serial) for c in plan.chunks]:
             assert self.serials[row] == serial, "a row that the executor was not told of"
-        self.copy(plan)
         self.queue.append(plan)
         if self.queue[0] is plan and self.random.random() < 0.5:
             self.load_history(plan)
             self.write(self.unpack(plan)[1])
+            self.send(plan)
         return LateStep(plan, self)
 
-    def copy(self, plan: StepPlan) -> None:
-        """Brings pages over from the other device."""
+    def send(self, plan: StepPlan) -> None:
+        """Writes pages to the other device as they are now."""
         size = self.page_size
         for copy in plan.copies:
             for source, target in zip(copy.source, copy.target, strict=True):
                 of, to = (slice(page * size, (page + 1) * size) for page in (source, target))
-                self.chains[to] = self.source.chains[of]
-                self.versions[to] = self.source.versions[of]
+                self.target.chains[to] = self.chains[of]
+                self.target.versions[to] = self.versions[of]
 
     def load_history(self, plan: StepPlan) -> None:
         """Tokens of new rows, after the steps before it."""
@@ -88,6 +90,7 @@ class LateExecutor(FakeDevice):
         self.load_history(plan)
         batch, work = self.unpack(plan)
         self.write(work)
+        self.send(plan)
         ends = [(c.sequence, c.row, c.end) for c in plan.chunks if c.last]
         rows = zip(plan.sequences, plan.rows.tolist(), (plan.positions + 1).tolist(), strict=True)
         for sequence, row, count in [*rows, *ends]:
@@ -102,6 +105,7 @@ class LateExecutor(FakeDevice):
         if self.queue and self.random.random() < 0.5:
             self.load_history(self.queue[0])
             self.write(self.unpack(self.queue[0])[1])
+            self.send(self.queue[0])
         self.queue.clear()
 
 
@@ -116,13 +120,16 @@ class TwoLanes:
         deaths: float,
         switches: float,
         faults: float,
+        mode_changes: float,
         two_pools: bool,
     ) -> None:
         self.recompiles = 0
+        self.break_even_estimate = None
         self.seen: Counter[str] = Counter()
         self._random = rng
         self._sizes = sizes
         self._deaths, self._switches, self._faults = deaths, switches, faults
+        self._mode_changes, self._unified = mode_changes, False
         self._memory = self._decode_memory = FakeDevice(**sizes)
         if two_pools:
             self._decode_memory = FakeDevice(**sizes)
@@ -134,7 +141,7 @@ class TwoLanes:
         ]
 
     def _start(self, lane: int) -> LateExecutor:
-        executor = LateExecutor(**self._sizes, random=self._random, source=self._memory)
+        executor = LateExecutor(**self._sizes, random=self._random, target=self._decode_memory)
         return executor.share_pages((self._memory, self._decode_memory)[lane])
 
     def tend(self, recent: Callable[[], Recent]) -> None:
@@ -153,8 +160,13 @@ class TwoLanes:
                 self.seen["switched"] += 1
         if self._decode_memory is not self._memory:
             return
+        if self._random.random() < self._mode_changes:
+            self._unified = not self._unified
+            self.seen["mode"] += 1
         prefill, decode = self.lanes
-        prefill.decode, decode.prefill = decode.executor is None, prefill.executor is None
+        unified = self._unified and decode.executor is not None
+        prefill.prefill, prefill.decode = not unified, decode.executor is None
+        decode.prefill = unified or prefill.executor is None
 
     def wait(self) -> Lane | None:
         """Any lane may be first."""
@@ -162,6 +174,9 @@ class TwoLanes:
         if not running:
             return None
         lane = self._random.choice(running)
+        plan, *after = (step.plan for step in lane.in_flight)
+        ended = [chunk.row for chunk in plan.chunks if chunk.last]
+        self.seen["decodes on"] += sum(int(np.isin(ended, p.rows).sum()) for p in after)
         self.seen["copied"] += sum(len(c.source) for c in lane.in_flight[0].plan.copies)
         if self._random.random() < self._deaths:
             lane.executor.dead = True

@@ -1,6 +1,6 @@
-// libcuda and libnccl on a CPU, as far as native.overlap calls them: streams are threads, device
-// memory is host memory, collectives are done by the last rank to arrive. Calls are written down
-// as they are made, and faults can be put in. And a "GEMM" for XLA's CPU that signals its groups.
+// libcuda and libnccl on a CPU, as far as native code calls them: streams are threads, device
+// memory is host memory, collectives are done by the last rank to arrive. Calls are written down as
+// they are made, and faults can be put in. And a "GEMM" for XLA's CPU that signals its groups.
 
 #include <atomic>
 #include <chrono>
@@ -50,6 +50,8 @@ bool spent(const std::string& name) {  // counts down to the call that is to fai
 }
 
 void nap() { std::this_thread::sleep_for(std::chrono::microseconds(200)); }
+
+std::atomic<int64_t> made_events{0};
 
 struct Event {
   std::atomic<int64_t> recorded{0}, completed{0};
@@ -290,6 +292,8 @@ const char* fake_log() {
   return joined.c_str();
 }
 
+int64_t fake_events() { return made_events; }
+
 int cuInit(unsigned) { return 0; }
 int cuDeviceGet(int* device, int ordinal) { return *device = ordinal, 0; }
 int cuDevicePrimaryCtxRetain(void** context, int device) {
@@ -334,7 +338,7 @@ int cuStreamQuery(Stream* stream) {
   std::lock_guard<std::mutex> lock(stream->mutex);
   return stream->busy || !stream->tasks.empty() ? 600 : 0;
 }
-int cuEventCreate(Event** event, unsigned) { return *event = new Event, 0; }
+int cuEventCreate(Event** event, unsigned) { return made_events++, *event = new Event, 0; }
 int cuEventDestroy_v2(Event*) { return 0; }
 int cuEventRecord(Event* event, Stream* stream) {
   const int64_t number = ++event->recorded;
@@ -348,6 +352,14 @@ int cuEventRecord(Event* event, Stream* stream) {
 int cuEventQuery(Event* event) { return event->completed >= event->recorded ? 0 : 600; }
 int cuEventElapsedTime(float* ms, Event* from, Event* to) {
   *ms = static_cast<float>(static_cast<double>(to->at - from->at) * 1e-6);
+  return 0;
+}
+int cuEventSynchronize(Event* event) {
+  while (event->completed < event->recorded) nap();
+  return 0;
+}
+int cuStreamSynchronize(Stream* stream) {
+  while (cuStreamQuery(stream) != 0) nap();
   return 0;
 }
 int cuStreamWaitEvent(Stream* stream, Event* event, unsigned) {
@@ -378,6 +390,16 @@ int cuMemsetD32Async(unsigned long long address, unsigned value, size_t count, S
 int cuMemsetD8Async(unsigned long long address, unsigned char value, size_t count, Stream* stream) {
   note(where(stream) + " memset8 " + std::to_string(value));
   put(stream, [=] { std::memset(reinterpret_cast<void*>(address), value, count); });
+  return 0;
+}
+int cuMemcpyAsync(unsigned long long to, unsigned long long from, size_t bytes, Stream* stream) {
+  note(where(stream) + " copy " + std::to_string(bytes));
+  if (spent("copy_error_in")) return 700;
+  put(stream, [=] {
+    while (setting("hold_copies") == 1) nap();
+    std::memcpy(reinterpret_cast<void*>(to), reinterpret_cast<void*>(from), bytes);
+    note("copied " + std::to_string(bytes));
+  });
   return 0;
 }
 int cuMemcpyDtoHAsync_v2(void* to, unsigned long long from, size_t bytes, Stream* stream) {

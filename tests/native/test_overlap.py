@@ -4,7 +4,6 @@ libcuda and libnccl (fake_gpu.cc), in a process of its own (overlap_scenarios.py
 import json
 import os
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from native.overlap import Group, Transfer, build, groups_of
+from native import build
+from native.overlap import Group, Transfer, groups_of
 from native.overlap import trace as traces
 from tests.aot import compile_for_h200, needs_wheels
 
@@ -34,13 +34,11 @@ def cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def results(cache, tmp_path_factory):
+def results(cache):
     """What each scenario of overlap_scenarios.py found."""
-    stand_ins = tmp_path_factory.mktemp("fake") / "libfake.so"
-    headers = ["-isystem", jax.ffi.include_dir()]
-    source = str(FOLDER / "fake_gpu.cc")
-    command = [*build.compiler(), *build.FLAGS, "-O0", *headers, source, "-o", str(stand_ins)]
-    subprocess.run(command, check=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(cache))
+        stand_ins = build.build(FOLDER / "fake_gpu.cc", ["-O0"])
     done = subprocess.run(
         [sys.executable, "-m", "tests.native.overlap_scenarios", str(stand_ins)],
         env=os.environ | {"XDG_CACHE_HOME": str(cache)},
@@ -382,66 +380,6 @@ def test_how_much_of_the_communication_is_hidden():
     assert call.communication_us == 40
     assert call.exposed_us == 10
     assert call.hidden_fraction == 0.75
-
-
-# ---------------------------------------------------------------------------- building
-
-
-def test_it_builds_without_a_warning_and_but_once(cache, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-    flags = ["-O0", "-Wall", "-Wextra", "-Werror"]
-    library = build.build(flags)
-    assert library.parent == cache / "jpd" / "native"
-    written = library.stat().st_mtime_ns
-    assert build.build(flags) == library
-    assert library.stat().st_mtime_ns == written
-    assert not list(library.parent.glob("build-*"))
-
-
-def test_the_name_depends_on_source_flags_compiler_and_jaxlib(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    fake = tmp_path / "g++"
-    script = 'for a; do [ "$before" = -o ] && touch "$a"; before=$a; done; true'
-    fake.write_text(f"#!/bin/sh\n{script}\n")
-    fake.chmod(0o755)
-    monkeypatch.setenv("CXX", str(fake))
-    made = {build.build(), build.build(["-g"])}
-    monkeypatch.setattr("jaxlib.__version__", "9.9")
-    made.add(build.build())
-    monkeypatch.setenv("CXX", f"{shlex.quote(str(fake))} -m64")
-    made.add(build.build())
-    source = tmp_path / "overlap.cc"
-    source.write_text("int other;")
-    monkeypatch.setattr(build, "SOURCE", source)
-    made.add(build.build())
-    assert len(made) == 5
-
-
-def test_no_compiler(tmp_path, monkeypatch):
-    monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(build.BuildError, match=r"C\+\+17 compiler .* install g\+\+ or set CXX"):
-        build.build()
-    monkeypatch.setenv("CXX", "nowhere-g++")
-    with pytest.raises(build.BuildError, match="CXX='nowhere-g\\+\\+' is not there"):
-        build.build()
-
-
-def test_a_compiler_that_fails(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    source = tmp_path / "overlap.cc"
-    source.write_text("#error no such luck\n")
-    monkeypatch.setattr(build, "SOURCE", source)
-    with pytest.raises(build.BuildError, match="no such luck"):
-        build.build()
-    assert not list((tmp_path / "jpd" / "native").iterdir())
-
-
-def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
-    (tmp_path / "jpd").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    with pytest.raises(build.BuildError, match="cannot be kept in"):
-        build.build()
 
 
 # ---------------------------------------------------------------------------- compiled for a GPU

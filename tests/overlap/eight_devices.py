@@ -11,13 +11,15 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from jpd import ops
+from jpd import models, ops
 from jpd.config import KernelConfig
 from jpd.errors import ConfigError
+from jpd.layers.attention import causal_attend
 from jpd.ops import overlap
 from jpd.ops.overlap import gpu, plain
 from jpd.ops.overlap.tiles import tiles_of
 from jpd.overlap import OPS, Plan, PlanTable, Tiling, Topology
+from jpd.parallel import ManyDevices, Split
 from native.overlap import Communicator
 from pallas_kernels import mosaic, signal_gemm
 from pallas_kernels.signal_gemm.schedule import partitions
@@ -289,6 +291,62 @@ def test_packed_results_are_normed_where_they_lie(op):
     assert {kind is overlap.Packed for kind in kept} == {True, False}
 
 
+MODEL = models.config_from_hf(
+    {
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 320,
+        "intermediate_size": 512,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "vocab_size": 256,
+        "max_position_embeddings": 256,
+        "rms_norm_eps": 1e-5,
+        "hidden_act": "silu",
+    }
+)
+TOKENS = 150  # in tiles of 64 x 128: three rows of three, the last ones ragged
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_model_norms_sums_where_they_lie(ranks):
+    """The same tokens as of one device, whoever puts tiles in order."""
+    params = models.init_params(MODEL, "float32", 0)
+    tokens = jax.random.randint(jax.random.key(0), (TOKENS,), 0, MODEL.vocab_size)
+    want = models.logits(MODEL, params, tokens)
+    place = ManyDevices(Split(MODEL, ranks), jax.devices()[:ranks])
+    widths = (MODEL.hidden_size // ranks, MODEL.ffn_size // ranks)
+    shape = {"m": TOKENS, "n": MODEL.hidden_size}
+    plans = [plan_of("all_reduce", ranks, **shape, k=k, waves=(1, 2, 2)) for k in widths]
+
+    def logits(params, tokens):
+        attend = causal_attend(place.rank_model)
+        with ops.over_ranks(ops.Ranks("tp", place.split.cut_axes, overlap=True)):
+            return models.bind(place.rank_model, params)(tokens, jnp.arange(TOKENS), attend)
+
+    whole = place.accept(params)
+    specs = (jax.tree.map(lambda array: array.sharding.spec, whole), P())
+    for reorder, taken in {"auto": "xla", "alone": "alone"}.items():
+        before = ops.choices()
+        # Anew for each: JAX knows nothing of the settings that a function was traced with.
+        mapped = jax.shard_map(
+            lambda *args: logits(*args),
+            mesh=place.mesh,
+            in_specs=specs,
+            out_specs=P(),
+            check_vma=False,
+        )
+        table = PlanTable(TOPOLOGY, plans)
+        with overlap.using(implementation="grouped", plans=table, reorder=reorder):
+            got = jax.jit(mapped)(whole, tokens)
+        added = {key: n - before.get(key, 0) for key, n in ops.choices().items()}
+        assert added["matmul_all_reduce", "grouped"] == 2 * MODEL.num_layers
+        # Every sum is a stream that a norm reads, the last one too.
+        assert added["rms_norm_residual", taken] == 2 * MODEL.num_layers
+        np.testing.assert_array_equal(got.argmax(-1), want.argmax(-1))
+        assert difference(got, want) < 1e-5
+
+
 # What the implementation "overlap" does around the native part, with a stand-in for that part.
 
 
@@ -301,7 +359,7 @@ class StandIn:
 
     def run(self, transfer, gemm, after):
         self.transfers.append(transfer)
-        assert [a.ndim for a in after] == [2]
+        assert [a.ndim for a in after] == [2, 2]
         packed = jax.new_ref(jnp.full(transfer.shape, jnp.nan, transfer.dtype))
         counters = jax.new_ref(jnp.zeros(len(transfer.groups), jnp.int32))
         gemm(packed, counters)

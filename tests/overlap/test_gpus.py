@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
-from jpd.ops import overlap
+from jpd.ops import overlap, registry
 from jpd.overlap import OPS, Plan, Tiling, Trace
 from native.overlap import Communicator
 from pallas_kernels import signal_gemm
@@ -116,6 +117,35 @@ def test_a_wrong_permutation_is_caught(ranks):
     want = on_mesh(PLAIN[op], ranks, SPECS[op])(x, w)
     assert difference(right, want) < 6e-3
     assert difference(wrong, want) > 0.3
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_norms_read_what_was_sent(ranks):
+    op = "all_reduce"
+    x, w = arrays(ranks, jnp.bfloat16, M, N, K)
+    plan = plan_of(op, ranks)
+    residual = jax.random.normal(jax.random.key(1), (M, N), jnp.bfloat16)
+    weight = jax.random.normal(jax.random.key(2), (N,), jnp.bfloat16)
+
+    def normed(reorder):
+        def body(x, w):
+            y = CALLS[op](x, w, "tp", packed=True, implementation="overlap", plan=plan)
+            return overlap.rms_norm_residual(y, residual, weight, 1e-5)
+
+        using = overlap.using(communicators={"tp": communicator(ranks)}, reorder=reorder)
+        with using, registry.recording() as taken:
+            outs = on_mesh(body, ranks, P(), check_vma=False)(x, w)
+        assert ("rms_norm_residual", reorder) in {choice[:2] for choice in taken}
+        return outs
+
+    wants = normed("xla")
+    for reorder in ("pallas", "alone"):
+        for got, want in zip(normed(reorder), wants, strict=True):
+            assert difference(got, want) < 4e-3
+    with jax.default_matmul_precision("highest"):
+        sums = on_mesh(PLAIN[op], ranks, SPECS[op])(x.astype(jnp.float32), w.astype(jnp.float32))
+    assert difference(wants[1], sums + residual) < 6e-3
+    communicator(ranks).check()
 
 
 def test_collectives_run_behind_the_gemm():

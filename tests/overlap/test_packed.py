@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ import pytest
 from jpd import ops
 from jpd.config import KernelConfig
 from jpd.errors import ConfigError
-from jpd.ops import overlap
+from jpd.ops import overlap, registry
+from jpd.ops.norm import rms_norm_xla
 from jpd.ops.overlap.tiles import tiles_of
 from jpd.overlap import OPS, BandwidthCurve, Plan, Tiling, search
 from pallas_kernels import signal_gemm
@@ -89,6 +91,64 @@ def test_the_norm_reads_packed_results(m, n, groups, ranks):
     np.testing.assert_allclose(normed, want, rtol=1e-4, atol=1e-5)
     plain = overlap.rms_norm_residual(y, residual, weight, 1e-5)
     np.testing.assert_allclose(normed, plain[0], rtol=1e-5, atol=1e-6)
+
+
+def test_on_a_gpu_the_norms_kernel_reads_packed_results():
+    m, n = 70, 384
+    y, residual = (matrix(m, width).astype(jnp.bfloat16)[:, :n] for width in (n, n + 1))
+    weight = matrix(1, n)[0].astype(jnp.bfloat16)
+    packed = packed_of(y, (2, 3, 1), 1)
+
+    def normed(how, packed=packed, dtype=jnp.bfloat16):
+        before = ops.choices()
+        interpreted = ops.kernels_without_gpu(plgpu.InterpretGPUParams())
+        with interpreted, ops.using(KernelConfig(), "gpu"), overlap.using(reorder=how):
+
+            def loss(data, residual, weight):
+                y = dataclasses.replace(packed, data=data)
+                outs = overlap.rms_norm_residual(y, residual, weight, 1e-5)
+                return sum((jnp.sin(jnp.arange(n)) * out).sum() for out in outs), outs
+
+            arrays = (a.astype(dtype) for a in (packed.data, residual, weight))
+            gradients, outs = jax.grad(loss, (0, 1, 2), has_aux=True)(*arrays)
+        after = ops.choices()
+        taken = {k[1] for k in after if k[0] == "rms_norm_residual" and after[k] > before.get(k, 0)}
+        return taken, outs, gradients
+
+    kernel, xla, alone = (normed(how) for how in ("auto", "xla", "alone"))
+    assert [found[0] for found in (kernel, xla, alone)] == [{"pallas"}, {"xla"}, {"alone"}]
+    for _, outs, _ in (kernel, alone):
+        np.testing.assert_array_equal(outs[1], xla[1][1])
+        assert relative(outs[0], xla[1][0]) < 4e-3
+    for got, want in zip(kernel[2], xla[2], strict=True):
+        np.testing.assert_array_equal(got, want)
+    # What the kernel does not take, XLA does.
+    assert normed("auto", dtype=jnp.float32)[0] == {"xla"}
+    blocks = packed_of(y, (2, 3, 1), 2)
+    assert normed("auto", packed=blocks)[0] == {"xla"}
+
+
+@pytest.mark.parametrize(
+    ("asked", "taken", "norm"),
+    [
+        (KernelConfig(rms_norm="xla"), "xla", None),
+        (KernelConfig(rms_norm="twice"), "alone", "twice"),
+        (KernelConfig(pallas_only=True), "pallas", None),
+    ],
+)
+def test_the_op_that_is_selected_norms_sums_too(asked, taken, norm, monkeypatch):
+    y, residual, weight = (matrix(*s).astype(jnp.bfloat16) for s in ((3, 256), (3, 256), (1, 256)))
+    known = registry.ops()["rms_norm"].implementations
+    monkeypatch.setitem(known, "twice", lambda x, w, eps: 2 * rms_norm_xla(x, w, eps))
+    interpreted = ops.kernels_without_gpu(plgpu.InterpretGPUParams())
+    with interpreted, ops.using(asked, "gpu"), registry.recording() as choices:
+        got, total = overlap.rms_norm_residual(y, residual, weight[0], 1e-5)
+    named = [choice[:2] for choice in choices]
+    assert named[-1] == ("rms_norm_residual", taken)
+    assert norm is None or ("rms_norm", norm) in named
+    np.testing.assert_array_equal(total, y + residual)
+    want = rms_norm_xla(total, weight[0], 1e-5)
+    assert relative(got, want * (2 if norm else 1)) < 4e-3
 
 
 def test_unpacking_is_one_gather_of_runs():
@@ -188,3 +248,24 @@ def test_bad_calls_are_refused_with_the_values():
         one_rank(lambda x, w: call(x, w, "tp"), x, w)
     assert "a plan that overlaps" in str(caught.value.exceptions[0])
     np.testing.assert_allclose(one_rank(lambda x, w: call(x, w, "tp"), x, w), 16 * np.ones((8, 4)))
+
+
+@pytest.mark.parametrize("column", [overlap.all_gather_matmul, overlap.replicated_matmul])
+def test_no_kernel_reads_a_weight_that_was_just_transposed(column):
+    """Kernels read weights before those ahead of them are complete."""
+    x, w = jnp.ones((128, 256), jnp.bfloat16), jnp.ones((512, 256), jnp.bfloat16)
+
+    def gradient(x, w):
+        return jax.grad(lambda x: column(x, w, "tp").astype(jnp.float32).sum())(x)
+
+    with (
+        ops.kernels_without_gpu(),
+        ops.using(KernelConfig(), "gpu"),
+        overlap.using(implementation="xla"),
+        registry.recording() as choices,
+    ):
+        jax.make_jaxpr(lambda *arrays: one_rank(gradient, *arrays))(x, w)
+    assert [choice[:2] for choice in choices if choice.op == "linear"] == [
+        ("linear", "pallas"),  # forward
+        ("linear", "xla"),
+    ]

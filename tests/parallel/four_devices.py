@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +14,26 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import jpd
 from jpd import checkpoint, models, ops
 from jpd.checkpoint import hf
+from jpd.engine import lowering
 from jpd.engine.build import Engine, resolve
 from jpd.engine.executor import Executor
 from jpd.engine.shapes import StepShape
+from jpd.engine.stored_steps import FOLDER
 from jpd.errors import ConfigError
 from jpd.models.family import flatten
 from jpd.ops import overlap, self_check
-from jpd.overlap import Plan, Tiling
+from jpd.ops.pallas import Gpu
+from jpd.overlap import Plan, PlanTable, Tiling, Topology
 from jpd.parallel import AXES, RULES, ManyDevices, Split, placement
 from jpd.types import RequestOutput, SamplingParams
+from native.memory import allocate
 from pallas_kernels import mosaic
 from tests import tiny_models
 from tests.engine.tiny_engine import SIZES, drain, fresh, greedy, run, tiny_engine, tokens
@@ -44,7 +51,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def engine_of(folder: Path, ranks: int, **changes: Any) -> Engine:
-    return tiny_engine(folder, tensor_parallel_size=ranks, compilation_cache_dir="", **changes)
+    options = {"compilation_cache_dir": ""} | changes
+    return tiny_engine(folder, tensor_parallel_size=ranks, **options)
 
 
 @pytest.fixture(scope="module")
@@ -186,33 +194,63 @@ def test_sums_of_steps_with_prompt_tokens_go_through_the_op_that_overlaps(
     assert summed(StepShape(8, 0, 128, True)) == {}
 
 
+def test_the_sum_over_ranks_is_chosen_like_other_ops(folders: dict[str, Path]) -> None:
+    with pytest.raises(ExceptionGroup, match="no implementation of 'matmul_all_reduce'") as caught:
+        engine_of(folders[LLAMA], 2, kernels=jpd.KernelConfig(matmul_all_reduce="overlap"))
+    assert "GPUs can overlap, not 'cpu'" in str(caught.value.exceptions[0])
+    with pytest.raises(ConfigError, match=r"kernels.matmul_all_reduce='psum' is not allowed: one"):
+        jpd.KernelConfig(matmul_all_reduce="psum")
+
+
+@pytest.mark.parametrize(("name", "ranks"), [("mistral_window", 2), ("qwen2", 4)])
 def test_groups_of_tiles_give_the_same_tokens(
-    folders: dict[str, Path], llama: dict[int, Engine], monkeypatch: pytest.MonkeyPatch
+    folders: dict[str, Path], name: str, ranks: int
 ) -> None:
-    """The overlapped op's own order of tiles, sent by XLA's collectives."""
-    tiling = Tiling(128, 128, 4, "m", "m", 4)
-    real = overlap.matmul_all_reduce
+    """The overlapped op's own order of tiles, sent by XLA's collectives and read by the norms."""
+    prompts, params = requests(name)
+    one = engine_of(folders[name], 1)
+    model = one.model_config
+    tiling = Tiling(64, 128, 2, "n", "m", 2)
+    shape = {"op": "all_reduce", "ranks": ranks, "m": 8 + 32, "n": model.hidden_size}
+    how = {"overlap": True, "tiling": tiling, "sms": 1, "ctas": 1, "waves": (1,)}
+    widths = (model.num_heads * model.head_dim // ranks, model.ffn_size // ranks)
+    plans = PlanTable(Topology("none", "none", "none"), [Plan(**shape, k=k, **how) for k in widths])
+    before = Counter(ops.choices())
+    with overlap.using(implementation="grouped", plans=plans):
+        engine = engine_of(folders[name], ranks)
+    taken = Counter(ops.choices()) - before
+    # Norms read the sums of decode steps too, which are not in tiles.
+    assert 0 < taken["matmul_all_reduce", "grouped"] < taken["rms_norm_residual", "xla"]
+    got, want = (run(fresh(served), prompts, params) for served in (engine, one))
+    assert tokens(got) == tokens(want)
 
-    def grouped(x: jax.Array, w: jax.Array, axis: str) -> jax.Array:
-        shape = {"op": "all_reduce", "ranks": 2, "m": len(x), "n": len(w), "k": x.shape[1]}
-        plan = Plan(**shape, overlap=True, tiling=tiling, sms=1, ctas=1, waves=(1,))
-        return real(x, w, axis, plan=plan, implementation="grouped")
 
-    monkeypatch.setattr("jpd.ops.ranks.matmul_all_reduce", grouped)
-    before = ops.choices().get(("matmul_all_reduce", "grouped"), 0)
-    assert served(engine_of(folders[LLAMA], 2)) == served(llama[1])
-    assert ops.choices()["matmul_all_reduce", "grouped"] > before
+def test_a_block_is_seen_by_every_device_in_place() -> None:
+    """Of a CPU, where DLPack names the first only."""
+    block = allocate(1 << 12, "cpu")
+    for dtype in ("float32", "bfloat16"):
+        view = block.array(256, (8, 16), dtype)
+        for device in jax.devices():
+            array = block.jax_array(256, (8, 16), dtype, device)
+            assert array.devices() == {device}
+            assert array.unsafe_buffer_pointer() == view.ctypes.data
+            assert array.dtype == view.dtype
+
+
+def assert_in_place(executor: Executor) -> None:
+    """Of pages and history no step has a second copy."""
+    one = [leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(executor.kv)]
+    for shape in executor.shapes.all():
+        compiled = executor.compiled.get(shape, executor._lower)
+        memory = compiled.memory_analysis()  # of one device
+        assert memory.alias_size_in_bytes == sum(one) + executor.history.nbytes
 
 
 def test_pages_are_cut_and_updated_in_place(llama: dict[int, Engine]) -> None:
     executor = llama[2].executor
     pages = executor.kv[0][0]
     assert pages.sharding.shard_shape(pages.shape)[2] == pages.shape[2] // 2 == 1
-    one = [leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(executor.kv)]
-    for shape in executor.shapes.all():
-        compiled = executor.compiled.get(shape, executor._lower)
-        memory = compiled.memory_analysis()  # of one device
-        assert memory.alias_size_in_bytes == sum(one) + executor.history.nbytes
+    assert_in_place(executor)
 
     def addresses() -> list[int]:
         arrays = [*jax.tree.leaves(executor.kv), executor.history]
@@ -223,6 +261,59 @@ def test_pages_are_cut_and_updated_in_place(llama: dict[int, Engine]) -> None:
         coordinator.add(str(i), None, prompt, greedy(max_tokens=10))
     drain(coordinator)
     assert addresses() == before
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Iterator[Path]:
+    """A folder for compiled and lowered steps; an engine that has one changes jax's settings."""
+    names = [name for name in jax.config.values if "cache" in name]
+    before = {name: jax.config.values[name] for name in names}
+    yield tmp_path
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def test_lowered_steps_are_kept_and_other_processes_lower_them(
+    folders: dict[str, Path],
+    llama: dict[int, Engine],
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    traced: list[StepShape] = []
+    step = lowering.step
+
+    def counted(model: Any, shape: StepShape, *args: Any, **options: Any) -> Any:
+        traced.append(shape)
+        return step(model, shape, *args, **options)
+
+    monkeypatch.setattr(lowering, "step", counted)
+    monkeypatch.setattr(lowering, "_processes", lambda source, shapes: min(2, shapes))
+    for _ in range(2):
+        engine = engine_of(folders[LLAMA], 2, compilation_cache_dir=str(cache))
+        assert traced == []
+        assert len(list((cache / FOLDER).iterdir())) == len(engine.executor.shapes.all())
+    assert_in_place(engine.executor)
+    assert served(engine) == served(llama[1])
+    assert engine.executor.compiled.recompiles == 0
+
+
+def test_what_holds_a_communicator_is_not_kept(
+    llama: dict[int, Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rank_steps = llama[2].executor._lowering()
+    shapes = mixed, decode = StepShape(8, 32, 128, False), StepShape(8, 0, 128, True)
+    rank_steps._look_at(shapes)
+    kept = {shape: rank_steps._key(shape) for shape in shapes}
+    assert None not in kept.values()
+    with overlap.using(implementation="grouped"):
+        assert rank_steps._key(mixed) is None
+    monkeypatch.setattr(
+        "jpd.engine.rank_lowering.communicators", lambda *arguments: {"tp": [object()]}
+    )
+    assert [rank_steps._key(shape) for shape in shapes] == [None, kept[decode]]
+    source = rank_steps._source
+    rank_steps._source = replace(source, kernels=jpd.KernelConfig(matmul_all_reduce="xla"))
+    assert None not in map(rank_steps._key, shapes)
 
 
 KERNEL_MODEL = {
@@ -256,22 +347,23 @@ def test_a_rank_runs_the_kernels_on_its_part() -> None:
         kernels=jpd.KernelConfig(pallas_only=True),
     )
     config = resolve(config, model, on_cpu=True)
-    place = placement.place(model, jax.devices()[:2])
+    place = placement.place(Split(model, 2), jax.devices()[:2])
     params = place.accept(models.init_params(model, "bfloat16", 0))
     phi = np.ones((1, 4), np.float32)
     executor = Executor(config, model, params, jax.devices()[0], (), phi, placement=place)
     before = ops.choices()
-    function, inputs = executor._lowering().traceable(StepShape(2, 32, 64, True))
-    with (
-        ops.kernels_without_gpu(),
-        ops.using(config.kernels, "gpu"),
-        overlap.using(implementation="xla"),  # there is no GPU to ask for its capability
-    ):
-        traced = jax.jit(function, donate_argnums=(1, 2)).trace(*inputs)
-        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    shape = StepShape(2, 32, 64, True)
+    source = replace(
+        executor._lowering()._source, platform="gpu", gpu=Gpu("NVIDIA H200", 132, "9.0")
+    )
+    inputs = executor.params, executor.kv, executor.history, *executor._host_inputs(shape, None)
+    stored = source.export(shape, inputs)
+    exported = export.deserialize(bytearray(stored.module))
+    text = exported.mlir_module()
+    assert exported.nr_devices == 2
     taken = {op for op, n in ops.choices().items() if n > before.get(op, 0)}
     kernels = {(op, "pallas") for op in ops.implementations()}
-    assert taken == kernels | {("matmul_all_reduce", "xla")}
+    assert taken == kernels | {("matmul_all_reduce", "xla"), ("rms_norm_residual", "pallas")}
     assert "mosaic_gpu_v2" in text
     assert len(re.findall(r"broadcast_in_dim .*-> tensor<32768xi32>", text)) == 1
     # The embedding, attention, MLP, and the count of recomputed rows; then the logits.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import jax
@@ -138,13 +137,6 @@ def test_the_table_names_every_parameter_and_no_other() -> None:
 def test_a_size_that_is_no_count(value: Any) -> None:
     with pytest.raises(ConfigError, match=r"tensor_parallel_size=.* an int >= 1"):
         jpd.EngineConfig(model="m", tensor_parallel_size=value)
-
-
-@pytest.mark.parametrize("topology", ["semi_pd", "disaggregated"])
-def test_other_topologies_say_that_they_cannot_yet(topology: str) -> None:
-    message = "tensor_parallel_size > 1 is served by topology='unified' only, so far"
-    with pytest.raises(ConfigError, match=re.escape(message)):
-        jpd.EngineConfig(model="m", tensor_parallel_size=2, topology=topology)
 
 
 def test_more_ranks_than_devices(tmp_path: Any) -> None:

@@ -20,6 +20,7 @@ from jpd import LLM, AsyncLLM, SamplingParams
 from jpd.errors import ConfigError, EngineDeadError
 from jpd.semi_pd import shared_model
 from jpd.semi_pd.controller import Observation, Shares
+from jpd.semi_pd.mode import Mode
 from jpd.semi_pd.pool import MAX_FAILURES
 from jpd.types import RequestOutput
 from tests import tiny_models
@@ -335,6 +336,66 @@ def test_decode_given_up_is_taken_over_with_all_that_penalties_need(
     llm.close()
 
 
+class ModeScript:
+    """A mode policy that is told what to say."""
+
+    def __init__(self) -> None:
+        self.wanted: Mode = "unified"
+        self.observations: list[Observation] = []
+
+    def decide(self, observation: Observation, current: Mode) -> Mode:
+        self.observations.append(observation)
+        return self.wanted
+
+
+def test_while_one_executor_and_two_take_turns(
+    folder: Path, in_one_process: list[list[int]]
+) -> None:
+    """With a decode executor on half of the CPUs, and one on all that can compute prompts too."""
+    script, rng, served = ModeScript(), random.Random(0), set()
+    options = {"decode_share": 50, "control_interval_s": 1e-6, "check_ownership": True}
+    llm = LLM(str(folder), **OPTIONS, topology="auto", semi_pd=options | {"break_even": script})
+    try:
+        assert {(e.phase, e.share) for e in llm.executors} == {
+            ("prefill", 100),
+            ("decode", 100),
+            ("decode", 50),
+        }
+        assert (llm.stats.mode, llm.stats.mode_changes) == ("unified", 0)
+        outputs = llm._queue(llm._checked(*work(60), None))
+        turn = 0
+        while not all(o.finished for o in outputs):
+            if rng.random() < 0.1:
+                script.wanted = rng.choice(("unified", "semi_pd"))
+            if turn in (100, 300):
+                os.kill(llm._engine.topology.decode.executor.pid, signal.SIGKILL)
+            llm._step()
+            turn += 1
+            prefill, decode = llm._engine.topology.lanes
+            served |= {("prefill", bool(s.plan.rows.size)) for s in prefill.in_flight}
+            served |= {
+                ("decode", len(s.plan.chunks) > 0, llm._engine.topology.shares.decode)
+                for s in decode.in_flight
+            }
+        assert tokens(outputs) == in_one_process
+        assert served == {
+            ("prefill", False),
+            ("decode", False, 50),
+            ("decode", False, 100),
+            ("decode", True, 100),
+        }
+        stats = llm.stats
+        assert stats.mode_changes >= 10
+        assert stats.executors_lost == 2
+        assert stats.recompiles == 0, "an executor was not prepared for steps of both phases"
+        assert sum(o.decoding_beside > 0 for o in script.observations) > 10
+        # A prompt token's own request waits.
+        assert all(o.waiting_beside >= o.prefill_tokens for o in script.observations)
+        check_idle(llm)
+    finally:
+        llm.close()
+
+
 def test_a_hung_executor_is_replaced(folder: Path) -> None:
     llm = LLM(str(folder), **OPTIONS, topology="semi_pd", semi_pd={"step_timeout_s": 5.0})
     params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
@@ -348,35 +409,6 @@ def test_a_hung_executor_is_replaced(folder: Path) -> None:
         llm._step()
     assert tokens([output]) == want
     assert llm.stats.executors_lost == 1
-    llm.close()
-
-
-def test_each_phase_on_a_device_of_its_own(folder: Path, in_one_process: list[list[int]]) -> None:
-    """Two copies of everything, and executors that are killed; a CPU has only one device."""
-    llm = LLM(str(folder), **OPTIONS, topology="disaggregated")
-    outputs = llm._queue(llm._checked(*work(60), None))
-    killed = 0
-    for turn in range(1_000_000):
-        if all(o.finished for o in outputs):
-            break
-        if turn in (100, 200):
-            seat = seats(llm)[killed]
-            assert seat.executor is not None
-            os.kill(seat.executor.pid, signal.SIGKILL)
-            killed += 1
-        llm._step()
-    assert tokens(outputs) == in_one_process
-    assert llm.stats.executors_lost == 2
-    prefill, decode = (seat.pool for seat in seats(llm))
-    config, model = llm.config, llm.model_config
-    page = 2 * model.num_layers * config.page_size * model.num_kv_heads * model.head_dim * 4
-    assert prefill.copied_bytes == 0
-    assert decode.copied_bytes % page == 0
-    # At least every prompt moved once; a page is copied again where the step was lost.
-    prompts = sum(-(-len(o.prompt_token_ids) // 8) * len(o.outputs) for o in outputs)
-    assert decode.copied_bytes >= prompts * page
-    check_idle(llm)
-    assert llm._engine.coordinator.scheduler.decode_pool.num_free == config.num_pages - 1
     llm.close()
 
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from jpd import CheckpointError, ConfigError, EngineDeadError, checkpoint
 from jpd.models.family import flatten
+from jpd.parallel import RULES, OneDevice, Split
 from jpd.semi_pd import arrays, storage
 from jpd.semi_pd.layout import Layout, pages_layout
 from jpd.semi_pd.storage import StorageOwner
@@ -47,7 +48,7 @@ def start():
     owners = []
 
     def start():
-        owners.append(StorageOwner.start(DEVICE))
+        owners.append(StorageOwner.start([DEVICE]))
         return owners[-1]
 
     yield start
@@ -59,7 +60,7 @@ def start():
 @pytest.fixture(scope="module")
 def loaded(load, folder):
     """One owner with random weights of seed 3, for tests that only look at it."""
-    owner = StorageOwner.start(DEVICE)
+    owner = StorageOwner.start([DEVICE])
     load(owner, folder, load_format="dummy", seed=3)
     yield owner
     owner.stop()
@@ -77,7 +78,7 @@ def load(config):
 
     def load(owner, folder, room="float32", **options):
         options = {"dtype": "float32", "show_progress": False} | options
-        owner.load(arrays.weights_layout(config, room), PAGES, folder, **options)
+        owner.load(arrays.weights_layout(config, room), PAGES, folder, Split(config, 1), **options)
 
     return load
 
@@ -115,8 +116,8 @@ def test_a_layout_names_what_it_does_not_take():
 
 
 def check_weights(owner, layout, expected):
-    with open_block(owner.handles.weights) as block:
-        params = arrays.params(block, layout)
+    with open_block(owner.handles.weights[0]) as block:
+        params = arrays.params([block], layout, OneDevice(jax.devices()[0]))
         assert jax.tree.structure(params) == jax.tree.structure(expected)
         jax.tree.map(np.testing.assert_array_equal, params, expected)
         assert all(
@@ -135,14 +136,42 @@ def test_weights_are_those_of_the_checkpoint_without_a_copy(start, folder, confi
     check_weights(owner, arrays.weights_layout(config, "bfloat16"), expected)
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="there may be only one GPU")
+def test_each_rank_has_its_part_by_the_rules_of_the_one_who_asked(
+    folder, config, load, monkeypatch
+):
+    """The loader runs in another process, where the tables are as they were."""
+    monkeypatch.setitem(RULES, "vocab", None)
+    split = Split(config, 2)
+    owner = StorageOwner.start(["cpu", "cpu"])
+    try:
+        layout = arrays.weights_layout(split.rank_model, "float32")
+        owner.load(layout, PAGES, folder, split, dtype="float32", show_progress=False)
+        assert len({handle.fd for handle in owner.handles.pages}) == 2
+        _, whole = checkpoint.load(folder, dtype="float32", show_progress=False)
+        stored = dict(flatten(whole))
+        for rank, handle in enumerate(owner.handles.weights):
+            with open_block(handle) as block:
+                for field in layout.fields:
+                    cut, want = split.cut(field.path), np.asarray(stored[field.path])
+                    if cut is not None:
+                        want = cut.part(want, rank)
+                    got = block.array(field.offset, field.shape, field.dtype)
+                    np.testing.assert_array_equal(got, want, err_msg=str(field.path))
+        assert split.cut(("embed", "weight")) is None
+    finally:
+        owner.stop()
+
+
 def test_random_weights_follow_the_seed(loaded, folder, config):
     _, expected = checkpoint.load(folder, dtype="float32", load_format="dummy", seed=3)
     check_weights(loaded, arrays.weights_layout(config, "float32"), expected)
 
 
 def test_all_that_map_the_pages_see_one_memory(loaded):
-    with open_block(loaded.handles.pages) as one, open_block(loaded.handles.pages) as other:
-        pages = arrays.kv_pages(one, PAGES)
+    (handle,) = loaded.handles.pages
+    with open_block(handle) as one, open_block(handle) as other:
+        pages = arrays.kv_pages([one], PAGES, OneDevice(jax.devices()[0]))
         assert [(k.shape, v.shape) for k, v in pages] == [((3, 4, 2, 32),) * 2] * 2
         for number, field in enumerate(PAGES.fields):
             other.write(field.offset, jnp.full(field.shape, number, field.dtype))
@@ -162,7 +191,7 @@ def test_a_broken_checkpoint_fails_as_without_processes(start, folder, config, t
     assert (type(found.value), str(found.value)) == (type(expected.value), str(expected.value))
     # It is still of use.
     load(owner, folder)
-    assert owner.handles.pages.nbytes == PAGES.nbytes
+    assert [handle.nbytes for handle in owner.handles.pages] == [PAGES.nbytes]
     _, expected = checkpoint.load(folder, dtype="float32", show_progress=False)
     check_weights(owner, arrays.weights_layout(config, "float32"), expected)
 
@@ -251,7 +280,8 @@ def test_handles_are_there_between_load_and_stop(start, folder, no_loader, load)
     with pytest.raises(RuntimeError, match="from the end of `load` until `stop`"):
         _ = owner.handles
     load(owner, folder)
-    assert owner.handles.fds == (*owner.handles.weights.fds, *owner.handles.pages.fds)
+    (weights,), (pages,) = owner.handles.weights, owner.handles.pages
+    assert owner.handles.fds == (*weights.fds, *pages.fds)
     owner.stop()
     with pytest.raises(RuntimeError, match="from the end of `load` until `stop`"):
         _ = owner.handles
@@ -260,9 +290,9 @@ def test_handles_are_there_between_load_and_stop(start, folder, no_loader, load)
 def test_a_device_that_cannot_be_used():
     before = children()
     with pytest.raises(ConfigError, match="device='cuda:99': "):
-        StorageOwner.start("cuda:99")
+        StorageOwner.start(["cuda:99"])
     with pytest.raises(ConfigError, match=r"device='tpu'.*'cpu' or 'cuda:N'"):
-        StorageOwner.start("tpu")
+        StorageOwner.start([DEVICE, "tpu"])
     assert children() == before
 
 
@@ -276,10 +306,10 @@ def left():
 def test_nothing_is_left(folder, load):
     jax.devices()  # it opens files of its own
     before = left()
-    owner = StorageOwner.start(DEVICE)
+    owner = StorageOwner.start([DEVICE])
     load(owner, folder, load_format="dummy")
-    with open_block(owner.handles.pages) as block:
-        arrays.kv_pages(block, PAGES)
+    with open_block(owner.handles.pages[0]) as block:
+        arrays.kv_pages([block], PAGES, OneDevice(jax.devices()[0]))
     owner.stop()
     owner.stop()
     assert left() == before
@@ -291,7 +321,7 @@ def test_a_killed_coordinator_leaves_nothing(tmp_path):
     script = """
 import os, signal
 from jpd.semi_pd.storage import StorageOwner
-owner = StorageOwner.start("cpu")
+owner = StorageOwner.start(["cpu"])
 os.kill(owner._child.process.pid, signal.SIGSTOP)
 print(owner._child.process.pid, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)

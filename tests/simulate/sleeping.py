@@ -25,8 +25,10 @@ from jpd.engine.lane import OneExecutor
 from jpd.engine.plan import StepPlan, StepResult
 from jpd.engine.recent import Recent
 from jpd.engine.shapes import ShapeTable
+from jpd.semi_pd.build import make_mode_policy
 from jpd.semi_pd.controller import FULL
 from jpd.semi_pd.messages import Ready, StepReport
+from jpd.semi_pd.mode import phases_of
 from jpd.semi_pd.pool import ExecutorPool
 from jpd.semi_pd.remote import RemoteExecutor
 from jpd.semi_pd.topology import TwoPhases
@@ -91,7 +93,7 @@ class _SleepingWorker:
             seconds = self._model.full_s(StepWork.of(plan, self._shapes))
             time.sleep(max(0.0, begun_s + seconds - time.monotonic()))
             ended_s = time.monotonic()
-            self._theirs.send(StepReport(_result(plan), 0, 0, begun_s, ended_s))
+            self._theirs.send(StepReport(_result(plan), 0, None, begun_s, ended_s))
 
     def kill(self) -> None:
         """The threads end after the last step."""
@@ -113,9 +115,10 @@ def sleeping_llm(prepared: Prepared, model: LatencyModel) -> AsyncLLM:
     else:
         pools = []
         for phase in ("prefill", "decode"):
-            shapes = shape_table(config, prefill=phase == "prefill", decode=phase == "decode")
 
-            def start(share: int, shapes: ShapeTable = shapes) -> RemoteExecutor:
+            def start(share: int, phase: str = phase) -> RemoteExecutor:
+                prefill, decode = phases_of(config.topology, phase, share)
+                shapes = shape_table(config, prefill=prefill, decode=decode)
                 return RemoteExecutor(_SleepingWorker(model, shapes), share)
 
             pools.append(ExecutorPool(phase, start, None, frozenset()))
@@ -126,7 +129,8 @@ def sleeping_llm(prepared: Prepared, model: LatencyModel) -> AsyncLLM:
             config.max_num_seqs,
             depth=depth,
             controller=None,
-            control_interval_s=1.0,
+            mode_policy=make_mode_policy(config),
+            control_interval_s=config.semi_pd.control_interval_s,
             step_timeout_s=60.0,
             on_close=lambda: None,
         )

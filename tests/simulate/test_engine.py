@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from jpd.bench import workload
 from jpd.bench.slo import RequestRecord
 from jpd.bench.traces import fixed
 from jpd.semi_pd.controller import Observation, Shares
+from jpd.semi_pd.mode import BreakEven
 from jpd.semi_pd.share_models import Interference
 from jpd.simulate.latency import DecodeTime, Overheads, PromptTime
 from jpd.simulate.run import simulate, simulate_alone
@@ -94,17 +96,18 @@ def test_phases_side_by_side_and_what_they_do_to_each_other(folder):
     assert times_ms(second) == pytest.approx((44.25, 44.25))
 
 
-def test_two_gpus_do_not_slow_each_other_down_but_copy_pages(folder):
+@pytest.mark.parametrize(("page_copy_s", "prompt_ms"), [(5e-3, 20), (8e-3, 24)])
+def test_two_gpus_do_not_slow_each_other_down_but_send_pages(folder, page_copy_s, prompt_ms):
     model = latencies(
         prompt_s=20e-3,
-        page_copy_s=0.5e-3,
+        page_copy_s=page_copy_s,
         interference=Interference(prefill_slowdown=2.0, decode_slowdown=2.0),
     )
-    rows = [(0, 20, 3), (0.0201, 5, 1)]
+    rows = [(0, 20, 3), (0.0301, 5, 1)]
     first, second = run(folder, model, *rows, topology="disaggregated")
-    # 20 tokens are on 3 pages, which the first decode step brings.
-    assert times_ms(first) == pytest.approx((20, 31.5))
-    assert times_ms(second) == pytest.approx((40.1, 40.1))
+    # 20 tokens are on 3 pages, which are sent while they are computed; a decode step takes 5 ms.
+    assert times_ms(first) == pytest.approx((prompt_ms, prompt_ms + 10))
+    assert times_ms(second) == pytest.approx((50.1, 50.1))
 
 
 def test_shares_and_overlap(folder):
@@ -204,12 +207,73 @@ def test_what_a_controller_is_told(folder):
     )
 
 
+def test_one_of_two_executors_serves_both_phases_while_nobody_is_held_up(folder):
+    engine = make_engine(folder, latencies(overheads=HOST), topology="auto")
+    (record,) = simulate(requests((0, 5, 4)), [engine])
+    # Launch 1, message 0.5, prompt 10; the decode steps follow it on the same executor, 11.5 to
+    # 26.5, and each is known 0.5 and delivered 2 later.
+    assert times_ms(record) == pytest.approx((14, 29))
+    assert engine.coordinator.stats().mode == "unified"
+    assert engine.topology.prefill.pool.busy_s == 0
+
+
+def test_the_load_decides_between_one_executor_and_two(folder):
+    quiet, busy = workload.poisson(2, 20, seed=0), workload.poisson(60, 600, seed=1)
+    arrivals = np.concatenate([quiet, 10 + busy, 20 + quiet])
+    engine = make_engine(folder, latencies(), topology="auto", max_num_seqs=64)
+    modes = []
+
+    class Watched(BreakEven):
+        def decide(self, observation, current):
+            modes.append((observation.now_s, super().decide(observation, current)))
+            return modes[-1][1]
+
+    engine.topology._mode_policy = Watched(window_s=2.0)
+    records = simulate(fixed(arrivals, 20, 60), [engine])
+    assert all(record.ok for record in records)
+    changes = [b for (_, a), (at_s, b) in pairwise(modes) if a != b]
+    assert changes == ["semi_pd", "unified"]
+    assert {mode for at_s, mode in modes if 13 < at_s < 19} == {"semi_pd"}
+    assert engine.coordinator.stats().mode_changes == 2
+
+
+class InTurns:
+    """Changes the mode whenever it is asked."""
+
+    def decide(self, observation, current):
+        return "semi_pd" if current == "unified" else "unified"
+
+
+@pytest.mark.parametrize("options", [{}, {"topology": "semi_pd"}, {"topology": "auto"}], ids=str)
+def test_who_decodes_and_who_waits_while_prompts_are_computed(folder, options):
+    engine = make_engine(folder, latencies(), **options)
+    taken = []
+    take = engine.coordinator.recent
+    engine.coordinator.recent = lambda: taken.append(take()) or taken[-1]
+    simulate(requests((0, 5, 30), (0.031, 64, 30), (0.031, 6, 1)), [engine])
+    taken.append(take())
+    sums = [sum(getattr(r, f"{who}_beside") for r in taken) for who in ("decoding", "waiting")]
+    if options.get("topology") == "semi_pd":
+        # A step of 64 tokens beside one that decodes, in which both wait; one of 6 beside two.
+        assert sums == [64 + 2 * 6, 5 + 2 * 64 + 6]
+    else:
+        # The row that decodes is one of the 64 tokens; so both also wait in the next step.
+        assert sums == [63 + 7, 5 + 2 * 63 + 2 * 7]
+    assert sum(r.prefill_tokens for r in taken) == 75
+
+
 TOPOLOGIES = [
     {},
     {"async_scheduling": False},
     {"prefill_policy": "first"},
     SEMI_PD,
     {"topology": "semi_pd"},
+    {"topology": "auto", "semi_pd": {"break_even": InTurns(), "control_interval_s": 7e-3}},
+    {
+        "topology": "auto",
+        "prefill_policy": "first",
+        "semi_pd": {"break_even": InTurns(), "decode_share": 50, "control_interval_s": 7e-3},
+    },
     {"topology": "disaggregated"},
 ]
 

@@ -11,18 +11,21 @@ from jax import lax
 
 from jpd.ops.linear import linear_xla
 from jpd.ops.overlap import gpu, grouped, plain
-from jpd.ops.overlap.op import CollectiveOp
+from jpd.ops.overlap.op import OverlapOp
 from jpd.ops.overlap.packed import Packed, unpack
 from jpd.overlap import OPS, Plan
 
-_TABLE = {op: CollectiveOp(f"matmul_{op}") for op in OPS}
-for _op, _entry in _TABLE.items():
-    # All three have the signature (x, w, axis_name, plan) -> array or Packed.
-    _entry.implementations = {
-        "overlap": functools.partial(gpu.matmul_collective, _op),
-        "xla": functools.partial(plain.matmul_collective, _op),
-        "grouped": functools.partial(grouped.matmul_collective, _op),
-    }
+_MODULES = {"overlap": gpu, "xla": plain, "grouped": grouped}
+"""In each a `matmul_collective` (op, x, w, axis_name, plan) -> array or Packed."""
+_TABLE = {
+    op: OverlapOp(
+        f"matmul_{op}",
+        "implementation",
+        {name: functools.partial(m.matmul_collective, op) for name, m in _MODULES.items()},
+        on_request=("grouped",),
+    )
+    for op in OPS
+}
 
 
 @dataclass(frozen=True)

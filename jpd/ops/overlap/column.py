@@ -7,12 +7,15 @@ the column-parallel layer before it: backward passes overlap here, forward passe
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 from typing import Any
 
 import jax
 from jax import lax
 
+from jpd.ops import registry
 from jpd.ops.linear import linear, linear_xla
 from jpd.ops.overlap.axes import names, summed_to, varying
 from jpd.ops.overlap.collectives import matmul_all_reduce, matmul_reduce_scatter
@@ -50,6 +53,17 @@ def replicated_matmul(x: jax.Array, w: jax.Array, axis_name: Any) -> jax.Array:
     return _replicated(axis_name, x, w)
 
 
+def _computed_weights() -> contextlib.AbstractContextManager[None]:
+    """Products traced inside the block are XLA's, unless they overlap.
+
+    The other kernels read weights before the kernel ahead of them, which may have computed those,
+    is complete. XLA's also reads a transposed weight as it lies.
+    """
+    selected = registry.selection()
+    changed = dataclasses.replace(selected, linear="xla", pallas_only=False)
+    return registry.using(changed, registry.platform())
+
+
 def _gather(x: jax.Array, axis_name: Any) -> jax.Array:
     return lax.all_gather(x, axis_name, axis=0, tiled=True)
 
@@ -65,7 +79,8 @@ def _gathered_forward(axis_name: Any, x: jax.Array, w: jax.Array) -> Any:
 
 def _gathered_backward(axis_name: Any, saved: Any, g: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, w = saved
-    dx = matmul_reduce_scatter(g, w.T, axis_name)
+    with _computed_weights():
+        dx = matmul_reduce_scatter(g, w.T, axis_name)
     whole = _gather(x, axis_name)
     (dw,) = jax.vjp(lambda w: linear_xla(whole, w), w)[1](g)
     return summed_to(x, dx), dw
@@ -87,7 +102,8 @@ def _replicated_forward(axis_name: Any, x: jax.Array, w: jax.Array) -> Any:
 def _replicated_backward(axis_name: Any, saved: Any, g: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, w = saved
     shared = names(axis_name) <= varying(g) - varying(x)
-    dx = matmul_all_reduce(g, w.T, axis_name) if shared else linear(g, w.T)
+    with _computed_weights():
+        dx = matmul_all_reduce(g, w.T, axis_name) if shared else linear(g, w.T)
     (dw,) = jax.vjp(lambda w: linear_xla(x, w), w)[1](g)
     return summed_to(x, dx), dw
 

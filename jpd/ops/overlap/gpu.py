@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jpd.errors import ConfigError
-from jpd.ops import registry
+from jpd.ops import pallas, registry
 from jpd.ops.overlap.axes import marked, names, varying
 from jpd.ops.overlap.packed import Packed
 from jpd.ops.overlap.settings import settings
@@ -67,11 +67,7 @@ def topology() -> Topology:
 def _check_device() -> None:
     if registry.platform() != "gpu":
         raise NotImplementedError(f"GPUs can overlap, not {registry.platform()!r}")
-    capability = jax.local_devices(backend="gpu")[0].compute_capability
-    if not capability.startswith("9."):
-        raise NotImplementedError(
-            f"signal_gemm is written for compute capability 9.0, this GPU has {capability}"
-        )
+    pallas.interpret_mode()  # refuses a GPU that the kernels are not written for
 
 
 def _native() -> Any:
@@ -155,7 +151,8 @@ def _signalled(
     def gemm(packed: Any, counters: Any) -> None:
         multiply(x, w, counters, packed=packed)
 
-    result = comm.run(transfer, gemm, after=[x])
+    # Of w, too: the GEMM reads it early, and what start does keeps it behind all that came before.
+    result = comm.run(transfer, gemm, after=[x, w])
     # To JAX the result of an FFI call differs along no axis.
     axes = varying(x, w) - (names(axis_name) if op == "all_reduce" else frozenset())
     return Packed(marked(result, axes), tiles.layout)

@@ -15,6 +15,7 @@ from jax import lax
 from jpd.ops.linear import linear
 from jpd.ops.overlap.packed import Packed
 from jpd.ops.overlap.plain import collective
+from jpd.ops.overlap.settings import settings
 from jpd.ops.overlap.tiles import tiles_of
 from jpd.overlap import Plan
 
@@ -24,14 +25,19 @@ def matmul_collective(
 ) -> Packed:
     """Packs the product as the signalling GEMM stores it, then one collective a group.
 
+    A plan that is not given is looked up in `Settings.plans`, whatever machine those are for.
+
     Raises:
       NotImplementedError: no plan that overlaps, or a number of ranks that tiles cannot have.
     """
-    if plan is None or not plan.overlap:
-        raise NotImplementedError(f"plan={plan}: groups follow from a plan that overlaps")
     from pallas_kernels import signal_gemm
 
-    m, n, ranks = x.shape[0], w.shape[0], lax.axis_size(axis_name)
+    (m, k), n, ranks = x.shape, w.shape[0], lax.axis_size(axis_name)
+    table = settings().plans
+    if plan is None and table is not None:
+        plan = table.find(op, ranks, m, n, k)
+    if plan is None or not plan.overlap:
+        raise NotImplementedError(f"plan={plan}: groups follow from a plan that overlaps")
     tiles = tiles_of(op, ranks, m, n, plan)
     # Only the order of the tiles matters to an all-reduce, which has one receiver.
     packed = signal_gemm.pack(linear(x, w), tiles.config, groups=tiles.groups, ranks=tiles.ranks)

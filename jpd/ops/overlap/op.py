@@ -2,30 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jpd.errors import ConfigError
 from jpd.ops import registry
 from jpd.ops.overlap.settings import settings
 
-ON_REQUEST = ("grouped",)
-"""Implementations that "auto" does not try."""
 
+class OverlapOp(registry.Op):
+    """An op that a field of `Settings` selects the implementation of, else one of KernelConfig.
 
-class CollectiveOp(registry.Op):
-    """A product and a collective. `Settings.implementation` selects it, no field of KernelConfig.
+    `kernels.pallas_only` does not exclude "xla" here: the product of a collective op is the op
+    `linear`, which keeps to kernels itself.
 
-    `kernels.pallas_only` does not exclude "xla" here: its product is the op `linear`, which keeps
-    to kernels itself.
+    Args:
+      name: of the op.
+      field: of `Settings`.
+      implementations: in the order in which "auto" tries them.
+      on_request: those of them that "auto" does not try.
     """
 
-    def __init__(self, name: str) -> None:
-        # Not super().__init__: every op of the registry's table has a field in KernelConfig.
+    def __init__(
+        self,
+        name: str,
+        field: str,
+        implementations: Mapping[str, Callable[..., Any]],
+        on_request: Sequence[str] = (),
+    ) -> None:
+        # Not super().__init__: others cannot register implementations.
         self.name = name
-        self.implementations = {}
+        self.implementations = dict(implementations)
+        self._field = field
+        self._on_request = on_request
 
     def __call__(self, *args: Any, implementation: str | None = None, **kwargs: Any) -> Any:
-        name = implementation or settings().implementation
+        name = implementation or getattr(settings(), self._field)
+        if name == "auto":
+            name = getattr(registry.selection(), self.name, name)
         return super().__call__(*args, implementation=name, **kwargs)
 
     def candidates(self, name: str, *, pallas_only: bool = False) -> list[str]:
@@ -36,8 +50,8 @@ class CollectiveOp(registry.Op):
         """
         del pallas_only
         if name == "auto":
-            return [known for known in self.implementations if known not in ON_REQUEST]
+            return [known for known in self.implementations if known not in self._on_request]
         if name not in self.implementations:
             known = ", ".join(self.implementations)
-            raise ConfigError(f"implementation={name!r} of {self.name}; known: auto, {known}")
+            raise ConfigError(f"{self._field}={name!r} of {self.name}; known: auto, {known}")
         return [name]

@@ -15,7 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jpd.ops.norm import rms_norm_xla
+from jpd.ops import pallas, registry
+from jpd.ops.norm import rms_norm, rms_norm_xla
+from jpd.ops.overlap.op import OverlapOp
 
 
 @dataclass(frozen=True)
@@ -87,8 +89,8 @@ def rms_norm_residual(
 ) -> tuple[jax.Array, jax.Array]:
     """Adds the residual stream and norms the sum; reads packed results where they lie.
 
-    What follows an attention or an MLP whose output weight is split over ranks. The gather is part
-    of the program that adds and norms, for XLA to fuse.
+    What follows an attention or an MLP whose output weight is split over ranks.
+    `Settings.reorder` selects how.
 
     Args:
       y: `[M, N]`, packed or not.
@@ -105,5 +107,86 @@ def rms_norm_residual(
     shape = (y.layout.m, y.layout.n) if isinstance(y, Packed) else y.shape
     if residual.shape != shape or weight.shape != shape[1:]:
         raise ValueError(f"y {shape}, residual {residual.shape}, weight {weight.shape}")
+    return _norm(y, residual, weight, eps)
+
+
+def _check_selection(name: str) -> None:
+    """Raises NotImplementedError if the op `rms_norm` is not to be computed by `name`, nor by a
+    kernel that may as well be that."""
+    selected = registry.selection()
+    asked = rms_norm.candidates(selected.rms_norm, pallas_only=selected.pallas_only)
+    if asked[0] not in (name, pallas.NAME) or name not in asked:
+        raise NotImplementedError(f"rms_norm is to be computed by {' or '.join(asked)}")
+
+
+def _by_kernel(
+    y: Packed | jax.Array, residual: jax.Array, weight: jax.Array, eps: float
+) -> tuple[jax.Array, jax.Array]:
+    """One launch, that reads and writes everything once.
+
+    Raises:
+      NotImplementedError: no kernel for this device, layout, dtype or width, or another one of the
+        op `rms_norm` is asked for.
+    """
+    _check_selection(pallas.NAME)
+    interpret = pallas.interpret_mode()
+    from pallas_kernels.rms_norm import rms_norm_residual
+
+    tiling = None
+    if isinstance(y, Packed):
+        if y.layout.ranks > 1:
+            raise NotImplementedError(f"the kernel reads no blocks of {y.layout.ranks} senders")
+        y, tiling = y.data, y.layout.config
+    return rms_norm_residual(y, residual, weight, eps=eps, tiling=tiling, interpret=interpret)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _with_gradient(
+    y: Packed | jax.Array, residual: jax.Array, weight: jax.Array, eps: float
+) -> tuple[jax.Array, jax.Array]:
+    return _by_kernel(y, residual, weight, eps)
+
+
+def _with_gradient_forward(y: Any, residual: jax.Array, weight: jax.Array, eps: float) -> Any:
+    return _by_kernel(y, residual, weight, eps), (y, residual, weight)
+
+
+def _with_gradient_backward(eps: float, arrays: Any, g: Any) -> Any:
+    return jax.vjp(functools.partial(_composed, eps=eps), *arrays)[1](g)
+
+
+_with_gradient.defvjp(_with_gradient_forward, _with_gradient_backward)
+
+
+def _composed(
+    y: Packed | jax.Array, residual: jax.Array, weight: jax.Array, eps: float
+) -> tuple[jax.Array, jax.Array]:
     total = residual + unpack(y)
     return rms_norm_xla(total, weight, eps), total
+
+
+def _by_xla(
+    y: Packed | jax.Array, residual: jax.Array, weight: jax.Array, eps: float
+) -> tuple[jax.Array, jax.Array]:
+    """The gather is part of the program that adds and norms, for XLA to fuse.
+
+    Raises:
+      NotImplementedError: another implementation of the op `rms_norm` is asked for.
+    """
+    _check_selection("xla")
+    return _composed(y, residual, weight, eps)
+
+
+def _alone(
+    y: Packed | jax.Array, residual: jax.Array, weight: jax.Array, eps: float
+) -> tuple[jax.Array, jax.Array]:
+    """Put in order while it is added, before the norm, which is that of the op `rms_norm`."""
+    total = residual + unpack(y)
+    return rms_norm(total, weight, eps), total
+
+
+_norm = OverlapOp(
+    "rms_norm_residual",
+    "reorder",
+    {pallas.NAME: _with_gradient, "xla": _by_xla, "alone": _alone},
+)

@@ -17,6 +17,11 @@ class Settings:
 
     implementation: str = "auto"
     """"auto", "overlap", "xla" or "grouped", where a call names none."""
+    reorder: str = "auto"
+    """Who adds a sum over ranks to the residual stream where a norm follows, and puts it in order
+    if it is packed: "pallas", the kernel of that norm; "xla", XLA's program of gather, sum and
+    norm; "alone", gather and sum ahead of the op `rms_norm`; "auto", the first of them that can,
+    and that the selection of `rms_norm` allows."""
     plans: PlanTable | None = None
     """Where a call without a plan looks for one; the table that comes with jpd for this GPU, link
     and version of NCCL when not given."""

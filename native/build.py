@@ -1,7 +1,7 @@
-"""Builds the C++ part on first use, with the compiler of this machine.
+"""Builds a library of native code on first use, with the compiler of this machine.
 
-The library is kept in the user's cache folder under a name that is a hash of everything it depends
-on: source, flags, compiler and jaxlib, whose headers it is built against.
+It is kept in the user's cache folder under a name that is a hash of everything it depends on:
+source, headers, flags, compiler and jaxlib, whose headers it is built against.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("overlap.cc")
 FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-pthread")
+_ROOT = Path(__file__).parents[1]
+_HEADERS = Path(__file__).parent
 _COMPILERS = ("g++", "c++", "clang++")
 _TIMEOUT_S = 300
 
@@ -25,8 +26,11 @@ class BuildError(RuntimeError):
     """There is no C++ compiler, or it failed."""
 
 
-def compiler() -> list[str]:
+def compiler(source: Path) -> list[str]:
     """The command of the C++ compiler: what CXX says, or the first that there is.
+
+    Args:
+      source: what it is for.
 
     Raises:
       BuildError: there is none.
@@ -38,8 +42,7 @@ def compiler() -> list[str]:
             return [path, *command[1:]]
     looked_for = f"CXX={os.environ['CXX']!r} is not there" if named else f"none of {_COMPILERS}"
     raise BuildError(
-        "overlapped collectives need a C++17 compiler to build native/overlap/overlap.cc once "
-        f"({looked_for}); install g++ or set CXX"
+        f"a C++17 compiler is needed to build {source} once ({looked_for}); install g++ or set CXX"
     )
 
 
@@ -49,10 +52,11 @@ def cache_folder() -> Path:
     return Path(base, "jpd", "native")
 
 
-def build(extra_flags: Sequence[str] = ()) -> Path:
-    """The library, built now unless it was before.
+def build(source: Path, extra_flags: Sequence[str] = ()) -> Path:
+    """The library of one source file, built now unless it was before.
 
     Args:
+      source: may include the headers in this folder, as "native/...", and jaxlib's.
       extra_flags: for the compiler, e.g. "-Wall".
 
     Raises:
@@ -61,13 +65,14 @@ def build(extra_flags: Sequence[str] = ()) -> Path:
     import jax
     import jaxlib
 
-    command = compiler()
+    command = compiler(source)
     flags = (*FLAGS, *extra_flags)
     version = _output([*command, "--version"])
-    parts = (SOURCE.read_text(), jaxlib.__version__, *command, *flags, version)
+    texts = [path.read_text() for path in (source, *sorted(_HEADERS.glob("*.h")))]
+    parts = (*texts, jaxlib.__version__, *command, *flags, version)
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
     folder = cache_folder()
-    library = folder / f"overlap-{digest}.so"
+    library = folder / f"{source.stem}-{digest}.so"
     if library.exists():
         return library
     try:
@@ -75,8 +80,8 @@ def build(extra_flags: Sequence[str] = ()) -> Path:
         # Renamed when complete: another process sees the whole library or none.
         with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as scratch:
             made = Path(scratch, library.name)
-            headers = ["-isystem", jax.ffi.include_dir()]
-            _output([*command, *flags, *headers, str(SOURCE), "-o", str(made), "-ldl"])
+            headers = ["-I", str(_ROOT), "-isystem", jax.ffi.include_dir()]
+            _output([*command, *flags, *headers, str(source), "-o", str(made), "-ldl"])
             made.replace(library)
     except OSError as error:
         raise BuildError(f"the library cannot be kept in {folder}: {error}") from error

@@ -1,0 +1,153 @@
+"""Between one executor and two: what jpd's policy says of what it sees."""
+
+from __future__ import annotations
+
+import logging
+from itertools import pairwise
+from types import SimpleNamespace
+
+import pytest
+
+from jpd.config import BREAK_EVEN, EngineConfig, SemiPDConfig
+from jpd.errors import ConfigError
+from jpd.semi_pd import build
+from jpd.semi_pd.controller import Observation
+from jpd.semi_pd.mode import BreakEven, Mode, phases_of
+from native.mps import Mps, MpsError
+
+
+def play(
+    policy: BreakEven, *parts: tuple[float, float, float], mode: Mode = "unified"
+) -> list[tuple[float, Mode]]:
+    """Parts of (seconds, decoding, waiting) beside 100 prompt tokens every 0.1 s; the changes."""
+    now_s, changes = 0.0, []
+    for seconds, decoding, waiting in parts:
+        for _ in range(round(seconds * 10)):
+            now_s += 0.1
+            seen = Observation(
+                now_s=now_s,
+                prefill_tokens=100,
+                decoding_beside=round(100 * decoding),
+                waiting_beside=round(100 * waiting),
+            )
+            wanted = policy.decide(seen, mode)
+            if wanted != mode:
+                changes.append((round(now_s, 1), wanted))
+                mode = wanted
+    return changes
+
+
+def test_two_executors_where_more_decode_than_wait() -> None:
+    policy = BreakEven(ratio=2.0, hysteresis=1.5, window_s=4.0)
+    assert play(policy, (20, 1, 1), (20, 8, 1), (20, 1, 1)) == [
+        # More than 3 in the mean of 4 s, then less than 2 / 1.5.
+        (21.2, "semi_pd"),
+        (43.9, "unified"),
+    ]
+    assert policy.estimate == pytest.approx(1.0)
+
+
+def test_between_the_two_thresholds_it_stays() -> None:
+    for mode in ("unified", "semi_pd"):
+        assert play(BreakEven(ratio=2.0), (60, 2, 1), mode=mode) == []
+        assert play(BreakEven(ratio=2.0), (60, 20, 10), mode=mode) == []
+
+
+def test_a_load_at_the_threshold_does_not_make_it_flap() -> None:
+    parts = [(2, n, 1) for n in (2, 4.2, 1.2, 3.6) * 20]
+    assert len(play(BreakEven(ratio=2.0), *parts)) <= 1
+    # Without memory and hysteresis, it does.
+    nervous = BreakEven(ratio=2.0, hysteresis=1.0, window_s=0.1, min_dwell_s=0.0)
+    assert len(play(nervous, *parts)) > 40
+
+
+def test_changes_have_their_time_between_them() -> None:
+    parts = [(0.5, n, 1) for n in (9, 0) * 20]
+    for dwell_s in (1.0, 3.0):
+        policy = BreakEven(ratio=2.0, window_s=0.2, min_dwell_s=dwell_s)
+        times = [at_s for at_s, _ in play(policy, *parts)]
+        assert len(times) > 3
+        assert min(b - a for a, b in pairwise(times)) >= dwell_s - 1e-9
+
+
+def test_without_prompts_nothing_changes() -> None:
+    policy = BreakEven(ratio=2.0)
+    assert play(policy, (5, 9, 1), (60, 0, 0)) == [(0.1, "semi_pd")]
+    assert policy.estimate is None
+
+
+def test_it_goes_on_asking_while_the_change_is_under_way() -> None:
+    """An executor on all SMs may have to be started first."""
+    policy = BreakEven(ratio=2.0)
+    seen = [
+        Observation(now_s=float(i), prefill_tokens=1, decoding_beside=9, waiting_beside=1)
+        for i in range(5)
+    ]
+    assert {policy.decide(o, "unified") for o in seen} == {"semi_pd"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ratio": 0.0}, "break_even.ratio=0.0 is not allowed: finite, above 0"),
+        ({"hysteresis": 0.9}, "break_even.hysteresis=0.9 is not allowed: finite, at least 1"),
+        ({"window_s": -1.0}, "break_even.window_s=-1.0 is not allowed"),
+        ({"min_dwell_s": float("inf")}, "break_even.min_dwell_s=inf is not allowed"),
+    ],
+)
+def test_refuses(options: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        BreakEven(**options)
+
+
+# --- as an option ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("even", [0, -1.0, float("nan"), True, "3", [1]])
+def test_no_number_and_no_policy(even: object) -> None:
+    with pytest.raises(ConfigError, match=r"break_even=.* a number above 0, or an object with"):
+        SemiPDConfig(break_even=even)
+
+
+def auto(**semi_pd: object) -> EngineConfig:
+    return EngineConfig(model="none", topology="auto", semi_pd=SemiPDConfig(**semi_pd))
+
+
+def test_who_decides() -> None:
+    assert build.make_mode_policy(auto()).ratio == BREAK_EVEN == BreakEven().ratio
+    assert build.make_mode_policy(auto(break_even=1.5)).ratio == 1.5
+    own = SimpleNamespace(decide=lambda observation, current: current)
+    assert build.make_mode_policy(auto(break_even=own)) is own
+    assert build.make_mode_policy(EngineConfig(model="none", topology="semi_pd")) is None
+    with pytest.raises(ConfigError, match="only with topology='auto'"):
+        EngineConfig(model="none", topology="semi_pd", semi_pd=SemiPDConfig(break_even=9))
+
+
+def test_who_is_kept_ready_and_what_for() -> None:
+    pairs = ((60, 40), (80, 100))
+    config = auto(prefill_share=70, decode_share=50, kept_shares=pairs)
+    assert build.kept_shares(config, "prefill") == {60, 80}
+    assert build.kept_shares(config, "decode") == {40, 50, 100}
+    assert build.num_executors(config) == 3 + 3
+    assert build.num_executors(auto()) == 2
+    assert phases_of("auto", "decode", 100) == (True, True)
+    assert phases_of("auto", "decode", 50) == phases_of("semi_pd", "decode", 100) == (False, True)
+    assert phases_of("auto", "prefill", 100) == (True, False)
+
+
+def test_without_mps_it_becomes_unified_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_daemon() -> Mps:
+        raise MpsError("no nvidia-cuda-mps-control")
+
+    monkeypatch.setattr(Mps, "start", no_daemon)
+    monkeypatch.setattr(build, "_uses_gpu", lambda: True)
+    monkeypatch.setattr(build.engine_build, "build", lambda config: config)
+    with caplog.at_level(logging.WARNING):
+        built = build.build(auto(prefill_share=80))
+    assert (built.topology, built.semi_pd) == ("unified", SemiPDConfig())
+    assert "topology='auto' becomes 'unified'" in caplog.text
+    assert "no nvidia-cuda-mps-control" in caplog.text
+    with pytest.raises(ConfigError, match="sm_shares=True is not possible here"):
+        build.build(EngineConfig(model="none", topology="semi_pd"))
