@@ -1,6 +1,7 @@
 """What all tests share: they run on the CPU unless JAX_PLATFORMS says otherwise."""
 
 import os
+import signal
 
 from hypothesis import settings
 
@@ -14,3 +15,7 @@ os.environ.setdefault("NPROC", str(max(16, os.cpu_count() or 1)))
 # Wall-clock limits on single examples fail on a busy machine and say nothing about jpd.
 settings.register_profile("jpd", deadline=None)
 settings.load_profile("jpd")
+
+# A shell starts background jobs with interrupts ignored, and some tests are about interrupts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)

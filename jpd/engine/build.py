@@ -183,6 +183,7 @@ def check_kernels(
             dtype=config.dtype,
             eps=model.rms_eps,
             qk_norm=model.qk_norm,
+            sums=config.tensor_parallel_size > 1,
         ),
         config.kernels,
         [

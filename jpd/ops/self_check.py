@@ -28,6 +28,8 @@ from jpd.ops import registry
 from jpd.ops.attention import decode_attention, prefill_attention
 from jpd.ops.linear import gated_linear, linear
 from jpd.ops.norm import rms_norm
+from jpd.ops.overlap import Packed, rms_norm_residual
+from jpd.ops.overlap.packed import Layout
 from jpd.ops.rope import HeadNorms, rope_write
 
 MAX_RELATIVE_ERROR = 1e-2
@@ -50,6 +52,8 @@ class Widths:
     dtype: str
     eps: float
     qk_norm: bool
+    sums: bool = False
+    """Norms add sums over ranks to the residual stream."""
 
 
 @dataclass(frozen=True)
@@ -162,8 +166,13 @@ def _cases(
         checked = _Columns(product, pool)
         for rows in product.rows:
             yield _product_case(widths, product, checked, rows, draw)
-    for rows in sorted({rows for product in products for rows in product.rows}):
+    all_rows = sorted({rows for product in products for rows in product.rows})
+    for rows in all_rows:
         yield _norm_case(widths, draw, rows)
+        if widths.sums:
+            yield _sum_case(widths, draw, rows)
+    if widths.sums:
+        yield _packed_sum_case(widths, draw, all_rows[-1])
     yield _rope_case(widths, draw, rng)
     for window in dict.fromkeys(widths.windows):
         pages = _Pages(widths, draw, rng, window)
@@ -242,6 +251,43 @@ def _norm_case(widths: Widths, draw: Draw, rows: int) -> _Case:
         lambda x, weight: rms_norm(x, weight, eps),
         (x, weight),
         lambda got: iter([(_float(got), _normed(_float(x), _float(weight), eps))]),
+    )
+
+
+def _sum_case(widths: Widths, draw: Draw, rows: int) -> _Case:
+    y = draw(rows, widths.hidden_size)
+    return _added_case(widths, draw, "", y, y)
+
+
+def _packed_sum_case(widths: Widths, draw: Draw, rows: int) -> _Case:
+    """A sum whose tiles lie in the order in which a GEMM that signals would have sent them."""
+    from pallas_kernels.signal_gemm.config import SignalConfig
+
+    config, width = SignalConfig(tile_m=128, tile_n=128), widths.hidden_size
+    down, across = -(-rows // config.tile_m), -(-width // config.tile_n)
+    layout = Layout(rows, width, config.tile_m, config, (down * across,))
+    tiles = draw(down * across, config.tile_m, config.tile_n)
+    (where,) = layout.where()
+    y = tiles[where].swapaxes(1, 2).reshape(down * config.tile_m, -1)[:rows, :width]
+    return _added_case(widths, draw, " of tiles", Packed(jnp.asarray(tiles), layout), y)
+
+
+def _added_case(
+    widths: Widths, draw: Draw, what: str, y: np.ndarray | Packed, plain: np.ndarray
+) -> _Case:
+    """The norm of a residual to which `y` is added, which is `plain` in order."""
+    residual, weight = draw(*plain.shape), draw(widths.hidden_size)
+
+    def want(got: Any) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        total = _float(plain) + _float(residual)
+        yield _float(got[0]), _normed(total, _float(weight), widths.eps)
+        yield _float(got[1]), total
+
+    return _Case(
+        f"rms_norm_residual{what} {plain.dtype}{list(plain.shape)}",
+        lambda y, residual, weight: rms_norm_residual(y, residual, weight, widths.eps),
+        (y, residual, weight),
+        want,
     )
 
 

@@ -15,6 +15,7 @@ from jpd import ops
 from jpd.config import KernelConfig
 from jpd.errors import KernelError
 from jpd.ops import registry, self_check
+from jpd.ops.overlap import packed
 from jpd.ops.self_check import Product, Widths
 from tests import tiny_models
 from tests.engine.tiny_engine import MODEL, tiny_engine
@@ -45,6 +46,7 @@ def check(dtype: str = "bfloat16", **kernels: str) -> list[str]:
         dtype=dtype,
         eps=1e-5,
         qk_norm=True,
+        sums=True,
     )
     products = [
         Product("qkv", weight(256, 64), (1, 40), bias=weight(256)),
@@ -60,6 +62,7 @@ def test_right_implementations_pass(dtype: str) -> None:
     for op in ops.implementations():
         assert any(line.startswith(f"{op} ") and line.endswith(" by xla") for line in checked), op
     assert sum(line.startswith("decode_attention") for line in checked) == 4
+    assert sum(line.startswith("rms_norm_residual") for line in checked) == 3
 
 
 def off_by(amount: float) -> Callable[[Any], Any]:
@@ -95,6 +98,18 @@ def test_a_residual_that_is_left_out_is_found() -> None:
     )
     with pytest.raises(KernelError, match="down"):
         check(linear="wrong")
+
+
+@pytest.mark.parametrize("tiles", [False, True])
+def test_a_sum_that_is_added_wrongly_is_found(tiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = packed.unpack
+
+    def wrong(y: Any) -> Any:
+        return right(y) * (1.05 if tiles == isinstance(y, packed.Packed) else 1)
+
+    monkeypatch.setattr(packed, "unpack", wrong)
+    with pytest.raises(KernelError, match="residual of tiles" if tiles else "residual bfloat16"):
+        check()
 
 
 def test_an_engine_with_a_wrong_kernel_is_not_built(tmp_path: Path) -> None:
