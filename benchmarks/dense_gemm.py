@@ -21,7 +21,7 @@ from benchmarks.gemm_cases import LAYERS, Gemm, in_rounds, parse_shape, shapes
 from benchmarks.gemm_chains import gemm_calls, gemm_chains
 from benchmarks.lower_ahead import add_lowering, fill, start_lowering
 from benchmarks.lowered import Chains
-from benchmarks.options import add_bounds, add_variants, planned
+from benchmarks.options import add_bounds, add_variants, keep_one_impl, planned
 from benchmarks.peers import run_peer
 from benchmarks.ratios import put, speedups
 from benchmarks.report import Report, add_arguments
@@ -83,7 +83,7 @@ def main() -> None:
 
     if args.lower_for is not None:
         sys.exit(fill(args, kernels()))
-    report.summary["impl"] = args.impl
+    keep_one_impl(parser, report, args.impl)
     report.summarise = lambda rows: summarise(rows, counted)
     report.expect((case.name, OURS) for case in cases)
     with start_lowering(args, budget, kernels) as lowering:

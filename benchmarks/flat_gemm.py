@@ -23,7 +23,7 @@ from benchmarks.gemm_cases import LAYERS, Gemm, in_rounds, parse_shape, shapes
 from benchmarks.gemm_chains import gemm_calls, gemm_chains
 from benchmarks.lower_ahead import add_lowering, fill, start_lowering
 from benchmarks.lowered import Chains
-from benchmarks.options import add_bounds, add_variants, planned
+from benchmarks.options import add_bounds, add_variants, keep_one_impl, planned
 from benchmarks.peers import run_peer
 from benchmarks.ratios import fill_bounds, put, speedups, times
 from benchmarks.report import Report, add_arguments
@@ -92,7 +92,7 @@ def main() -> None:
 
     if args.lower_for is not None:
         sys.exit(fill(args, kernels()))
-    report.summary["impl"] = args.impl
+    keep_one_impl(parser, report, args.impl)
     counted = list(dict.fromkeys([*([] if args.quick else everything), *chosen]))
 
     def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:

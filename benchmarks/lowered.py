@@ -220,6 +220,9 @@ class Lowering:
                 self._idle.put(self._start())
             message = f"the process that was to lower {key} failed: {why}"
             raise LoweringProcessError(message) from error
+        except Exception:  # of pickling, before or after the process had a part in it
+            self._idle.put(child)
+            raise
         self._idle.put(child)
         if isinstance(answer, Exception):
             raise answer

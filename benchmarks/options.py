@@ -101,3 +101,11 @@ def planned(
     if args.missing:
         chosen = [case for case in chosen if report.lacks(name(case))]
     return list(chosen) if order_named else spread(chosen)
+
+
+def keep_one_impl(parser: argparse.ArgumentParser, report: Report, impl: str) -> None:
+    """Notes in the summary what rows call by one name; ends the program if merged rows differ."""
+    earlier = report.earlier("impl")
+    if earlier not in (None, impl):
+        parser.error(f"--impl {impl}: the merged rows are of --impl {earlier}")
+    report.summary["impl"] = impl

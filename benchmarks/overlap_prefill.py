@@ -133,7 +133,7 @@ class Model:
             positions = jnp.arange(len(ids))
             cos, sin = angles(self.rank.rope, self.rank.head_dim, positions)
             where = _Where.of_prompt(len(ids))
-            layer = jax.jit(partial(_layer, self.rank))  # traced once for all layers
+            layer = jax.jit(partial(_layer, self.rank))  # traced for the first, and for all others
             x, after = model.embed(ids), []
             for number in range(self.rank.num_layers):
                 x, *kv = layer(params["layers"][number], x, cos, sin, where, *pages[number])

@@ -74,6 +74,11 @@ def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _decides(value: object) -> bool:
+    """It is an object with `decide`, and not the class of one."""
+    return hasattr(value, "decide") and not isinstance(value, type)
+
+
 def check_names(cls: type, names: Iterable[str]) -> None:
     """Raises `UnknownArgumentError` for a name that is not a field of the dataclass."""
     known = [f.name for f in dataclasses.fields(cls)]
@@ -140,7 +145,7 @@ class SemiPDConfig:
     tpot_slo_s: float | None = None
     """Time per token after the first that they aim at."""
     control_interval_s: float = 0.1
-    """Seconds between two questions to the controller."""
+    """Seconds between two questions to the controller, and to who decides for `topology="auto"`."""
     step_timeout_s: float = 300.0
     """An executor that has not reported a step for so long is replaced. Long enough for a step that
     has to be compiled first."""
@@ -179,7 +184,7 @@ class SemiPDConfig:
         require(ok, "semi_pd.kept_shares", kept, "pairs of ints of percent, 1 to 100")
         object.__setattr__(self, "kept_shares", tuple(tuple(pair) for pair in kept))
         named = isinstance(self.controller, str)
-        ok = self.controller in Controller.__args__ if named else hasattr(self.controller, "decide")
+        ok = self.controller in Controller.__args__ if named else _decides(self.controller)
         allowed = f"one of {list(Controller.__args__)} or an object with decide"
         require(ok, "semi_pd.controller", self.controller, allowed)
         for name in ("ttft_slo_s", "tpot_slo_s"):
@@ -188,7 +193,7 @@ class SemiPDConfig:
             require(not needed or value is not None, f"semi_pd.{name}", value, "a time in seconds")
         even = self.break_even
         number = isinstance(even, int | float) and not isinstance(even, bool)
-        ok = 0 < even < math.inf if number else hasattr(even, "decide")
+        ok = 0 < even < math.inf if number else _decides(even)
         require(ok, "semi_pd.break_even", even, "a number above 0, or an object with decide")
         if not self.sm_shares:
             full = self.prefill_share == self.decode_share == 100 and not self.kept_shares

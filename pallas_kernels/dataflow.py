@@ -26,7 +26,8 @@ from pallas_kernels.flat_gemm import default as default_flat
 
 TUNED = Path(__file__).parent / "tuned"
 ROWS = (8, 32, 64, 128, 256, 512, 1024, 2048, 4096)
-"""Numbers of rows that a table may have entries for; each speaks for those below it."""
+"""Numbers of rows that a table may have entries for; each speaks for those down to the one before
+it, the last one also for more."""
 FLAT_ROWS = 64
 """The rule's M2: most rows that go to the flat GEMM where no table says otherwise."""
 XLA_GAIN = 1.1

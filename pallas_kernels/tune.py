@@ -224,9 +224,8 @@ def tune(
             continue
         chosen = dataflow.rule(rows, product.n, product.k, product.gated)
         shape = product.n, product.k, product.gated
-        first = winners(table, shape, rows)
-        # After this product's own winner: what the rule would take without a table.
-        first.insert(1, (chosen.kernel, chosen.config))
+        # Also with few candidates: what the rule would take without a table.
+        first = [(chosen.kernel, chosen.config), *winners(table, shape, rows)]
         cases = ranked(product.candidates(rows), first, most)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             programs = {}

@@ -172,7 +172,7 @@ class Scheduler:
           decode: the step may hold decoding rows; so must steps that hold them.
           decodes_on: see `StepPlan`; True with `one_executor`.
         """
-        for alone in self._suspects.turns():
+        for alone in self._suspects.turns(prefill, decode):
             plan = self._plan(prefill, decode, decodes_on or self._fence is None, alone)
             if plan is not None:
                 return plan

@@ -20,16 +20,23 @@ class Suspects:
 
     def __init__(self) -> None:
         self._suspects: set[Sequence] = set()
-        self._alone = False
+        self._alone: dict[tuple[bool, bool], bool] = {}
 
-    def turns(self) -> Iterator[bool]:
-        """Whether the next step is a suspect's alone; the other answer where that is empty."""
+    def turns(self, prefill: bool, decode: bool) -> Iterator[bool]:
+        """Whether the next step is a suspect's alone; the other answer where that is empty.
+
+        Steps of other phases, which another lane asks for in between, take turns of their own.
+
+        Args:
+          prefill, decode: what the step may hold.
+        """
         if not self._suspects:
             yield False
             return
-        self._alone = not self._alone
-        yield self._alone
-        yield not self._alone
+        phases = prefill, decode
+        alone = self._alone[phases] = not self._alone.get(phases, False)
+        yield alone
+        yield not alone
 
     def allows(self, sequence: Sequence, alone: bool) -> bool:
         """The sequence may be in a step of that kind."""

@@ -171,13 +171,17 @@ def kept_shares(config: EngineConfig, phase: str) -> frozenset[int]:
 
 
 def num_executors(config: EngineConfig) -> int:
-    """Executors that run at once, the one that a switch starts in the background included."""
+    """Executors that run at once at most, those that switches start in the background included."""
     options = config.semi_pd
-    running = sum(
-        len({share, *kept_shares(config, phase)})
-        for phase, share in (("prefill", options.prefill_share), ("decode", options.decode_share))
-    )
-    return running + options.is_controlled
+    # Both phases may switch at the same time, and from shares that are not kept. The shares that
+    # the SLO controller takes are those that are kept, where there are any.
+    starts = options.is_controlled and not (options.controller == "slo" and options.kept_shares)
+    count = 0
+    for phase in ("prefill", "decode"):
+        kept = kept_shares(config, phase)
+        begun = getattr(options, f"{phase}_share")
+        count += len(kept) + 2 if starts else len(kept | {begun})
+    return count
 
 
 def make_controller(options: SemiPDConfig) -> Controller | None:

@@ -20,9 +20,6 @@ from native.memory import Handle, open_block
 if TYPE_CHECKING:
     from jpd.parallel import Split
 
-# What is loaded leaves with the process; the rest of the memory is not jax's.
-_ENV = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-
 
 def run(
     folder: Path,
@@ -47,7 +44,7 @@ def run(
       EngineDeadError: the loader failed in another way.
     """
     fds = [fd for handle in weights for fd in handle.fds]
-    child = spawn("jpd.semi_pd.loader", fds=fds, env=_ENV | dict(env))
+    child = spawn("jpd.semi_pd.loader", fds=fds, env=env)
     try:
         child.connection.send((folder, options, weights, layout, split))
         error = child.connection.recv()

@@ -17,8 +17,6 @@ from jpd.semi_pd.storage import StorageOwner
 from native.memory import Handle
 from native.shares import SmShares
 
-_ENV = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-
 
 class SharedModel:
     """Loads the model into a storage owner, and again into another if that one is lost.
@@ -125,7 +123,7 @@ class SharedModel:
             target_pages=() if target is None else target.pages,
             generations=self._generations,
         )
-        env = dict(_ENV)
+        env: dict[str, str] = {}
         if shares is not None:
             env |= shares.environment(share) | collectives.environment(self._owner.devices)
         child = spawn("jpd.semi_pd.worker", fds=spec.fds, env=env)

@@ -213,7 +213,10 @@ class SloController:
 
     def _take(self, observation: Observation, current: Shares) -> None:
         now_s = observation.now_s
-        if current != self._serving:  # this observation is of the shares before, or of both
+        away = bool(self._seen) and now_s - self._seen[-1].now_s > self.window_s
+        if away:  # nobody asked, as while one executor served: that says nothing about two
+            self._seen.clear()
+        if away or current != self._serving:  # this observation is of before, or of both
             self._serving, self._since_s = current, now_s
         self._seen.append(observation)
         while now_s - self._seen[0].now_s > self.load_window_s:

@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -438,6 +439,21 @@ def test_quick_mode_runs_on_a_cpu(name, tmp_path):
     rows = load(tmp_path / f"{name}.json")["rows"]
     assert {r["impl"] for r in rows} == {"jpd", "xla"}
     assert all(r["mode"] == "interpreted" for r in rows if r["impl"] == "jpd")
+
+
+@pytest.mark.parametrize("name", ["flat_gemm", "dense_gemm"])
+def test_rows_of_another_implementation_are_not_merged_under_one_name(name, tmp_path):
+    doc = load(ROOT / f"benchmarks/results/h200/{name}.json")
+    others = {"table": "dense_gemm", "dense_gemm": "table"}
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--seconds", "0", "--merge"]
+    command += [ROOT / f"benchmarks/results/h200/{name}.json", "--out", str(tmp_path), "--impl"]
+    run = partial(subprocess.run, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    impl = doc["summary"]["impl"]
+    refused = run([*command, others[impl]])
+    assert refused.returncode == 2
+    assert f"the merged rows are of --impl {impl}" in refused.stderr
+    assert run([*command, impl]).returncode == 0
+    assert load(tmp_path / f"{name}.json")["summary"]["impl"] == impl
 
 
 def test_benchmarks_start_without_jax():

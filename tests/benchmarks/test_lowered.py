@@ -85,6 +85,7 @@ def test_they_are_the_programs_that_one_process_lowers(tmp_path, monkeypatch):
 def test_errors_come_back_and_a_process_that_ends_takes_one_program_with_it(started):
     wide = Gemm(8, 256, 100)
     chains = {
+        ("unsent", "flat_gemm"): partial(lambda: None),
         ("refused", "flat_gemm"): partial(gemm_chain, wide, "flat_gemm", 2),
         ("dead", "flat_gemm"): partial(os._exit, 3),
         ("good", "flat_gemm"): FLAT,
@@ -92,7 +93,8 @@ def test_errors_come_back_and_a_process_that_ends_takes_one_program_with_it(star
     }
     with Lowering(chains, H200, processes=1) as run:
         assert run.modules.keys() == {*chains} - {("here", "xla")}
-        refused = run.modules["refused", "flat_gemm"].exception()
+        assert "lambda" in str(run.modules["unsent", "flat_gemm"].exception())
+        refused = run.modules["refused", "flat_gemm"].exception(60)
         with pytest.raises(LoweringProcessError, match=r"lower \('dead', 'flat_gemm'\).* exit 3"):
             run.modules["dead", "flat_gemm"].result()
         assert run.modules["good", "flat_gemm"].result()

@@ -11,7 +11,7 @@ import pytest
 import benchmarks
 from benchmarks import overlap_model, overlap_prefill
 from benchmarks.models import MODELS
-from benchmarks.overlap_model import Case, must_overlap, summarise
+from benchmarks.overlap_model import Case, must_overlap, must_reorder, summarise
 from benchmarks.rows import failed_row, load, make_row
 from jpd.models import config_from_hf
 from jpd.ops.registry import Choice
@@ -105,6 +105,24 @@ def test_what_did_not_overlap_is_not_timed_under_that_name():
             must_overlap(taken, {"attention": yes, "mlp": yes})
     with pytest.raises(RuntimeError, match="no sum at all"):
         must_overlap([other], {"attention": yes, "mlp": yes})
+
+
+def test_a_row_whose_sums_are_added_by_another_program_fails():
+    kernel, xla = (Choice("rms_norm_residual", taken, "") for taken in ("pallas", "xla"))
+    for reorder, choice in (("auto", kernel), ("pallas", kernel), ("xla", xla)):
+        must_reorder([choice, Choice("rms_norm", "other", "")], reorder)
+    must_reorder([], "auto")
+    for reorder, choice in (("auto", xla), ("xla", kernel), ("alone", xla)):
+        with pytest.raises(RuntimeError, match="sums were to be added by"):
+            must_reorder([kernel, xla, choice], reorder)
+
+
+def test_rounding_sets_the_limit_of_errors_but_not_its_own():
+    limit = overlap_model.most_rel_err
+    assert limit("jpd", {}) == pytest.approx(0.01)
+    assert limit("jpd", {"jpd_sequential": 0.02}) == pytest.approx(0.06)
+    assert limit("jpd", {"jpd_sequential": 0.2}) == pytest.approx(0.3)
+    assert limit("jpd_sequential", {"jpd": 0.5}) == pytest.approx(0.3)
 
 
 class Clock:

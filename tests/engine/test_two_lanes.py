@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
@@ -21,8 +22,9 @@ from hypothesis import strategies as st
 from jpd.config import EngineConfig
 from jpd.engine.coordinator import Coordinator
 from jpd.engine.executor import shape_table
-from jpd.engine.plan import StepResult
+from jpd.engine.plan import StepPlan, StepResult
 from jpd.engine.scheduler import Scheduler
+from jpd.engine.sequence import Sequence
 from jpd.types import FinishReason, SamplingParams
 from tests.engine.fake_device import VOCAB, output_alone, run_alone
 from tests.engine.two_lanes import LateStep, TwoLanes
@@ -264,6 +266,44 @@ def test_a_request_that_ends_every_executor_is_given_up_and_no_other(
     stats = coordinator.stats()
     assert (stats.requests_failed, stats.requests_finished) == (1, 4)
     assert stats.executors_lost == 3
+
+
+@pytest.mark.parametrize("lanes", [((True, False), (False, True)), ((False, False), (True, True))])
+def test_a_suspect_has_its_turn_whatever_the_other_lane_asks_for(
+    lanes: tuple[tuple[bool, bool], ...],
+) -> None:
+    """Phases of two lanes that plan one after the other, beside a sequence that always decodes."""
+    scheduler = Scheduler(
+        max_num_seqs=2,
+        max_model_len=MAX_LEN,
+        max_num_batched_tokens=8,
+        max_prefills_per_step=1,
+        num_pages=40,
+        page_size=4,
+        max_stop_ids=1,
+        enable_prefix_caching=False,
+        one_executor=False,
+    )
+
+    def add(name: str, order: int) -> None:
+        params = SamplingParams(temperature=0)
+        scheduler.add(Sequence(name, 0, np.zeros(3, np.int32), params, (0, order), MAX_LEN, ()))
+
+    def commit(plan: StepPlan) -> list[str]:
+        done = scheduler.commit(plan, np.zeros(len(plan.rows) + len(plan.chunks), np.int32))
+        return [sequence.request_id for sequence in done.sequences]
+
+    add("suspect", 0)
+    commit(scheduler.plan())
+    for _ in range(2):
+        scheduler.lost(scheduler.plan(prefill=False), ran=True)
+    add("other", 1)
+    served = []
+    for prefill, decode in lanes * 4:
+        plan = scheduler.plan(prefill=prefill, decode=decode)
+        served += [] if plan is None else commit(plan)
+    assert served.count("suspect") >= 2
+    assert served.count("other") >= 3
 
 
 def test_the_only_executor_of_an_engine_cannot_be_taken_back() -> None:

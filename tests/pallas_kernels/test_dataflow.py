@@ -11,6 +11,7 @@ import pytest
 from pallas_kernels import dataflow, mosaic, products
 from pallas_kernels.dense_gemm import DenseConfig
 from pallas_kernels.flat_gemm import FlatConfig
+from pallas_kernels.flat_gemm.config import smem_bytes
 from pallas_kernels.tune import inflection_points
 from tests.pallas_kernels import modes
 
@@ -120,3 +121,5 @@ def test_shipped_tables_can_be_used(file):
             choice = dataflow.choose(m, n, k, gated=gated, pallas_only=True, kind=table["gpu"])
             assert choice.kernel in ("flat_gemm", "dense_gemm")
             assert choice.source == ("table" if str(m) in product["rows"] else "rule")
+            if choice.kernel == "flat_gemm":  # DenseConfig refuses what does not fit
+                assert smem_bytes(choice.config, m, gated) <= mosaic.SMEM_BYTES

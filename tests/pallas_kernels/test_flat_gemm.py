@@ -92,6 +92,15 @@ CASES = {  # M, outputs, K, SMs, configuration, what else
         FlatConfig(128, 64, 3, None, 2),
         {"gated": True, "bias": True, "residual": True},
     ),
+    "short ring of x": (13, 128, 1024, 3, FlatConfig(64, 64, 5, x_stages=2), {"residual": True}),
+    "short ring of x, gated, two consumers": (
+        24,
+        128,
+        1024,
+        3,
+        FlatConfig(128, 64, 4, None, 2, x_stages=3),
+        {"gated": True},
+    ),
     "two wide consumers": (64, 512, 640, 7, FlatConfig(256, 64, 4, None, 2), {}),
     "three consumers, ragged": (40, 320, 512, 4, FlatConfig(192, 64, 4, None, 3), {"bias": True}),
     "two waves": (8, 192, 512, 3, FlatConfig(64, 128, 3, None, 1, 2), {"residual": True}),
@@ -244,6 +253,7 @@ def test_candidates_fit_shared_memory():
         ({"residual": jnp.zeros((8, 65), BF16)}, ValueError, "residual has shape"),
         ({"w_layout": "mn"}, ValueError, "'mn'"),
         ({"config": FlatConfig(stages=1)}, NotImplementedError, "two stages"),
+        ({"config": FlatConfig(x_stages=1)}, NotImplementedError, "two stages"),
         ({"config": FlatConfig(64, consumers=2)}, NotImplementedError, "for each consumer"),
         (
             {

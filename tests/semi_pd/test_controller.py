@@ -367,6 +367,17 @@ def test_ours_learns_nothing_from_steps_under_other_shares() -> None:
     }
 
 
+def test_ours_learns_nothing_from_a_time_in_which_it_was_not_asked() -> None:
+    controller = SloController(slo=SLO)
+    play(controller, busy, Shares(50, 50), until_s=5)
+    seen = controller.decode_model.points, controller.prefill_model.points
+    for tenth in range(3):  # after one executor served for a while
+        controller.decide(busy(25 + tenth / 10), Shares(50, 50))
+        assert (controller.decode_model.points, controller.prefill_model.points) == seen
+    play(controller, busy, Shares(50, 50), from_s=25.3, until_s=26)
+    assert controller._prefill_busy == pytest.approx(0.5, abs=0.06)
+
+
 # -- whatever is seen
 
 seconds = st.floats(0, 1e6, allow_nan=False, allow_subnormal=False)

@@ -103,10 +103,15 @@ def test_refuses(options: dict, message: str) -> None:
 # --- as an option ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("even", [0, -1.0, float("nan"), True, "3", [1]])
+@pytest.mark.parametrize("even", [0, -1.0, float("nan"), True, "3", [1], BreakEven])
 def test_no_number_and_no_policy(even: object) -> None:
     with pytest.raises(ConfigError, match=r"break_even=.* a number above 0, or an object with"):
         SemiPDConfig(break_even=even)
+
+
+def test_the_class_of_a_controller_is_none() -> None:
+    with pytest.raises(ConfigError, match=r"controller=.* or an object with decide"):
+        SemiPDConfig(controller=BreakEven)
 
 
 def auto(**semi_pd: object) -> EngineConfig:
@@ -130,6 +135,13 @@ def test_who_is_kept_ready_and_what_for() -> None:
     assert build.kept_shares(config, "decode") == {40, 50, 100}
     assert build.num_executors(config) == 3 + 3
     assert build.num_executors(auto()) == 2
+    slo = {"ttft_slo_s": 1.0, "tpot_slo_s": 0.1}
+    # In each phase one that serves and one that is started; of decode's, two that are kept.
+    moving = auto(prefill_share=70, decode_share=50, controller="paper", **slo)
+    assert build.num_executors(moving) == 2 + 4
+    assert build.num_executors(moving.replace(topology="semi_pd")) == 2 + 2
+    among_kept = auto(decode_share=50, controller="slo", kept_shares=pairs, **slo)
+    assert build.num_executors(among_kept) == 3 + 3
     assert phases_of("auto", "decode", 100) == (True, True)
     assert phases_of("auto", "decode", 50) == phases_of("semi_pd", "decode", 100) == (False, True)
     assert phases_of("auto", "prefill", 100) == (True, False)
