@@ -229,7 +229,7 @@ int launch(const char* name, Desc desc, Comm* comm, Stream* stream) {
   return 0;
 }
 
-ffi::Error gemm(ffi::Span<const int64_t> offsets, ffi::Span<const int64_t> counts,
+ffi::Error gemm(int32_t device, ffi::Span<const int64_t> offsets, ffi::Span<const int64_t> counts,
                 ffi::Span<const int64_t> tiles, int64_t missing, ffi::AnyBuffer values,
                 ffi::AnyBuffer packed, ffi::BufferR1<ffi::S32> counters,
                 ffi::Result<ffi::AnyBuffer> packed_after,
@@ -251,7 +251,7 @@ ffi::Error gemm(ffi::Span<const int64_t> offsets, ffi::Span<const int64_t> count
       if (tile + 1 == tiles[i]) {
         nap();
         std::memcpy(to + half, from + half, bytes - half);
-        note("gemm " + std::to_string(i));
+        note("d" + std::to_string(device) + " gemm " + std::to_string(i));
         if (missing == static_cast<int64_t>(i)) break;
       }
       raised[i].fetch_add(1, std::memory_order_release);
@@ -264,6 +264,7 @@ ffi::Error gemm(ffi::Span<const int64_t> offsets, ffi::Span<const int64_t> count
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(FakeGemm, gemm,
                               ffi::Ffi::Bind()
+                                  .Ctx<ffi::DeviceOrdinal>()
                                   .Attr<ffi::Span<const int64_t>>("offsets")
                                   .Attr<ffi::Span<const int64_t>>("counts")
                                   .Attr<ffi::Span<const int64_t>>("tiles")

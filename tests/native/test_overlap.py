@@ -122,14 +122,16 @@ def test_an_all_reduce_waits_for_each_group_in_turn(value):
 
 def test_by_default_the_private_stream_is_filled_after_the_gemm(value):
     log = value("order_all_reduce")["log"]
-    assert log.index("gemm 2") < log.index("d0 private wait 4")
+    for device in ("d0", "d1"):
+        assert log.index(f"{device} gemm 2") < log.index(f"{device} private wait 4")
 
 
 def test_it_can_be_filled_before_the_gemm(value):
     log = value("order_start")["log"]
     expected = ["priority -5", "wait_event", "wait 4", "all_reduce 64", "wait 1"]
-    assert lines_of(log, "d0 private")[:5] == expected
-    assert log.index("d0 private all_reduce 48") < log.index("gemm 2")
+    for device in ("d0", "d1"):
+        assert lines_of(log, f"{device} private")[:5] == expected
+        assert log.index(f"{device} private all_reduce 48") < log.index(f"{device} gemm 2")
 
 
 def test_an_all_to_all_is_grouped_sends_and_receives(value):

@@ -362,22 +362,25 @@ def test_while_one_executor_and_two_take_turns(
             ("decode", 50),
         }
         assert (llm.stats.mode, llm.stats.mode_changes) == ("unified", 0)
-        outputs = llm._queue(llm._checked(*work(60), None))
         turn = 0
-        while not all(o.finished for o in outputs):
-            if rng.random() < 0.1:
-                script.wanted = rng.choice(("unified", "semi_pd"))
-            if turn in (100, 300):
-                os.kill(llm._engine.topology.decode.executor.pid, signal.SIGKILL)
-            llm._step()
-            turn += 1
-            prefill, decode = llm._engine.topology.lanes
-            served |= {("prefill", bool(s.plan.rows.size)) for s in prefill.in_flight}
-            served |= {
-                ("decode", len(s.plan.chunks) > 0, llm._engine.topology.shares.decode)
-                for s in decode.in_flight
-            }
-        assert tokens(outputs) == in_one_process
+        for _ in range(20):  # how much is served while an executor starts depends on the machine
+            outputs = llm._queue(llm._checked(*work(60), None))
+            while not all(o.finished for o in outputs):
+                if rng.random() < 0.1:
+                    script.wanted = rng.choice(("unified", "semi_pd"))
+                if turn in (100, 300):
+                    os.kill(llm._engine.topology.decode.executor.pid, signal.SIGKILL)
+                llm._step()
+                turn += 1
+                prefill, decode = llm._engine.topology.lanes
+                served |= {("prefill", bool(s.plan.rows.size)) for s in prefill.in_flight}
+                served |= {
+                    ("decode", len(s.plan.chunks) > 0, llm._engine.topology.shares.decode)
+                    for s in decode.in_flight
+                }
+            assert tokens(outputs) == in_one_process
+            if turn > 300 and llm.stats.mode_changes >= 10 and len(served) >= 4:
+                break
         assert served == {
             ("prefill", False),
             ("decode", False, 50),
