@@ -24,15 +24,19 @@ def write_svg(path: Path, question: str, rows: Sequence[Sequence[Panel]]) -> boo
     """Draws a grid of panels.
 
     Returns:
-        False, with a line on standard output, where matplotlib (extra ``bench``) is missing.
+        False, with a line on standard output, where matplotlib (extra ``bench``) is missing or
+        there is no panel.
     """
+    columns = max(map(len, rows), default=0)
+    if columns == 0:
+        print(f"nothing was measured: {path.name} was not drawn")
+        return False
     if importlib.util.find_spec("matplotlib") is None:
         print(f"matplotlib is not installed (extra `bench`): {path.name} was not drawn")
         return False
     import matplotlib
     from matplotlib.figure import Figure
 
-    columns = max(map(len, rows))
     names = list(dict.fromkeys(name for row in rows for panel in row for name in panel.curves))
     figure = Figure(figsize=(4.2 * columns, 3.2 * len(rows)), layout="constrained")
     grid = figure.subplots(len(rows), columns, squeeze=False)
@@ -50,7 +54,8 @@ def write_svg(path: Path, question: str, rows: Sequence[Sequence[Panel]]) -> boo
             else:
                 axes.set_ylim(bottom=0)
             axes.spines[["top", "right"]].set_visible(False)
-            axes.legend(frameon=False, fontsize=7)
+            if panel.curves:
+                axes.legend(frameon=False, fontsize=7)
     figure.suptitle(question, size=9)
     # Fixed ids and no date: the same numbers give the same file, so a diff means new numbers.
     with matplotlib.rc_context({"svg.hashsalt": "jpd"}):

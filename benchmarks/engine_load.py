@@ -157,8 +157,9 @@ class Load:
         Args:
             since_s: pairs whose earlier token came before are left out.
         """
-        pairs = [pair for times in self.token_times_s for pair in itertools.pairwise(times)]
-        earlier, later = np.array(pairs, float).reshape(-1, 2).T
+        times = [np.array(each) for each in self.token_times_s]
+        earlier = np.concatenate([np.zeros(0), *(each[:-1] for each in times)])
+        later = np.concatenate([np.zeros(0), *(each[1:] for each in times)])
         return earlier[earlier >= since_s], later[earlier >= since_s]
 
 

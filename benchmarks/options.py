@@ -36,6 +36,16 @@ def seconds(text: str) -> float:
     return value
 
 
+def add_seconds(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--seconds``."""
+    parser.add_argument(
+        "--seconds",
+        type=seconds,
+        metavar="N",
+        help="begin no case that may not end within N s; 0 measures nothing [no limit]",
+    )
+
+
 def add_merge_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds ``--merge`` and ``--missing``."""
     parser.add_argument(
@@ -53,12 +63,7 @@ def add_merge_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_bounds(parser: argparse.ArgumentParser, *, peer_seconds: float = PEER_SECONDS) -> None:
     """Adds ``--seconds``, ``--merge``, ``--missing`` and ``--peer-seconds``."""
-    parser.add_argument(
-        "--seconds",
-        type=seconds,
-        metavar="N",
-        help="begin no case that may not end within N s; 0 measures nothing [no limit]",
-    )
+    add_seconds(parser)
     add_merge_arguments(parser)
     parser.add_argument(
         "--peer-seconds",

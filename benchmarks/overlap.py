@@ -12,12 +12,14 @@ Implementations:
   norm puts in order while it reads it, as in the paper. ``jpd_rows``: put in order, too.
   ``jpd_sequential``: the plan not to overlap.
 - ``xla``: cuBLAS and NCCL in one program, `dot` and then `psum`, `psum_scatter` or `all_to_all`.
-  ``cupy``: our GEMM, then cupy's NCCL, driven by the host (`native.overlap.host`). ``torch``:
+  ``cupy``: cuBLAS, then cupy's NCCL, driven by the host (`native.overlap.host`). ``torch``:
   cuBLAS, then `torch.distributed`, a process a GPU.
 - ``xla_latency_hiding``: `xla` with ``--xla_gpu_enable_latency_hiding_scheduler``.
-  ``xla_chunks2`` and ``xla_chunks4``: in parts, with that flag and XLA's combiners off.
+  ``xla_chunks2`` and ``xla_chunks4``: in parts, with that flag and XLA's combiners and its merger
+  of products off.
   ``xla_windowed``: XLA's windowed einsum, ``--xla_gpu_threshold_for_windowed_einsum_mib=0
-  --xla_gpu_multi_streamed_windowed_einsum``, with that flag too.
+  --xla_gpu_multi_streamed_windowed_einsum``, with that flag too, and without the search for the
+  fastest product, with which it does not compile.
 - ``torch_async_tp``: torch's symmetric memory, `fused_matmul_reduce_scatter`, no multicast.
 - ``collective``: NCCL alone, by XLA. In the cases `GEMM`, the product alone on all SMs:
   ``cublas``, ``signal_gemm``, and ``dense_gemm``, our kernel without signals.
@@ -46,7 +48,6 @@ version of NCCL to ``--tuned DIR``, and how good the predictor is to `overlap_tu
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -66,19 +67,14 @@ from benchmarks.overlap_cases import (
     by_shape,
     cases_of,
 )
+from benchmarks.overlap_devices import RANKS, set_up
 from benchmarks.peers import run_peer
 from benchmarks.report import Report, add_arguments
 from benchmarks.rows import load
 
 QUESTION = "How much time does a collective hide behind its GEMM, against one after the other?"
 TUNE_QUESTION = "Which plans hide most of a collective, and how well are their times predicted?"
-RANKS = (2, 4)
 TUNED = Path(__file__).parent.parent / "jpd" / "overlap" / "tuned"
-ENVIRONMENT = {
-    "NCCL_NVLS_ENABLE": "0",  # no multicast
-    "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.75",  # NCCL's buffers are not XLA's
-}
-HOST_DEVICES = 4
 TIMEOUT_S = 30.0
 """Of a collective: one that is stuck fails its row."""
 
@@ -111,11 +107,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.ops = [ops[short] for short in args.ops]
     return args
-
-
-def link_here() -> str:
-    """What joins the GPUs of this process."""
-    return LINKS[os.environ.get("NCCL_P2P_DISABLE", "0") not in ("", "0")]
 
 
 def everything() -> list[Case]:
@@ -274,17 +265,7 @@ def main() -> None:
     budget = Budget(args.seconds)
     name = "overlap_tune" if args.tune else "overlap"
     report = Report(name, TUNE_QUESTION if args.tune else QUESTION, out=args.out)
-    for key, value in ENVIRONMENT.items():
-        os.environ.setdefault(key, value)
-    link = link_here() if report.env["gpu"] else "host"
-    if link == "host":  # devices of a CPU, to see that everything works
-        flags = os.environ.get("XLA_FLAGS", "")
-        if "xla_force_host_platform_device_count" not in flags:
-            count = f"--xla_force_host_platform_device_count={args.ranks or HOST_DEVICES}"
-            os.environ["XLA_FLAGS"] = f"{flags} {count}".strip()
-    ranks = args.ranks or max(
-        (r for r in RANKS if r <= report.env["gpu_count"]), default=HOST_DEVICES
-    )
+    link, ranks = set_up(report, args.ranks)
     if args.tune and link == "host" and args.seconds != 0:
         sys.exit("--tune needs GPUs: there is nothing to measure here")
     cases = chosen(args, link, ranks)

@@ -40,11 +40,16 @@ CHUNKED = {
     # Or what was split would be sent together after all.
     "xla_gpu_all_reduce_combine_threshold_bytes": 0,
     "xla_gpu_reduce_scatter_combine_threshold_bytes": 0,
+    # And computed together.
+    "xla_gpu_dot_merger_threshold_mb": 0,
 }
 WINDOWED = {
     "xla_gpu_enable_latency_hiding_scheduler": True,
     "xla_gpu_threshold_for_windowed_einsum_mib": 0,
     "xla_gpu_multi_streamed_windowed_einsum": True,
+    # The search for the fastest product changes the shape of its workspace, which XLA (jaxlib
+    # 0.11.2) does not do where the product is on a stream of its own: it then refuses the program.
+    "xla_gpu_autotune_level": 0,
 }
 LATENCY_HIDING = {"xla_gpu_enable_latency_hiding_scheduler": True}
 

@@ -42,14 +42,14 @@ from typing import Any, NamedTuple
 from benchmarks.budget import Budget
 from benchmarks.models import MODELS
 from benchmarks.options import add_bounds, planned
-from benchmarks.overlap import ENVIRONMENT, HOST_DEVICES, TIMEOUT_S, TUNED, link_here
+from benchmarks.overlap import TIMEOUT_S, TUNED
 from benchmarks.overlap_cases import LINKS, Shape
+from benchmarks.overlap_devices import RANKS, set_up
 from benchmarks.ratios import put, speedups
 from benchmarks.report import Report, add_arguments
 
 QUESTION = "How much faster is a model on several GPUs whose sums hide behind their products?"
 MODEL = "llama3-70b"
-RANKS = (2, 4)
 TOKENS = (4096, 8192, 16384)
 QUICK_TOKENS = (136,)
 KINDS = ("prefill", "mlp")
@@ -443,19 +443,9 @@ def main() -> None:
     args = parse_args()
     budget = Budget(args.seconds)
     report = Report("overlap_model", QUESTION, out=args.out)
-    for key, value in ENVIRONMENT.items():
-        os.environ.setdefault(key, value)
-    link = link_here() if report.env["gpu"] else "host"
-    if link == "host":  # devices of a CPU, to see that everything works
-        flags = os.environ.get("XLA_FLAGS", "")
-        if "xla_force_host_platform_device_count" not in flags:
-            count = f"--xla_force_host_platform_device_count={args.ranks or HOST_DEVICES}"
-            os.environ["XLA_FLAGS"] = f"{flags} {count}".strip()
-        if not args.quick and args.seconds != 0:
-            sys.exit("this model needs GPUs; --quick runs a tiny one here")
-    ranks = args.ranks or max(
-        (r for r in RANKS if r <= report.env["gpu_count"]), default=HOST_DEVICES
-    )
+    link, ranks = set_up(report, args.ranks)
+    if link == "host" and not args.quick and args.seconds != 0:
+        sys.exit("this model needs GPUs; --quick runs a tiny one here")
     tokens = args.tokens or (QUICK_TOKENS if args.quick else TOKENS)
     cases = cases_of(link, ranks, tokens, args.kinds)
     every = [] if args.quick else everything()

@@ -2,8 +2,9 @@
 
 Requests are kept running on an engine of semi-PD while executors of a random phase are killed
 (SIGKILL) after a random number of engine steps, the next one when the phase serves again and the
-executors to be kept ready are. Then the same requests run on the same engine undisturbed, with
-log-probabilities.
+executors to be kept ready are (until then those that run come to their end). Then the same requests
+run on the same engine undisturbed, as many at once as it takes, with log-probabilities. With
+`--seconds` there are as many kills of each kind as its part of the time allows.
 
 `ms` is the recovery time: from the kill to the first token that another executor of that phase
 computed (a first token of prefill, any other of decode) and that was published. `cold`: nobody is
@@ -15,6 +16,7 @@ have ended, and identical, ties and wrong are as in `benchmarks/token_parity.py`
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import random
 import signal
@@ -26,9 +28,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks import topologies
+from benchmarks import options, topologies
+from benchmarks.budget import Budget
 from benchmarks.engine_load import Load, LoadRequest, LoggedStep, StepLog, random_requests, seats
 from benchmarks.report import Report, add_arguments
+from benchmarks.stopping import end_on_sigterm, say
 from benchmarks.token_parity import BF16_TIE, LOGPROBS, Parity, compare, references
 from jpd.engine.build import Engine
 
@@ -47,6 +51,10 @@ class Kill(NamedTuple):
     pid: int
     killed_s: float
     recovered_s: float
+
+
+def _recovery_ms(kill: Kill) -> float:
+    return 1e3 * (kill.recovered_s - kill.killed_s)
 
 
 @dataclass
@@ -90,20 +98,36 @@ def _kill(load: Load, log: StepLog, phase: str, engine: Engine) -> Kill:
             )
 
 
-def run(engine: Engine, load: Load, kills: int, rng: random.Random) -> CrashRun:
-    """Kills executors under a load that does not end before, then lets all requests end."""
-    done = CrashRun()
+def run(engine: Engine, load: Load, kills: int, rng: random.Random, budget: Budget) -> CrashRun:
+    """Kills executors under a load that does not end before, then lets all requests end.
+
+    Args:
+        engine: serves the load.
+        load: does not end.
+        kills: how often, at most.
+        rng: says who is killed, and when.
+        budget: of the kills; one is made in any case.
+    """
+    done, at_once = CrashRun(), load.at_once
     with StepLog() as log:
-        while len(done.kills) < kills:
-            phase = rng.choice(PHASES)
-            for _ in range(rng.randint(1, MOST_STEPS)):
-                load.step()
-            while any(seat.pool.num_starting for seat in seats(engine).values()):
-                load.step()
-            # One that has not served yet would count as a failed start, of which few are allowed.
-            executor = seats(engine)[phase].executor
-            if executor is not None and executor.num_steps:
-                done.kills.append(_kill(load, log, phase, engine))
+        while len(done.kills) < kills and (budget.enough() or not done.kills):
+            with budget.case():
+                # Else a slow start of an executor would be a long run of requests.
+                load.at_once = 0
+                while any(seat.pool.num_starting for seat in seats(engine).values()):
+                    load.step()
+                    if not engine.coordinator.has_work:
+                        time.sleep(0.01)
+                load.at_once = at_once
+                phase = rng.choice(PHASES)
+                for _ in range(rng.randint(1, MOST_STEPS)):
+                    load.step()
+                # One that has not served yet would count as a failed start, of which few are
+                # allowed.
+                executor = seats(engine)[phase].executor
+                if executor is not None and executor.num_steps:
+                    done.kills.append(_kill(load, log, phase, engine))
+                    say(f"kill {len(done.kills)}: {phase}, {_recovery_ms(done.kills[-1]):.0f} ms")
     load.stop()
     load.finish()
     done.requests, done.tokens = load.sent, load.tokens
@@ -118,8 +142,9 @@ def leaked_pages(engine: Engine) -> int:
     return scheduler.pool.num_usable - scheduler.pool.num_free
 
 
-def undisturbed(engine: Engine, done: CrashRun, at_once: int, tie_below: float) -> Parity:
+def undisturbed(engine: Engine, done: CrashRun, tie_below: float) -> Parity:
     """Runs the same requests again and compares."""
+    at_once = engine.config.max_num_seqs
     load = Load(engine.coordinator, done.requests, at_once, logprobs=LOGPROBS)
     load.finish()
     return compare(references(load.outputs), done.tokens, tie_below)
@@ -128,7 +153,7 @@ def undisturbed(engine: Engine, done: CrashRun, at_once: int, tie_below: float) 
 def add_rows(report: Report, case: str, kind: str, done: CrashRun, parity: Parity) -> None:
     """A row for each phase that was hit, and one for the requests."""
     for phase in PHASES:
-        times = [1e3 * (k.recovered_s - k.killed_s) for k in done.kills if k.phase == phase]
+        times = [_recovery_ms(kill) for kill in done.kills if kill.phase == phase]
         if times:
             p99 = float(np.percentile(times, 99))
             report.add(f"{case} {phase}", kind, times, "ms", p99_ms=p99, max_ms=max(times))
@@ -180,39 +205,46 @@ def main() -> None:
     parser.add_argument("--kills", type=int, help="of each kind [20; 3 with --quick]")
     parser.add_argument("--running", type=int, help="requests at once [64; 8 with --quick]")
     parser.add_argument("--seed", type=int, default=0, help="of the kills [%(default)s]")
+    options.add_seconds(parser)
     args = parser.parse_args()
-    model, sizes = topologies.sizes(args, short=True)
+    end_on_sigterm()
     report = Report(
         "semi_pd_crash",
         "What is lost when executors are killed under load, and how long does it take to go on?",
         out=args.out,
     )
+    model, sizes = topologies.sizes(args, report.env)
     kills = args.kills or (3 if args.quick else 20)
     running = args.running or (8 if args.quick else 64)
+    seconds = None if args.seconds is None else args.seconds / len(args.kinds)
     tie_below = 0.0 if sizes.get("dtype") == "float32" else BF16_TIE
     case, recoveries_ms = f"{model} running={running}", {}
+    longest = topologies.typical_length(sizes)
     for kind in args.kinds:
-        kept = {"kept_shares": KINDS[kind]}
-        engine = topologies.build(**topologies.engine_args(model, "semi_pd", **sizes, semi_pd=kept))
-        longest = sizes["max_model_len"]
-        requests = random_requests(
-            args.seed,
-            engine.model_config.vocab_size,
-            (longest // 16, longest // 4),
-            (longest // 8, longest // 4),
-            common_tokens=longest // 8,
-        )
-        load = Load(engine.coordinator, requests, running)
         try:
-            done = run(engine, load, kills, random.Random(args.seed))
-            parity = undisturbed(engine, done, running, tie_below)
+            say(f"{kind}: starting {model}")
+            kept = {"kept_shares": KINDS[kind]}
+            arguments = topologies.engine_args(model, "semi_pd", **sizes, semi_pd=kept)
+            engine = topologies.build(**arguments)
+            with contextlib.closing(engine.coordinator):
+                requests = random_requests(
+                    args.seed,
+                    engine.model_config.vocab_size,
+                    (longest // 16, longest // 4),
+                    (longest // 8, longest // 4),
+                    common_tokens=longest // 8,
+                )
+                load = Load(engine.coordinator, requests, running)
+                done = run(engine, load, kills, random.Random(args.seed), Budget(seconds))
+                say(f"{kind}: {len(done.requests)} requests once more, undisturbed")
+                parity = undisturbed(engine, done, tie_below)
         except Exception as error:  # one kind must not cost the other
             report.fail(f"{case} requests", kind, error)
         else:
             add_rows(report, case, kind, done, parity)
-            recoveries_ms[kind] = [1e3 * (k.recovered_s - k.killed_s) for k in done.kills]
-        engine.coordinator.close()
-    report.summary |= summarise(report.rows, recoveries_ms)
+            recoveries_ms[kind] = list(map(_recovery_ms, done.kills))
+        report.summary |= summarise(report.rows, recoveries_ms)
+        report.save()
     report.finish()
     sys.exit(report.failures > 0)
 

@@ -30,6 +30,7 @@ from typing import Any
 from benchmarks import topologies
 from benchmarks.engine_load import Load, random_requests, seats
 from benchmarks.report import Report, add_arguments
+from benchmarks.stopping import end_on_sigterm, say
 from jpd import checkpoint
 from jpd.engine import memory
 from jpd.engine.build import Engine
@@ -44,10 +45,8 @@ MAPPING = re.compile(r"^[0-9a-f]+-[0-9a-f]+ ")
 
 def warm_up(engine: Engine, requests: int) -> None:
     """Runs requests of all sizes, so that what steps need is there."""
-    longest = engine.config.max_model_len
-    work = random_requests(
-        0, engine.model_config.vocab_size, (1, longest // 2), (8, min(64, longest // 2))
-    )
+    longest = topologies.typical_length({"max_model_len": engine.config.max_model_len})
+    work = random_requests(0, engine.model_config.vocab_size, (1, longest // 2), (8, 64))
     Load(engine.coordinator, itertools.islice(work, requests), requests).finish()
 
 
@@ -209,7 +208,7 @@ def main() -> None:
     add_arguments(parser)
     topologies.add_arguments(parser)
     args = parser.parse_args()
-    model, sizes = topologies.sizes(args)
+    end_on_sigterm()
     report = Report(
         "semi_pd_memory",
         "How much memory do two executors take beside what one takes, and are the weights there "
@@ -217,14 +216,17 @@ def main() -> None:
         out=args.out,
     )
     on_gpu = topologies.on_gpu(report.env)
+    model, sizes = topologies.sizes(args, report.env)
     found = {}
     for topology in ("chunked", "semi_pd"):
+        say(f"measuring {topology}")
         try:
             found[topology] = measure(model, topology, sizes, on_gpu=on_gpu)
         except Exception as error:  # the other engine's table is worth having
             report.fail(model, topology, error)
         else:
             add_rows(report, model, topology, found[topology])
+        report.save()
     if len(found) == 2:
         report.summary |= summarise(found["chunked"], found["semi_pd"])
     report.finish()

@@ -26,6 +26,7 @@ from benchmarks import topologies
 from benchmarks.engine_load import Load, LoadRequest, random_requests, seats
 from benchmarks.models import MODELS
 from benchmarks.report import Report, add_arguments
+from benchmarks.stopping import end_on_sigterm, say
 from benchmarks.token_parity import BF16_TIE, LOGPROBS, Reference, compare, references
 from jpd.engine.build import Engine
 from jpd.semi_pd.controller import Observation, Shares
@@ -183,26 +184,29 @@ def main() -> None:
     parser.add_argument("--switch-every-s", type=float, help="[1; 0, every turn, on a CPU]")
     parser.add_argument("--tie-below", type=float, help="[0.1 in bfloat16, 0 in float32]")
     args = parser.parse_args()
-    model, sizes = topologies.sizes(args, short=True)
+    end_on_sigterm()
     report = Report(
         "semi_pd_parity",
         "Do all topologies give the same greedy tokens, while shares switch and executors are "
         "killed?",
         out=args.out,
     )
+    model, sizes = topologies.sizes(args, report.env)
     every_s, tie_below = args.switch_every_s, args.tie_below
     if every_s is None:
         every_s = 1.0 if topologies.on_gpu(report.env) else 0.0
     if tie_below is None:
         tie_below = 0.0 if sizes.get("dtype") == "float32" else BF16_TIE
     count = args.requests or (40 if args.quick else 256)
-    work = make_work(count, sizes["max_model_len"], MODELS[model]["vocab_size"])
+    work = make_work(count, topologies.typical_length(sizes), MODELS[model]["vocab_size"])
     case = f"{model} n={count}"
 
+    say("reference")
     arguments = topologies.engine_args(model, "chunked", **sizes)
     with topologies.EngineProcess(topologies.build, arguments) as engine:
         want = engine.call(run_reference, work)
     for topology in args.topologies:
+        say(topology)
         disturbed = topologies.can_switch(topology)
         options = {"kept_shares": PAIRS} if disturbed else {}
         if topology == "auto":
@@ -217,9 +221,10 @@ def main() -> None:
                     result = engine.call(run_undisturbed, work)
         except Exception as error:  # one engine must not cost the others
             report.fail(case, topology, error)
-            continue
-        add_result(report, case, topology, want, *result, tie_below)
-    report.summary |= summarise(report.rows) | {"tie_below": tie_below}
+        else:
+            add_result(report, case, topology, want, *result, tie_below)
+        report.summary |= summarise(report.rows) | {"tie_below": tie_below}
+        report.save()
     report.finish()
     sys.exit(report.failures > 0)
 

@@ -1,23 +1,31 @@
 """How fast do the topologies serve, and how much load do they bear within an SLO?
 
 Open loop (`jpd/bench/client.py`), greedy, lengths and arrivals of `jpd/bench/traces.py`, prefix
-cache off, the same number of KV pages for all. Every point is one rate, one seed and one topology;
-topologies of a workload run one engine after the other, in turns, in one run.
+cache off, the same number of KV pages and the same kernels for all. Every point is one rate, one
+seed and one implementation; those of one rate and seed, a case, come one after the other. Their
+engines are there from the beginning, each in a process of its own: one that waits for its turn
+takes memory and nothing else.
 
 1. On `chunked`, the reference, requests alone give the SLOs: 7.5 times (tight) and 10 times (loose)
-   their mean TTFT and TPOT. All at once they give its `capacity` in requests/s: what is finished
-   while as many as fit run. `load` is a rate over that.
+   their mean TTFT and TPOT. Their outputs are cut at 64 tokens: the next one does not take longer.
+   Requests that come all at once, twice as many as run at a time, give its `capacity`: how many a
+   second it finishes of the second quarter, while one takes the place of another. `load` is a rate
+   over that, and may be above 1.
 2. Each point sends rate times `--point-seconds` requests, and waits for the last one. A row has
-   `slo.summarize`'s numbers, and the part of the requests within the SLOs (`tight`, `loose`: both
-   latencies; `tight_ttft` ...: one of them).
-3. The engine `semi_pd` is measured as three. `semi_pd_100_100` leaves both phases all SMs;
-   `semi_pd_dynamic` lets jpd's `SloController` choose among shares that are kept ready, aiming at
-   the tight SLO; `auto` is that with `topology="auto"`, which serves with one executor below
-   `--break-even`, a ratio (see `jpd/semi_pd/mode.py`). The other two are held on two executors.
+   `slo.summarize`'s numbers (`..._lateness_ms`: how late they were sent), and the part of the
+   requests within the SLOs (`tight`, `loose`: both latencies; `tight_ttft` ...: one of them).
+   `kv_bytes_sent` are keys and values that went from prefill to decode (with `disaggregated`),
+   `kv_wait_s` the time for which prompts that were computed waited for theirs to arrive.
+3. One engine is measured as `chunked` and `prefill_first`, another as three: `semi_pd_100_100`
+   leaves both phases all SMs; `semi_pd_dynamic` lets jpd's `SloController` choose among shares that
+   are kept ready, aiming at the tight SLO; `auto` is that with `topology="auto"`, which serves with
+   one executor below `--break-even`, a ratio (see `jpd/semi_pd/mode.py`). The other two are held on
+   two executors.
 
-A run too long for one call is cut into several: `--merge` keeps the rows of earlier ones, with
-their SLOs and capacities, `--missing` measures what they lack, and `--cases N` that many rates and
-seeds at most. All topologies of a case are measured in one run.
+A run too long for one call is cut into several: with `--seconds N` no case begins that may not end
+in time, `--merge` keeps the rows of earlier runs, with their SLOs and capacities, and `--missing`
+measures what they lack. The file is written after every case, and a case is whole or missing.
+`--seconds 0 --merge FILE ...` measures nothing: it merges files and draws the chart.
 
 The summary has for each workload, over the means of its seeds:
 
@@ -42,16 +50,17 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks import topologies
+from benchmarks import options, topologies
+from benchmarks.budget import Budget
 from benchmarks.curves import write_svg
-from benchmarks.options import add_merge_arguments
 from benchmarks.render import print_table
 from benchmarks.report import Report, add_arguments
 from benchmarks.serving_summary import (
@@ -63,6 +72,7 @@ from benchmarks.serving_summary import (
     points_of,
     summarise_workload,
 )
+from benchmarks.stopping import end_on_sigterm, say
 from jpd import AsyncLLM
 from jpd.bench import client, slo, traces
 from jpd.bench.slo import RequestRecord, Slo
@@ -74,20 +84,28 @@ from jpd.semi_pd.mode import BreakEven, Mode
 from jpd.semi_pd.slo_controller import SloController
 
 REFERENCE = "chunked"
-IMPLS = {
-    "chunked": ("chunked",),
-    "prefill_first": ("prefill_first",),
-    "semi_pd": (STATIC, DYNAMIC, AUTO),
-    "time_slices": ("time_slices",),
-    "disaggregated": ("disaggregated",),
+ENGINES = {
+    "chunked": "unified",
+    "prefill_first": "unified",
+    STATIC: "semi_pd",
+    DYNAMIC: "semi_pd",
+    AUTO: "semi_pd",
+    "time_slices": "time_slices",
+    "disaggregated": "disaggregated",
 }
-"""What each engine is measured as."""
+"""Whose engine is whose, in the order of their turns."""
+UNIFIED_MEMORY = "0.4"
+"""Part of the GPU's memory that JAX takes for the unified engine; the rest is for its peers."""
+UNLOADED_TOKENS = 64
+"""Output of a request that runs alone, at most."""
 KEPT = {
-    "llama31-8b": ((100, 100), (80, 100), (70, 30), (60, 40), (50, 50), (40, 60)),
+    "llama31-8b": ((100, 100), (90, 100), (80, 100), (60, 40)),
+    "small": ((100, 100), (50, 50)),
     "tiny": ((100, 100), (50, 50)),
 }
 """Shares that the controller may choose, for each model."""
 SHOWN = ("case", "impl", "load", "num_prompts", "failed", "tight", "loose", "switches", "mode")
+LATENESS = "p99_lateness_ms"
 
 
 class Case(NamedTuple):
@@ -153,8 +171,9 @@ def run_point(
     llm: AsyncLLM,
     workload: Workload,
     seed: int,
-    target: Slo | None,
-    break_even: float | None,
+    impl: str,
+    target: Slo,
+    break_even: float,
 ) -> tuple[list[RequestRecord], dict[str, Any]]:
     """Runs one point; records of the requests, and what the engine counted.
 
@@ -162,18 +181,21 @@ def run_point(
         llm: the engine.
         workload: its requests.
         seed: of the prompts.
-        target: what a controller is to aim at; None leaves both phases all SMs.
-        break_even: from which load on two executors are to serve; None: from the least.
+        impl: what it is measured as.
+        target: what a controller aims at.
+        break_even: ratio from which on two executors serve as `auto`.
     """
     options, coordinator = llm.config.semi_pd, llm._engine.coordinator
+    if ENGINES[impl] == "unified":
+        coordinator.prefill_policy = topologies.TOPOLOGIES[impl]["prefill_policy"]
     steered = isinstance(options.controller, Steering)
     if steered:
         options.controller.inner = controllers.StaticController()
-        if target is not None:
+        if impl != STATIC:
             aim = controllers.Slo(ttft_s=target.ttft_s, tpot_s=target.tpot_s)
             allowed = [Shares(*pair) for pair in options.kept_shares]
             options.controller.inner = SloController(slo=aim, allowed=allowed)
-        options.break_even.inner = Held() if break_even is None else BreakEven(ratio=break_even)
+        options.break_even.inner = BreakEven(ratio=break_even) if impl == AUTO else Held()
     before = _counts(llm)
     if not steered:
         coordinator.recent()  # of earlier points
@@ -187,13 +209,15 @@ def run_point(
     }
 
 
-def _counts(llm: AsyncLLM) -> dict[str, int]:
+def _counts(llm: AsyncLLM) -> dict[str, float]:
     stats, topology = llm.stats, llm._engine.topology
     counts = {name: getattr(stats, name) for name in ("preemptions", "recompiles")}
     if hasattr(topology, "shares"):
         for name in ("executors_lost", "mode_changes"):
             counts[name] = getattr(stats, name)
         counts["switches"] = len(topology.prefill.switches) + len(topology.decode.switches)
+        sender = topology.prefill.pool
+        counts |= {"kv_bytes_sent": sender.copied_bytes, "kv_wait_s": sender.copy_wait_s}
     return counts
 
 
@@ -201,25 +225,33 @@ def _counts(llm: AsyncLLM) -> dict[str, int]:
 
 
 def calibrate(
-    process: topologies.EngineProcess, name: str, limit: int, alone: int, at_once: int
+    process: topologies.EngineProcess, name: str, sizes: Mapping[str, Any], alone: int
 ) -> dict[str, float]:
     """SLOs and capacity of a workload: fields of its `unloaded` row."""
+    limit, at_once = sizes["max_model_len"], 2 * sizes["max_num_seqs"]
     requests = traces.make(name, rate=1.0, n=alone, seed=0, max_total_tokens=limit)
-    records = process.call(send, requests, 0, True)
+    short = np.minimum(requests.output_tokens, UNLOADED_TOKENS)
+    records = process.call(send, replace(requests, output_tokens=short), 0, True)
     fields: dict[str, float] = {}
     for scale, factor in SLOS.items():
         limits = slo.slo_from_unloaded(records, factor)
         fields |= {f"{scale}_{key}": value for key, value in asdict(limits).items()}
     requests = traces.make(name, rate=1.0, n=at_once, seed=1, max_total_tokens=limit)
     records = process.call(send, retime(requests, np.zeros(at_once)), 1, False)
-    done = slo.summarize(records)
-    if done["completed"] != at_once:
-        raise RuntimeError(f"{at_once - done['completed']} of {at_once} requests at once failed")
+    failed = sum(not record.ok for record in records)
+    if failed:
+        raise RuntimeError(f"{failed} of {at_once} requests at once failed")
     return fields | {
-        "capacity": done["request_throughput"],
+        "capacity": second_quarter_per_s([record.finished_s for record in records]),
         "mean_prompt_tokens": float(requests.prompt_tokens.mean()),
         "mean_output_tokens": float(requests.output_tokens.mean()),
     }
+
+
+def second_quarter_per_s(finished_s: Sequence[float]) -> float:
+    """Requests/s between the ends of a quarter and of half of the requests."""
+    times, quarter = sorted(finished_s), len(finished_s) // 4
+    return quarter / (times[2 * quarter - 1] - times[quarter - 1])
 
 
 def slos_of(unloaded: Mapping[str, Any]) -> dict[str, Slo]:
@@ -236,56 +268,99 @@ def point_fields(records: Sequence[RequestRecord], slos: Mapping[str, Slo]) -> d
     return fields
 
 
-def measure_engine(
+def measure_case(
     report: Report,
-    process: topologies.EngineProcess,
-    engine: str,
-    cases: Iterable[Case],
-    unloaded: Mapping[str, Mapping[str, Any]],
+    engine_of: Callable[[str], topologies.EngineProcess],
+    case: Case,
+    impls: Iterable[str],
+    unloaded: Mapping[str, Any],
     *,
     limit: int,
     seconds: float,
     break_even: float,
 ) -> None:
-    """Adds the rows of an engine.
+    """Adds the rows of a case.
 
     Args:
         report: gets the rows.
-        process: the engine's.
-        engine: its name in `IMPLS`.
-        cases: to measure.
-        unloaded: row of each workload.
+        engine_of: gives the process of an implementation's engine, or raises.
+        case: to measure.
+        impls: in turns.
+        unloaded: row of the workload.
         limit: most tokens of a request.
         seconds: in which a point's requests are sent.
         break_even: of `auto`.
     """
-    for case in cases:
-        n = max(4, round(case.rate * seconds))
-        requests = traces.make(
-            case.workload, rate=case.rate, n=n, seed=case.seed, max_total_tokens=limit
-        )
-        slos = slos_of(unloaded[case.workload])
-        for impl in IMPLS[engine]:
-            fields = {
-                "workload": case.workload,
-                "rate": case.rate,
-                "load": case.rate / unloaded[case.workload]["capacity"],
-                "seed": case.seed,
-            }
-            target = slos["tight"] if impl in (DYNAMIC, AUTO) else None
-            even = break_even if impl == AUTO else None
+    n = max(4, round(case.rate * seconds))
+    requests = traces.make(
+        case.workload, rate=case.rate, n=n, seed=case.seed, max_total_tokens=limit
+    )
+    slos = slos_of(unloaded)
+    for impl in impls:
+        fields = {
+            "workload": case.workload,
+            "rate": case.rate,
+            "load": case.rate / unloaded["capacity"],
+            "seed": case.seed,
+        }
+        try:
+            records, counts = engine_of(impl).call(
+                run_point, requests, case.seed, impl, slos["tight"], break_even
+            )
+            fields |= point_fields(records, slos) | counts | {"left_out": requests.left_out}
+        except Exception as error:  # one point must not cost the others
+            report.fail(case.name, impl, error, **fields)
+            say(f"{case.name} {impl}: failed: {error}")
+        else:
+            report.add(case.name, impl, **fields)
+            say(
+                f"{case.name} {impl}: {n} requests in {fields['duration']:.1f} s, E2E "
+                f"{fields['mean_e2el_ms']:.0f} ms, TTFT p90 {fields['p90_ttft_ms']:.0f} ms, within "
+                f"the tight SLO {fields['tight']:.0%}, sent {fields[LATENESS]:.1f} ms late (p99)"
+            )
+
+
+class Engines(contextlib.ExitStack):
+    """The engines of a run, started when they are first asked for.
+
+    Args:
+        model: an entry of `topologies.SIZES`.
+        sizes: of each engine.
+    """
+
+    def __init__(self, model: str, sizes: Mapping[str, Any]) -> None:
+        super().__init__()
+        self._model, self._sizes = model, sizes
+        self._started: dict[str, topologies.EngineProcess | Exception] = {}
+
+    def of(self, impl: str) -> topologies.EngineProcess:
+        """The process of an implementation's engine.
+
+        Raises:
+            Exception: it could not be started, now or before.
+        """
+        engine = ENGINES[impl]
+        if engine not in self._started:
+            say(f"starting {engine}")
             try:
-                records, counts = process.call(run_point, requests, case.seed, target, even)
-                fields |= point_fields(records, slos) | counts | {"left_out": requests.left_out}
-            except Exception as error:  # one point must not cost the others
-                report.fail(case.name, impl, error, **fields)
-            else:
-                report.add(case.name, impl, **fields)
-                print(
-                    f"{case.name} {impl}: E2E {fields['mean_e2el_ms']:.0f} ms, within the tight "
-                    f"SLO {fields['tight']:.0%}",
-                    flush=True,
-                )
+                self._started[engine] = self.enter_context(self._process(engine))
+            except Exception as error:  # its peers can be measured without it
+                self._started[engine] = error
+            say(f"{engine} is ready")
+        found = self._started[engine]
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def _process(self, engine: str) -> topologies.EngineProcess:
+        topology = {"unified": REFERENCE, "semi_pd": "auto"}.get(engine, engine)
+        kept = {"semi_pd": {"kept_shares": KEPT[self._model]}} if engine == "semi_pd" else {}
+        arguments = topologies.engine_args(
+            self._model, topology, **self._sizes, **kept, enable_prefix_caching=False
+        )
+        arguments["steered"] = engine == "semi_pd"
+        memory = {"XLA_PYTHON_CLIENT_MEM_FRACTION": UNIFIED_MEMORY} if engine == "unified" else {}
+        return topologies.EngineProcess(make_llm, arguments, **memory)
 
 
 # --- command ---------------------------------------------------------------------------------
@@ -298,35 +373,69 @@ def summarise(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 def show(report: Report) -> None:
     """Prints the columns that fit on a screen; the file has all."""
-    columns = (*SHOWN, *(f"{p}_{t}_ms" for t in ("ttft", "tpot", "e2el") for p in ("mean", "p99")))
+    times = (f"{p}_{t}_ms" for t in ("ttft", "tpot", "e2el") for p in ("mean", "p99"))
+    columns = (*SHOWN, *times, LATENESS)
     document = report.document()
     rows = [{key: row.get(key) for key in (*columns, "status")} for row in document["rows"]]
     print_table(document | {"rows": rows})
     print(f"wrote {report.path}")
 
 
-def all_cases(args: argparse.Namespace, unloaded: Mapping[str, Mapping[str, Any]]) -> list[Case]:
-    """By seed, then workload, then rate."""
-    cases = []
-    for seed in args.seeds:
-        for workload in args.workloads:
-            capacity = unloaded[workload]["capacity"]
-            rates = args.rates or [float(f"{capacity * load:.3g}") for load in args.loads]
-            cases += [Case(workload, rate, seed) for rate in rates]
-    return cases
-
-
-def choose_cases(
-    args: argparse.Namespace, report: Report, unloaded: Mapping[str, Mapping[str, Any]]
+def cases_of(
+    args: argparse.Namespace, report: Report, workload: str, seed: int, capacity: float
 ) -> list[Case]:
-    """What is to be measured in this call; the report expects it."""
-    chosen = all_cases(args, unloaded)
-    if args.missing:
-        chosen = [case for case in chosen if report.lacks(case.name)]
-    chosen = chosen[: args.cases]
-    impls = [impl for engine in args.topologies for impl in IMPLS[engine]]
-    report.expect((case.name, impl) for case in chosen for impl in impls)
-    return chosen
+    """Those of a workload and seed that are to be measured."""
+    rates = args.rates or [float(f"{capacity * load:.3g}") for load in args.loads]
+    cases = [Case(workload, rate, seed) for rate in rates]
+    return [case for case in cases if not args.missing or report.lacks(case.name)]
+
+
+def turns(args: argparse.Namespace) -> Iterator[tuple[int, str]]:
+    """Seeds and workloads: all workloads with the first seed come first."""
+    yield from ((seed, workload) for seed in args.seeds for workload in args.workloads)
+
+
+def measure(
+    args: argparse.Namespace,
+    report: Report,
+    engines: Engines,
+    budget: Budget,
+    *,
+    sizes: Mapping[str, Any],
+    seconds: float,
+) -> None:
+    """Measures what the command line asks for and there is time for; saves after each case."""
+    known = {row["case"]: row for row in report.all_rows() if row["status"] == "ok"}
+    for seed, workload in turns(args):
+        unloaded = known.get(unloaded_case(workload))
+        if unloaded is None:
+            if not budget.enough():
+                return
+            fields = calibrate(engines.of(REFERENCE), workload, sizes, 3 if args.quick else 16)
+            unloaded = known[unloaded_case(workload)] = report.add(
+                unloaded_case(workload), REFERENCE, **fields
+            )
+            say(f"{workload}: {unloaded['capacity']:.2f} requests/s kept up")
+        cases = cases_of(args, report, workload, seed, unloaded["capacity"])
+        report.expect((case.name, impl) for case in cases for impl in args.impls)
+        for case in cases:
+            if not budget.enough():
+                return
+            for impl in args.impls:  # a start is no part of a case
+                with contextlib.suppress(Exception):
+                    engines.of(impl)
+            with budget.case():
+                measure_case(
+                    report,
+                    engines.of,
+                    case,
+                    args.impls,
+                    unloaded,
+                    limit=sizes["max_model_len"],
+                    seconds=seconds,
+                    break_even=args.break_even,
+                )
+            report.save()
 
 
 def main() -> None:
@@ -335,83 +444,60 @@ def main() -> None:
     topologies.add_arguments(parser)
     parser.add_argument("--workloads", nargs="+", choices=traces.NAMES, help="[all]")
     parser.add_argument(
-        "--topologies",
+        "--impls",
         nargs="+",
-        choices=[*IMPLS],
-        default=["chunked", "prefill_first", "semi_pd"],
-        help="engines [%(default)s]",
+        choices=[*ENGINES],
+        default=["chunked", "prefill_first", STATIC, DYNAMIC, AUTO],
+        help="what is measured, in turns; the memory must have room for all their engines "
+        "[%(default)s]",
     )
     rates = parser.add_mutually_exclusive_group()
-    rates.add_argument("--loads", nargs="+", type=float, help="of the capacity [0.4 0.6 0.8 1.0]")
+    rates.add_argument("--loads", nargs="+", type=float, help="of the capacity [0.3 0.6 0.8 1.0]")
     rates.add_argument("--rates", nargs="+", type=float, help="requests/s, for all workloads")
     parser.add_argument("--point-seconds", type=float, help="of sending [20; 2 with --quick]")
     parser.add_argument(
         "--break-even", type=float, default=BREAK_EVEN, help="ratio, of auto [%(default)s]"
     )
     parser.add_argument("--seeds", nargs="+", type=int, help="[0 1; 0 with --quick]")
-    parser.add_argument("--cases", type=int, help="rates and seeds in this call, at most [all]")
-    add_merge_arguments(parser)
+    options.add_seconds(parser)
+    options.add_merge_arguments(parser)
     args = parser.parse_args()
+    end_on_sigterm()
     quick = args.quick
     args.workloads = args.workloads or (["azure_conv"] if quick else [*traces.NAMES])
-    args.loads = args.loads or ([0.5, 1.0] if quick else [0.4, 0.6, 0.8, 1.0])
+    args.loads = args.loads or ([0.5, 1.0] if quick else [0.3, 0.6, 0.8, 1.0])
     args.seeds = args.seeds or ([0] if quick else [0, 1])
+    args.impls = [impl for impl in ENGINES if impl in args.impls]
     seconds = args.point_seconds or (2.0 if quick else 20.0)
-    alone, at_once = (3, 16) if quick else (16, 256)
-    model, sizes = topologies.sizes(args)
-    limit = sizes["max_model_len"]
     report = Report(
         "semi_pd_serving",
         "How fast do the topologies serve, and how much load do they bear within an SLO?",
         out=args.out,
     )
-    report.summary["model"], report.summarise = model, summarise
     files = args.merge or [file for file in [report.path] if file.exists()]
-    if files and (args.merge is not None or args.missing):
-        report.merge(files)
-        if report.earlier("model") != model:
+    merged = bool(files) and (args.merge is not None or args.missing)
+    measures = args.seconds != 0
+    if merged:
+        report.merge(files, measures=measures)
+    model = report.earlier("model")
+    if measures:
+        model, sizes = topologies.sizes(args, report.env)
+        if merged and report.earlier("model") != model:
             parser.error(f"--merge: results of {report.earlier('model')}, not of {model}")
-    known = {row["case"]: row for row in report.all_rows() if row["status"] == "ok"}
-    unloaded = {
-        name: known[unloaded_case(name)] for name in args.workloads if unloaded_case(name) in known
-    }
-    # The reference comes first: it says how fast to send.
-    order = sorted({REFERENCE, *args.topologies}, key=[*IMPLS].index)
-    cases: list[Case] = []
-    for engine in order:
-        calibrated = engine != REFERENCE or len(unloaded) == len(args.workloads)
-        if engine == REFERENCE and calibrated:
-            cases = choose_cases(args, report, unloaded)
-        if calibrated and not (cases and engine in args.topologies):
-            continue
-        kept = {"semi_pd": {"kept_shares": KEPT[model]}} if engine == "semi_pd" else {}
-        arguments = topologies.engine_args(
-            model,
-            "auto" if engine == "semi_pd" else engine,
-            **sizes,
-            **kept,
-            enable_prefix_caching=False,
-        )
-        arguments["steered"] = engine == "semi_pd"
-        with topologies.EngineProcess(make_llm, arguments) as process:
-            if not calibrated:
-                for name in args.workloads:
-                    if name not in unloaded:
-                        fields = calibrate(process, name, limit, alone, at_once)
-                        unloaded[name] = report.add(unloaded_case(name), REFERENCE, **fields)
-                cases = choose_cases(args, report, unloaded)
-            if engine in args.topologies:
-                measure_engine(
-                    report,
-                    process,
-                    engine,
-                    cases,
-                    unloaded,
-                    limit=limit,
-                    seconds=seconds,
-                    break_even=args.break_even,
-                )
-        report.save()
+    elif not merged:
+        parser.error("--seconds 0 measures nothing: --merge what?")
+    report.summary["model"], report.summarise = model, summarise
+    if measures:
+        with Engines(model, sizes) as engines:
+            measure(
+                args,
+                report,
+                engines,
+                Budget(args.seconds),
+                sizes=sizes,
+                seconds=seconds,
+            )
+        say("engines have ended")
     report.save()
     show(report)
     write_svg(report.path.with_suffix(".svg"), report.question, panels(report.all_rows()))

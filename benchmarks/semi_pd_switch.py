@@ -7,43 +7,51 @@ One engine of semi-PD keeps a fixed number of requests running; when one ends, t
     device) to the launch of its first decode step; `to_start_*` counts to the moment at which the
     device begins it, so the decode step that runs meanwhile is included. `message_bytes` is what
     is sent to the decode executor with that step, for all its rows; `kv_bytes` are the keys and
-    values that the request has by then. `kv_bytes_copied` are those that executors moved besides:
-    none on a GPU, where steps write the pages in place and what is handed over are page ids. On a
-    CPU XLA cannot, so each step copies back what it wrote (`jpd/semi_pd/host_pages.py`), in either
-    phase; that is counted from the steps.
+    values that the request has by then. `kv_bytes_copied` are those that went from one phase's
+    memory to the other's, as executors count them (`jpd/semi_pd/page_push.py`): none, since what is
+    handed over are page ids; on a GPU every executor sees at its start that its steps leave the
+    pages where they are. On a CPU XLA cannot write them in place, so each step copies back what it
+    wrote (`jpd/semi_pd/host_pages.py`), in either phase; that is `kv_bytes_copied_back`, counted
+    from the steps.
 ``pool``
     shares change between two pairs whose executors are kept ready.
 ``background``
     they change to pairs that nobody keeps: both executors are started while the old ones serve.
+    Each pair was started once before, so that its steps are compiled (`first_serve_ms` is how long
+    that took at most). With `--seconds` there are as many switches as there is time for.
 
 For the last two, `ms` is the pause of a switch: the largest gap between two tokens of a running
-request from the moment at which the shares were asked for until the first token after the switch,
-less the median gap of the case. For `background` that includes what the start of a process costs
-those that run. `at_switch_*` looks at the gaps around the hand-over of the decode lane alone, and
+request from the moment at which the shares were asked for until `SETTLE_STEPS` steps after the
+switch, less the median gap of the case. For `background` that includes what the start of a process
+costs those that run, and the end of the old ones. `at_switch_*` looks at the gaps around the
+hand-over of the decode lane alone (`at_switch_n`: how often a request was decoded there), and
 `serve_*` is the time from asking until both phases run on their new shares.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import pickle
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks import topologies
+from benchmarks import options, topologies
+from benchmarks.budget import Budget
 from benchmarks.engine_load import Load, LoggedStep, StepLog, random_requests, seats
 from benchmarks.report import Report, add_arguments
+from benchmarks.stopping import end_on_sigterm, say
 from jpd.engine.build import Engine
 from jpd.engine.lane import Switch
 from jpd.semi_pd.controller import Shares
 
 POOL = (Shares(100, 100), Shares(50, 50))
 BACKGROUND = (Shares(60, 60), Shares(70, 70))
-SETTLE_STEPS = 20
+SETTLE_STEPS = 50
 """Engine steps after a switch before the next one is asked for."""
 
 
@@ -99,6 +107,7 @@ def measure_hand_overs(engine: Engine, load: Load, count: int, *, on_gpu: bool) 
                 load.step()
             done = hand_overs(log.steps)
     token_bytes = kv_token_bytes(engine)
+    copied = sum(seat.pool.copied_bytes for seat in seats(engine).values())
     written = sum(step.plan.num_tokens for step in log.steps if step.begun_s is not None)
     launch_ms, start_ms = (
         1e3 * np.array([getattr(d, name) for d in done]) for name in ("launch_s", "start_s")
@@ -112,7 +121,8 @@ def measure_hand_overs(engine: Engine, load: Load, count: int, *, on_gpu: bool) 
         "to_start_p99_ms": float(np.percentile(start_ms, 99)),
         "message_bytes": float(np.median(messages)),
         "kv_bytes": token_bytes * float(np.median([d.context_tokens for d in done])),
-        "kv_bytes_copied": 0 if on_gpu else token_bytes * written,
+        "kv_bytes_copied": copied,
+        "kv_bytes_copied_back": 0 if on_gpu else token_bytes * written,
     }
 
 
@@ -121,6 +131,8 @@ class Switched(NamedTuple):
 
     prefill: Switch
     decode: Switch
+    settled_s: float
+    """Some steps later."""
 
     @property
     def asked_s(self) -> float:
@@ -147,35 +159,39 @@ def switch(engine: Engine, load: Load, shares: Shares) -> Switched:
     new = [seat.switches[n:] for seat, n in zip(both, before, strict=True)]
     if any(len(of) != 1 for of in new):
         raise RuntimeError(f"{[len(of) for of in new]} switches to {shares}, not one a phase")
-    return Switched(*(of[0] for of in new))
+    return Switched(*(of[0] for of in new), time.monotonic())
 
 
-def largest_gap_s(gaps: tuple[np.ndarray, np.ndarray], begin_s: float, end_s: float) -> float:
-    """Of those between two tokens of a request that have a moment in common with a span."""
+def largest_gaps_s(
+    gaps: tuple[np.ndarray, np.ndarray], spans: Iterable[tuple[float, float]]
+) -> np.ndarray:
+    """For each span, of the gaps between two tokens of a request that have a moment in common with
+    it, the largest; spans in which no request was decoded have none."""
     before, after = gaps
-    inside = (after >= begin_s) & (before <= end_s)
-    if not inside.any():
-        raise ValueError("no request was running during the span")
-    return float((after - before)[inside].max())
+    inside = ((after >= begin_s) & (before <= end_s) for begin_s, end_s in spans)
+    return np.array([(after - before)[some].max() for some in inside if some.any()])
 
 
 def switch_fields(switches: Sequence[Switched], gaps: tuple[np.ndarray, np.ndarray]) -> dict:
     """Fields of a row from its switches and all gaps of its case, in seconds."""
     median_s = float(np.median(gaps[1] - gaps[0]))
     pause_ms, at_switch_ms = (
-        1e3 * (np.array([largest_gap_s(gaps, *span) for span in spans]) - median_s)
+        1e3 * (largest_gaps_s(gaps, spans) - median_s)
         for spans in (
-            [(s.asked_s, s.done_s) for s in switches],
+            [(s.asked_s, s.settled_s) for s in switches],
             [(s.decode.held_s, s.decode.done_s) for s in switches],
         )
     )
+    if len(pause_ms) < len(switches):
+        raise ValueError(f"no request was decoded during {len(switches) - len(pause_ms)} switches")
     serve_ms = 1e3 * np.array([s.done_s - s.asked_s for s in switches])
     return {
         "samples": pause_ms,
         "p99_ms": float(np.percentile(pause_ms, 99)),
         "max_ms": float(pause_ms.max()),
-        "at_switch_p50_ms": float(np.percentile(at_switch_ms, 50)),
-        "at_switch_p99_ms": float(np.percentile(at_switch_ms, 99)),
+        "at_switch_n": len(at_switch_ms),
+        "at_switch_p50_ms": float(np.percentile(at_switch_ms, 50)) if len(at_switch_ms) else None,
+        "at_switch_p99_ms": float(np.percentile(at_switch_ms, 99)) if len(at_switch_ms) else None,
         "serve_p50_ms": float(np.percentile(serve_ms, 50)),
         "serve_p99_ms": float(np.percentile(serve_ms, 99)),
         "median_gap_ms": 1e3 * median_s,
@@ -183,14 +199,34 @@ def switch_fields(switches: Sequence[Switched], gaps: tuple[np.ndarray, np.ndarr
 
 
 def measure_switches(
-    engine: Engine, load: Load, pairs: Sequence[Shares], count: int
+    engine: Engine, load: Load, pairs: Sequence[Shares], count: int, budget: Budget, *, kept: bool
 ) -> dict[str, Any]:
-    """Switches `count` times between the pairs; the row's fields."""
+    """Switches between the pairs, `count` times or as long as there is time; the row's fields.
+
+    Args:
+        engine: serves the load.
+        load: does not end.
+        pairs: of shares.
+        count: how often, at most.
+        budget: of the run.
+        kept: executors of the pairs are ready.
+    """
+    first = {} if kept else {"first_serve_ms": max(_first_serve_ms(engine, load, pairs))}
     begun_s = time.monotonic()
     for _ in range(SETTLE_STEPS):
         load.step()
-    switches = [switch(engine, load, pairs[i % len(pairs)]) for i in range(count)]
-    return switch_fields(switches, load.gaps(begun_s))
+    switches: list[Switched] = []
+    while len(switches) < count and (budget.enough() or not switches):
+        with budget.case():
+            switches.append(switch(engine, load, pairs[len(switches) % len(pairs)]))
+    return switch_fields(switches, load.gaps(begun_s)) | first
+
+
+def _first_serve_ms(engine: Engine, load: Load, pairs: Sequence[Shares]) -> Iterator[float]:
+    """From asking until each pair served for the first time."""
+    for shares in pairs:
+        first = switch(engine, load, shares)
+        yield 1e3 * (first.done_s - first.asked_s)
 
 
 def summarise(report: Report, case: str) -> None:
@@ -209,6 +245,8 @@ def summarise(report: Report, case: str) -> None:
         report.summary |= {
             "hand_over_p50_ms": row["p50_ms"],
             "hand_over_p99_ms": row["p99_ms"],
+            "hand_over_to_start_p50_ms": row["to_start_p50_ms"],
+            "hand_over_to_start_p99_ms": row["to_start_p99_ms"],
             "hand_over_kv_bytes_copied": row["kv_bytes_copied"],
         }
 
@@ -223,18 +261,24 @@ def main() -> None:
     )
     parser.add_argument("--hand-overs", type=int, help="at least [200; 20 with --quick]")
     parser.add_argument("--running", type=int, help="requests at once [64; 6 with --quick]")
+    options.add_seconds(parser)
     args = parser.parse_args()
-    model, sizes = topologies.sizes(args, short=True)
+    end_on_sigterm()
+    budget = Budget(args.seconds)
     report = Report(
         "semi_pd_switch",
         "What does a change of SM shares cost running requests, and the hand-over from prefill to "
         "decode?",
         out=args.out,
     )
+    on_gpu = topologies.on_gpu(report.env)
+    model, sizes = topologies.sizes(args, report.env)
     running = args.running or (6 if args.quick else 64)
     kept = {"kept_shares": [(pair.prefill, pair.decode) for pair in POOL]}
+    say(f"starting {model}")
     engine = topologies.build(**topologies.engine_args(model, "semi_pd", **sizes, semi_pd=kept))
-    longest = sizes["max_model_len"]
+    say("the engine is ready")
+    longest = topologies.typical_length(sizes)
     requests = random_requests(
         0,
         engine.model_config.vocab_size,
@@ -243,32 +287,28 @@ def main() -> None:
     )
     load = Load(engine.coordinator, requests, running)
     case = f"{model} running={running}"
-    while load.num_decoding < running // 2:
-        load.step()
+    few = args.hand_overs or (20 if args.quick else 200)
+    switches = args.switches or (10 if args.quick else 100)
+    more = args.background_switches or (2 if args.quick else 100)
     cases = {
-        "hand-over": lambda: measure_hand_overs(
-            engine,
-            load,
-            args.hand_overs or (20 if args.quick else 200),
-            on_gpu=topologies.on_gpu(report.env),
-        ),
-        "pool": lambda: measure_switches(
-            engine, load, POOL[::-1], args.switches or (10 if args.quick else 100)
-        ),
-        "background": lambda: measure_switches(
-            engine, load, BACKGROUND, args.background_switches or (2 if args.quick else 100)
-        ),
+        "hand-over": lambda: measure_hand_overs(engine, load, few, on_gpu=on_gpu),
+        "pool": lambda: measure_switches(engine, load, POOL[::-1], switches, budget, kept=True),
+        "background": lambda: measure_switches(engine, load, BACKGROUND, more, budget, kept=False),
     }
-    for impl, measure in cases.items():
-        try:
-            fields = measure()
-        except Exception as error:  # one case must not cost the others
-            report.fail(case, impl, error)
-        else:
-            report.add(case, impl, fields.pop("samples"), "ms", **fields)
-    load.abort()
-    engine.coordinator.close()
-    summarise(report, case)
+    with contextlib.closing(engine.coordinator):
+        while load.num_decoding < running // 2:
+            load.step()
+        for impl, measure in cases.items():
+            try:
+                fields = measure()
+            except Exception as error:  # one case must not cost the others
+                report.fail(case, impl, error)
+            else:
+                report.add(case, impl, fields.pop("samples"), "ms", **fields)
+            summarise(report, case)
+            report.save()
+            say(f"{impl}: {report.rows[-1]['status']}")
+        load.abort()
     report.finish()
     sys.exit(report.failures > 0)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -64,6 +64,34 @@ def typical(steps: Sequence[MeasuredStep]) -> MeasuredStep:
         other_busy=float(np.mean([step.other_busy for step in steps])),
         seconds=float(np.median([step.seconds for step in steps])),
     )
+
+
+def fields_of(key: Key, steps: Sequence[MeasuredStep]) -> dict[str, Any]:
+    """Fields of the row of a key, of which `steps_of` makes key and typical step again."""
+    p10, p90 = np.percentile([step.seconds for step in steps], (10, 90))
+    return {
+        "phase": key.size.phase,
+        **dataclasses.asdict(typical(steps)),
+        "tokens": key.size.tokens,
+        "context": key.size.context,
+        "beside": key.beside,
+        "p10_s": float(p10),
+        "p90_s": float(p90),
+        "steps": len(steps),
+    }
+
+
+def steps_of(rows: Iterable[Mapping[str, Any]]) -> dict[Key, MeasuredStep]:
+    """The typical step of each row that was measured."""
+    names = [field.name for field in dataclasses.fields(MeasuredStep)]
+    found = {}
+    for row in rows:
+        if row["status"] == "ok":
+            size = Size(row["rows"], row["tokens"], row["context"])
+            shares = Shares(row["prefill_share"], row["decode_share"])
+            step = MeasuredStep(**{name: row[name] for name in names})
+            found[Key(size, shares, row["beside"])] = step
+    return found
 
 
 def model_errors(steps: Mapping[Key, MeasuredStep]) -> dict[str, list[float]]:

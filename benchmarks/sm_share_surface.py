@@ -7,9 +7,15 @@ under each pair of shares.
 
 A row is one kind of step under one pair of shares. `seconds` is the median on the executor's
 device, `other_busy` the part of a step's time, 0..1, in which the other phase ran one too (mean);
-the other columns are those of `jpd.simulate.fit.MeasuredStep`. A file of those,
-`sm_share_surface_steps.json`, is what `jpd simulate` fits its latency model to; it has no overheads
-of the host, which are not measured here.
+`tokens` and `context` are the prompt chunk and where it ends, or what each decoding sequence began
+with, `beside` is what the other phase was given (null: nothing); the other columns are those of
+`jpd.simulate.fit.MeasuredStep`. A file of those, `sm_share_surface_steps.json`, is what
+`jpd simulate` fits its latency model to; it has no overheads of the host, which are not measured
+here.
+
+The files are written after every configuration (a pair of shares and what each phase is given);
+with `--seconds N` none begins that may not end in time, `--missing` measures those that the file
+lacks, and `--seconds 0 --merge FILE ...` merges files and draws the chart.
 
 The summary has the errors |predicted / measured - 1| of what is fitted to these rows, mean and
 largest. `prefill_model` and `decode_model` are those of `jpd/semi_pd/share_models.py`, a fit for
@@ -21,20 +27,24 @@ alone, as it takes no account of the other phase.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from benchmarks import topologies
+from benchmarks import options, topologies
+from benchmarks.budget import Budget
 from benchmarks.curves import write_svg
 from benchmarks.engine_load import Load, LoadRequest, LoggedStep, StepLog
 from benchmarks.report import Report, add_arguments
-from benchmarks.share_fits import Key, Size, panels, summarise, typical
+from benchmarks.share_fits import Key, Size, fields_of, panels, steps_of, summarise
+from benchmarks.stopping import end_on_sigterm, say
 from jpd.engine.build import Engine
 from jpd.engine.executor import shape_table
 from jpd.semi_pd.controller import Shares
@@ -63,7 +73,6 @@ class Bench:
     """
 
     def __init__(self, engine: Engine, steps: int) -> None:
-        self.measured: dict[Key, list[MeasuredStep]] = defaultdict(list)
         self._engine = engine
         self._steps = steps
         self._random = np.random.default_rng([0, 1])
@@ -76,7 +85,7 @@ class Bench:
 
     def measure(
         self, shares: Shares, decode: tuple[int, int] | None, prompt_tokens: int | None
-    ) -> None:
+    ) -> dict[Key, list[MeasuredStep]]:
         """Runs decode steps, prefill steps, or both side by side.
 
         Args:
@@ -106,9 +115,11 @@ class Bench:
             "prefill": f"{decode[0]} x {decode[1]}" if decode else None,
             "decode": None if prompt_tokens is None else str(prompt_tokens),
         }
+        measured: dict[Key, list[MeasuredStep]] = defaultdict(list)
         for phase, steps in found.items():
             for size, step in steps:
-                self.measured[Key(size, shares, beside[phase])].append(step)
+                measured[Key(size, shares, beside[phase])].append(step)
+        return measured
 
     def _switch(self, shares: Shares) -> None:
         """Waits until the idle engine has the shares."""
@@ -203,20 +214,40 @@ def rows_by_tokens(text: str) -> tuple[int, int]:
     return rows, tokens
 
 
+class Configuration(NamedTuple):
+    """What each phase is given, and under which shares."""
+
+    shares: Shares
+    decode: tuple[int, int] | None
+    prompt_tokens: int | None
+
+    def __str__(self) -> str:
+        decode = "-" if self.decode is None else f"{self.decode[0]}x{self.decode[1]}"
+        return f"{self.shares} decode {decode} prompts {self.prompt_tokens or '-'}"
+
+
 def configurations(
     pairs: Sequence[Shares], decodes: Sequence[tuple[int, int]], prompts: Sequence[int]
-) -> list[tuple[Shares, tuple[int, int] | None, int | None]]:
+) -> list[Configuration]:
     """What is measured, with few switches: by pair; alone once for each share of a phase."""
-    found: list[tuple[Shares, tuple[int, int] | None, int | None]] = []
+    found: list[Configuration] = []
     seen: set[tuple[str, int]] = set()
     for shares in pairs:
         if ("decode", shares.decode) not in seen:
-            found += [(shares, decode, None) for decode in decodes]
+            found += [Configuration(shares, decode, None) for decode in decodes]
         if ("prefill", shares.prefill) not in seen:
-            found += [(shares, None, prompt) for prompt in prompts]
+            found += [Configuration(shares, None, prompt) for prompt in prompts]
         seen |= {("decode", shares.decode), ("prefill", shares.prefill)}
-        found += [(shares, *sizes) for sizes in itertools.product(decodes, prompts)]
+        sizes = itertools.product(decodes, prompts)
+        found += [Configuration(shares, *each) for each in sizes]
     return found
+
+
+def write(report: Report, source: str) -> None:
+    """Writes the rows, and the steps among them for the simulator."""
+    report.save()
+    steps = list(steps_of(report.all_rows()).values())
+    StepTimes(source, Overheads(), steps).write(report.folder / "sm_share_surface_steps.json")
 
 
 def main() -> None:
@@ -229,14 +260,34 @@ def main() -> None:
     parser.add_argument("--decode", nargs="+", type=rows_by_tokens, metavar="ROWSxTOKENS")
     parser.add_argument("--prompts", nargs="+", type=int, metavar="TOKENS")
     parser.add_argument("--steps", type=int, help="of each configuration [20; 5 with --quick]")
+    options.add_seconds(parser)
+    options.add_merge_arguments(parser)
     args = parser.parse_args()
-    model, sizes = topologies.sizes(args)
+    end_on_sigterm()
     report = Report(
         "sm_share_surface",
         "How long do prefill and decode steps take under each SM share, alone and side by side?",
         out=args.out,
     )
-    small = model == "tiny"
+    report.summarise = lambda rows: summarise(steps_of(rows))
+    files = args.merge or [file for file in [report.path] if file.exists()]
+    if files and (args.merge is not None or args.missing):
+        report.merge(files, measures=args.seconds != 0)
+    if args.seconds != 0:
+        measure(args, parser, report)
+    report.show()
+    report.save()
+    chart = panels(steps_of(report.all_rows()))
+    write_svg(report.path.with_suffix(".svg"), report.question, chart)
+    print(f"wrote {report.path}")
+    sys.exit(report.failures > 0)
+
+
+def measure(args: argparse.Namespace, parser: argparse.ArgumentParser, report: Report) -> None:
+    """Measures what the command line asks for and there is time for."""
+    budget = Budget(args.seconds)
+    model, sizes = topologies.sizes(args, report.env)
+    small = model != "llama31-8b"
     pairs = args.pairs or ([Shares(100, 100), Shares(50, 50)] if small else DEFAULT_SHARES)
     decodes = args.decode or (
         [(2, 64), (6, 64)] if small else [(8, 1024), (64, 1024), (128, 1024), (32, 4096)]
@@ -245,27 +296,26 @@ def main() -> None:
     most = sizes["max_num_seqs"] - 2  # two prompts may be under way
     if max(rows for rows, _ in decodes) > most:
         parser.error(f"--decode takes at most {most} rows with this model")
-    kept = {"kept_shares": [(shares.prefill, shares.decode) for shares in pairs]}
-    engine = topologies.build(**topologies.engine_args(model, "semi_pd", **sizes, semi_pd=kept))
-    bench = Bench(engine, args.steps or (5 if args.quick else 20))
-    for configuration in configurations(pairs, decodes, prompts):
-        bench.measure(*configuration)
-    engine.coordinator.close()
-    steps = {key: typical(of) for key, of in bench.measured.items()}
-    for key, of in bench.measured.items():
-        p10, p90 = np.percentile([step.seconds for step in of], (10, 90))
-        fields = {"phase": key.size.phase, **dataclasses.asdict(steps[key])}
-        report.add(key.case, IMPL, **fields, p10_s=p10, p90_s=p90, steps=len(of))
-    report.summary |= summarise(steps)
-    report.show()
-    report.save()
+    wanted = configurations(pairs, decodes, prompts)
+    if args.missing:
+        have = {row.get("configuration") for row in report.all_rows()}
+        wanted = [each for each in wanted if str(each) not in have]
     source = f"{model} on {report.env['gpu'] or report.env['cpu']}, benchmarks/sm_share_surface.py"
-    StepTimes(source, Overheads(), list(steps.values())).write(
-        report.folder / "sm_share_surface_steps.json"
-    )
-    write_svg(report.path.with_suffix(".svg"), report.question, panels(steps))
-    print(f"wrote {report.path}")
-    sys.exit(report.failures > 0)
+    kept = {"kept_shares": [(shares.prefill, shares.decode) for shares in pairs]}
+    say(f"starting {model}")
+    engine = topologies.build(**topologies.engine_args(model, "semi_pd", **sizes, semi_pd=kept))
+    with contextlib.closing(engine.coordinator):
+        bench = Bench(engine, args.steps or (5 if args.quick else 20))
+        for configuration in wanted:
+            if not budget.enough():
+                break
+            with budget.case():
+                measured = bench.measure(*configuration)
+            for key, steps in measured.items():
+                fields = fields_of(key, steps)
+                report.add(key.case, IMPL, configuration=str(configuration), **fields)
+            write(report, source)
+            say(f"{configuration}: {budget.longest_s:.1f} s at most so far")
 
 
 if __name__ == "__main__":

@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import contextlib
 import functools
 import multiprocessing
 import os
 import shutil
+import signal
 import threading
+import time
+import traceback
 from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import Connection
 from typing import Any, Self
 
 from benchmarks.dummy import dummy_folder
+from benchmarks.stopping import end_on_sigterm
 from jpd.config import EngineConfig
 from jpd.engine.build import Engine
 from jpd.semi_pd import build as semi_pd_build
@@ -41,10 +45,22 @@ SIZES: dict[str, dict[str, Any]] = {
         "max_model_len": 8192,
         "max_num_seqs": 256,
         "max_num_batched_tokens": 2048,
-        "num_pages": 24_576,  # 48 GiB
-        "batch_buckets": (8, 32, 64, 128, 256),
-        "token_buckets": (512, 2048),
-        "context_buckets": (2048, 8192),
+        "num_pages": 18_432,  # 36 GiB: a unified engine and one of semi-PD fit on an H200 together
+        "batch_buckets": (32, 128, 256),
+        "token_buckets": (256, 512, 1024, 2048),
+        "context_buckets": (8192,),
+        "kernels": {"pallas_only": True},
+    },
+    # For `--quick` on a GPU: kernels take no float32.
+    "small": {
+        "max_model_len": 1024,
+        "max_num_seqs": 16,
+        "max_num_batched_tokens": 512,
+        "num_pages": 16 * 64 + 1,
+        "batch_buckets": (16,),
+        "token_buckets": (512,),
+        "context_buckets": (1024,),
+        "kernels": {"pallas_only": True},
     },
     # On a CPU. In float32, so that tokens do not depend on what else is in a step.
     "tiny": {
@@ -58,31 +74,36 @@ SIZES: dict[str, dict[str, Any]] = {
         "context_buckets": (512,),
     },
 }
-"""Sizes of the engines for each model."""
-SHORT: dict[str, dict[str, Any]] = {
-    "llama31-8b": {
-        "max_model_len": 2048,
-        "max_num_seqs": 128,
-        "num_pages": 16_384,  # 32 GiB
-        "batch_buckets": (32, 128),
-        "context_buckets": (2048,),
-    },
-    "tiny": {},
-}
-"""What differs where few step shapes are enough: they are compiled for each SM share anew."""
+"""Sizes of the engines for each model. The same for all benchmarks, and few step shapes: each is
+compiled for every SM share once, and kept for whoever starts an engine on that machine later. Under
+SM shares only jpd's kernels compute right numbers on a GPU, so the engines without shares have no
+others either. Kernels read page tables as far as a context goes: one size of them is enough."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds `--model` and `--num-pages`; `sizes` reads them."""
-    parser.add_argument("--model", choices=[*SIZES], help="[llama31-8b; tiny with --quick]")
+    parser.add_argument(
+        "--model", choices=[*SIZES], help="[llama31-8b; with --quick small on a GPU, tiny on a CPU]"
+    )
     parser.add_argument("--num-pages", type=int, help="KV pages of every engine [by the model]")
 
 
-def sizes(args: argparse.Namespace, *, short: bool = False) -> tuple[str, dict[str, Any]]:
-    """Model and engine sizes that the command line asks for; changed by `SHORT` if `short`."""
-    model = args.model or ("tiny" if args.quick else "llama31-8b")
-    chosen = SIZES[model] | (SHORT[model] if short else {})
+def sizes(args: argparse.Namespace, env: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Model and engine sizes that the command line asks for.
+
+    Args:
+        args: with the options of `add_arguments`, and `quick`.
+        env: a report's.
+    """
+    quick = "small" if on_gpu(env) else "tiny"
+    model = args.model or (quick if args.quick else "llama31-8b")
+    chosen = SIZES[model]
     return model, chosen if args.num_pages is None else chosen | {"num_pages": args.num_pages}
+
+
+def typical_length(sizes: Mapping[str, Any]) -> int:
+    """Most tokens of a request in benchmarks that are not about long ones."""
+    return min(2048, sizes["max_model_len"])
 
 
 def on_gpu(env: Mapping[str, Any]) -> bool:
@@ -132,32 +153,61 @@ def build(**args: Any) -> Engine:
 
 # --- engines in processes of their own -------------------------------------------------------
 
-_engine: Any = None
-"""In the child: what `make` gave."""
+_PATIENCE_S = 60.0
+"""For an engine to end; then its process is ended."""
 
 
-def _start(make: Callable[..., Any], args: dict[str, Any], env: dict[str, str]) -> None:
-    global _engine
-
-    def follow_the_parent() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=follow_the_parent, daemon=True).start()
+def _run(
+    connection: Connection, make: Callable[..., Any], args: dict[str, Any], env: dict[str, str]
+) -> None:
+    """In the child: makes the engine, then answers calls until the parent hangs up."""
+    end_on_sigterm()
+    threading.Thread(target=_follow_the_parent, daemon=True).start()
     os.environ |= env
-    _engine = make(**args)
+    engine = None
+    try:
+        engine = make(**args)
+        connection.send((True, None))
+        while True:
+            function, values = connection.recv()
+            _answer(connection, function, engine, *values)
+    except EOFError:
+        pass
+    except Exception as error:  # of `make`
+        traceback.print_exc()
+        connection.send((False, _for_the_parent(error)))
+    finally:
+        if engine is not None:
+            (engine.coordinator if isinstance(engine, Engine) else engine).close()
 
 
-def _close(engine: Any) -> None:
-    (engine.coordinator if isinstance(engine, Engine) else engine).close()
+def _answer(connection: Connection, function: Callable[..., Any], *args: Any) -> None:
+    try:
+        answer = True, function(*args)
+    except Exception as error:
+        traceback.print_exc()
+        answer = False, _for_the_parent(error)
+    connection.send(answer)
 
 
-def _call(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    return function(_engine, *args)
+def _for_the_parent(error: Exception) -> RuntimeError:
+    """One that can be pickled, whatever it was."""
+    return RuntimeError(f"{type(error).__name__}: {error}")
+
+
+def _follow_the_parent() -> None:
+    """Ends this process when its parent has died: in order if it can be."""
+    multiprocessing.parent_process().join()
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(_PATIENCE_S)
+    os._exit(1)
 
 
 class EngineProcess:
-    """An engine in a process of its own, and calls of functions there.
+    """An engine in a process of its own, and calls of functions there, as a context manager.
+
+    The process ends in order, and with it whatever it started, when the block is left, when its
+    parent dies and when it gets a SIGTERM.
 
     Args:
         make: builds the engine, such as `build` or `jpd.AsyncLLM`.
@@ -166,26 +216,54 @@ class EngineProcess:
     """
 
     def __init__(self, make: Callable[..., Any], args: dict[str, Any], **env: str) -> None:
-        self._pool = ProcessPoolExecutor(
-            1, multiprocessing.get_context("spawn"), _start, (make, args, env)
-        )
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_run, args=(theirs, make, args, env), daemon=True)
+        self._theirs = theirs
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
         """`function(engine, *args)` in the process; both ways as pickles.
 
         Raises:
-            BrokenProcessPool: the engine could not be built, or its process ended.
+            RuntimeError: it failed, or the process ended.
         """
-        return self._pool.submit(_call, function, args).result()
+        with contextlib.suppress(OSError):  # it may have said why it ended
+            self._connection.send((function, args))
+        return self._result()
+
+    def _result(self) -> Any:
+        try:
+            ok, answer = self._connection.recv()
+        except (EOFError, OSError) as error:
+            self._process.join(_PATIENCE_S)
+            raise RuntimeError(
+                f"the engine's process ended, exit code {self._process.exitcode}"
+            ) from error
+        if not ok:
+            raise answer
+        return answer
 
     def __enter__(self) -> Self:
+        """Starts the process and waits for the engine.
+
+        Raises:
+            RuntimeError: it could not be built.
+        """
+        self._process.start()
+        self._theirs.close()
+        try:
+            self._result()
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
         """Closes the engine and ends the process."""
-        try:
-            self.call(_close)
-        except BrokenProcessPool:
-            pass  # whoever called it last was told
-        finally:
-            self._pool.shutdown()
+        self._connection.close()
+        for end in (None, self._process.terminate, self._process.kill):
+            if end is not None:
+                end()
+            self._process.join(_PATIENCE_S)
+            if self._process.exitcode is not None:
+                return

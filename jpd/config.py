@@ -252,7 +252,8 @@ class EngineConfig:
     async_scheduling: bool = True
     """Launch the next step before the tokens of the running one are read."""
     batch_buckets: tuple[int, ...] | None = None
-    """Batch sizes that decode steps are compiled for; powers of two when not given."""
+    """Decoding rows that steps are compiled for; powers of two when not given, of which mixed steps
+    know a small one and the largest."""
     token_buckets: tuple[int, ...] | None = None
     """Prompt token counts that mixed steps are compiled for."""
     context_buckets: tuple[int, ...] | None = None

@@ -83,7 +83,9 @@ class MpsDirectory:
 
     def _make(self) -> None:
         try:
-            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            # Not exist_ok, which looks again, and fails if it has been removed in between.
+            with contextlib.suppress(FileExistsError):
+                self.path.mkdir(mode=0o700, parents=True)
             status = self.path.lstat()
         except FileNotFoundError:  # removed in between
             return

@@ -51,6 +51,18 @@ def nanoseconds() -> jax.Array:
     return read()
 
 
+def _clock_kernel(body: Callable[..., None], name: str) -> Callable[[], jax.Array]:
+    """A kernel of one block that writes one time."""
+    return plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((1,), jnp.int32),
+        grid=(1,),
+        grid_names=("block",),
+        compiler_params=mosaic.WARPGROUP,
+        kernel_name=name,
+    )
+
+
 def spin(us: int) -> Callable[[], jax.Array]:
     """A kernel that keeps one SM busy for `us` microseconds; to be called in a program."""
 
@@ -60,14 +72,7 @@ def spin(us: int) -> Callable[[], jax.Array]:
             lambda now: now - start < 1000 * us, lambda now: nanoseconds(), start
         )
 
-    return plgpu.kernel(
-        body,
-        out_type=jax.ShapeDtypeStruct((1,), jnp.int32),
-        grid=(1,),
-        grid_names=("block",),
-        compiler_params=mosaic.WARPGROUP,
-        kernel_name="spin",
-    )
+    return _clock_kernel(body, "spin")
 
 
 @functools.cache
@@ -85,14 +90,7 @@ def stamp() -> Callable[[], jax.Array]:
         mosaic.wait_for_previous(None)
         out[0] = nanoseconds()
 
-    return plgpu.kernel(
-        body,
-        out_type=jax.ShapeDtypeStruct((1,), jnp.int32),
-        grid=(1,),
-        grid_names=("block",),
-        compiler_params=mosaic.WARPGROUP,
-        kernel_name="stamp",
-    )
+    return _clock_kernel(body, "stamp")
 
 
 @functools.cache

@@ -50,6 +50,14 @@ needs_wheels = pytest.mark.skipif(
 )
 
 
+def mesh_of_h200s(count: int, axis: str) -> jax.sharding.Mesh:
+    """A mesh of GPUs that are not there."""
+    topology = topologies.get_topology_desc(
+        platform="cuda", target_config=_H200, topology=f"1x1x{count}"
+    )
+    return topologies.make_mesh(topology, (count,), (axis,))
+
+
 def compile_for_h200(
     fn: Callable[..., Any],
     arguments: Any,
@@ -69,11 +77,7 @@ def compile_for_h200(
       mesh: number of GPUs, and name of their axis.
       specs: a `PartitionSpec` for every leaf of the arguments; when not given, every GPU has all.
     """
-    count, axis = mesh
-    topology = topologies.get_topology_desc(
-        platform="cuda", target_config=_H200, topology=f"1x1x{count}"
-    )
-    gpus = topologies.make_mesh(topology, (count,), (axis,))
+    gpus = mesh_of_h200s(*mesh)
     if specs is None:
         specs = jax.tree.map(lambda _: jax.sharding.PartitionSpec(), arguments)
 

@@ -18,15 +18,18 @@ from jpd.engine.compile import use_cache_dir
 from jpd.engine.coordinator import Coordinator
 from jpd.engine.executor import Executor, shape_table
 from jpd.engine.lane import OneExecutor, Topology
+from jpd.engine.rank_step import overlaps
 from jpd.errors import ConfigError
 from jpd.models import ModelConfig, Params
-from jpd.ops import self_check
-from jpd.parallel import Placement, Split, place
+from jpd.ops import self_check, sum_check
+from jpd.parallel import ManyDevices, Placement, Split, place
 from jpd.text import Tokenizer
 
 logger = logging.getLogger(__name__)
 
 _JAX_MEMORY_SHARE = "0.95"
+"""The rest is for what is not JAX's: CUDA's context, loaded programs, and, of several GPUs, NCCL's
+buffers for XLA's collectives and for those that overlap, some hundred MiB a communicator."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +144,22 @@ def check_memory(executor: Executor, model_bytes: int, limit: int) -> None:
         )
 
 
+def widths_of(config: EngineConfig, model: ModelConfig) -> self_check.Widths:
+    """What the shapes of a rank's ops follow from."""
+    return self_check.Widths(
+        hidden_size=model.hidden_size,
+        num_heads=model.num_heads,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        page_size=config.page_size,
+        windows=model.windows,
+        dtype=config.dtype,
+        eps=model.rms_eps,
+        qk_norm=model.qk_norm,
+        sums=config.tensor_parallel_size > 1,
+    )
+
+
 def check_kernels(
     config: EngineConfig, model: ModelConfig, params: Params, device: jax.Device
 ) -> None:
@@ -173,18 +192,7 @@ def check_kernels(
         return self_check.Product(name, layer["weight"], rows, layer.get("bias"), **options)
 
     checked = self_check.run(
-        self_check.Widths(
-            hidden_size=model.hidden_size,
-            num_heads=model.num_heads,
-            num_kv_heads=model.num_kv_heads,
-            head_dim=model.head_dim,
-            page_size=config.page_size,
-            windows=model.windows,
-            dtype=config.dtype,
-            eps=model.rms_eps,
-            qk_norm=model.qk_norm,
-            sums=config.tensor_parallel_size > 1,
-        ),
+        widths_of(config, model),
         config.kernels,
         [
             product("qkv", attention["qkv"], rows),
@@ -198,10 +206,46 @@ def check_kernels(
     logger.info("kernels agree with their references: %s", "; ".join(checked))
 
 
-def check_ranks(config: EngineConfig, split: Split, params: Params, placement: Placement) -> None:
-    """`check_kernels` on every device of a placement, each with its part of the parameters."""
+def check_ranks(
+    config: EngineConfig,
+    split: Split,
+    params: Params,
+    placement: Placement,
+    *,
+    prefill: bool = True,
+) -> None:
+    """`check_kernels` on every device of a placement, each with its part of the parameters, and the
+    sums that hide behind products on all of them, if steps are to hold prompt tokens.
+
+    Raises:
+      KernelError: something is wrong on this machine.
+    """
     for rank, device in enumerate(placement.devices):
         check_kernels(config, split.rank_model, placement.of_rank(params, rank), device)
+    if prefill and isinstance(placement, ManyDevices):
+        check_sums(config, split, params, placement.mesh)
+
+
+def check_sums(config: EngineConfig, split: Split, params: Params, mesh: jax.sharding.Mesh) -> None:
+    """Compares sums that will hide behind products with a reference, where plans ask for that.
+
+    Raises:
+      KernelError: something is wrong on this machine.
+    """
+    if not config.kernels.self_check or config.kernels.matmul_all_reduce == "xla":
+        return
+    steps = filter(overlaps, shape_table(config).all())
+    rows = sorted({shape.batch + shape.tokens for shape in steps})
+    layer = params["layers"][0]
+    layers = {"heads": ("out", layer["attention"]["out"]), "ffn": ("down", layer["mlp"]["down"])}
+    sums = [
+        sum_check.Sum(name, part["weight"], rows)
+        for axis, (name, part) in layers.items()
+        if axis in split.cut_axes
+    ]
+    checked = sum_check.run(widths_of(config, split.rank_model), config.kernels, sums, mesh)
+    if checked:
+        logger.info("overlapped sums agree with their references: %s", "; ".join(checked))
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,6 +67,8 @@ class Coordinator:
         self._stats = EngineStats()
         self._recent = RecentSteps()
         self.clock = clock
+        self.prefill_policy = config.prefill_policy
+        """See `EngineConfig`; another one holds from the next step on."""
         self._config = config
         self._vocab_size = model.vocab_size
         self._topology = topology
@@ -328,7 +330,7 @@ class Coordinator:
         prefill = lane.prefill and not any(other.has_chunks for other in others)
         decode = lane.decode and not any(other.has_rows for other in others)
         both = lane.prefill and lane.decode
-        if self._config.prefill_policy == "first" and prefill:
+        if self.prefill_policy == "first" and prefill:
             plan = scheduler.plan(decode=False, decodes_on=both)
             if plan is not None or not decode:
                 return plan

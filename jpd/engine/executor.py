@@ -19,7 +19,7 @@ from jpd.config import EngineConfig
 from jpd.engine import batch as batches
 from jpd.engine.compile import CompiledSteps, step_options, step_store
 from jpd.engine.lowering import StepLowering, source_of
-from jpd.engine.plan import StepPlan, StepResult, TokenLogprobs
+from jpd.engine.plan import Chunk, StepPlan, StepResult, TokenLogprobs
 from jpd.engine.rank_lowering import RankLowering
 from jpd.engine.sampler import Sampled
 from jpd.engine.sampler_inputs import SamplingInputs, SamplingTable
@@ -76,6 +76,27 @@ def shape_table(config: EngineConfig, *, prefill: bool = True, decode: bool = Tr
         context_buckets=config.context_buckets,
         prefill=prefill,
         decode=decode,
+    )
+
+
+def _plan_for_nobody(shape: StepShape, unowned_row: int) -> StepPlan:
+    """The least that steps of a shape compute; nobody has its row of the history, nor page 0."""
+    rows = min(1, shape.batch)
+    zeros, table = np.zeros(rows, np.int32), np.zeros((rows, 1), np.int32)
+    prompt = Chunk(None, unowned_row, 0, 0, np.zeros(1, np.int32), last=True)
+    chunks = [prompt] if shape.tokens else []
+    return StepPlan(
+        rows=zeros + unowned_row,
+        serials=zeros,
+        sequences=[],
+        tokens=zeros,
+        positions=zeros,
+        page_table=table,
+        chunks=chunks,
+        chunk_page_table=np.zeros((len(chunks), 1), np.int32),
+        admitted=[],
+        context_tokens=1,
+        plain_greedy=shape.greedy,
     )
 
 
@@ -180,13 +201,29 @@ class Executor:
         return self.compiled.recompiles
 
     def compile_ahead(self) -> None:
-        """Compiles every step shape and the history update."""
+        """Compiles every step shape and the history update; on one GPU also runs each of them once.
+
+        A GPU takes in the kernels of a program when it first runs, which requests would wait for.
+        """
         self.compiled.compile_ahead(
             self.shapes.all(),
             self._lowering().lower_ahead,
             show_progress=self._config.show_progress,
         )
         self.load_history(self._config.max_num_seqs, np.zeros(0, np.int32))
+        # Executors that start together on several GPUs could hold up each other's collectives, and
+        # one that tells of its progress sends pages, which others have to know of.
+        several = isinstance(self.placement, ManyDevices)
+        if self._device.platform == "gpu" and not several and self._progress is None:
+            self.run_for_nobody()
+
+    def run_for_nobody(self) -> None:
+        """Runs each step shape once, with a row and a prompt of one token on page 0."""
+        for shape in self.shapes.all():
+            inputs = self._host_inputs(shape, _plan_for_nobody(shape, self._config.max_num_seqs))
+            compiled = self.compiled.get(shape, self._lower)
+            self.kv, self.history, *out = compiled(self.params, self.kv, self.history, *inputs)
+            jax.block_until_ready(out)
 
     def release(self) -> None:
         """Waits for the device and lets go of parameters, pages and history, also if it failed."""

@@ -52,7 +52,8 @@ class ShapeTable:
       max_num_batched_tokens: largest number of prompt tokens.
       max_model_len: longest context.
       page_size: contexts are rounded up to whole pages.
-      batch_buckets, token_buckets, context_buckets: replace the defaults.
+        batch_buckets: replaces the defaults, also of mixed steps, which otherwise know two sizes.
+        token_buckets, context_buckets: replace the defaults.
       prefill, decode: the phases that steps hold as a rule; shapes of others are not in `all`.
     """
 
@@ -76,8 +77,11 @@ class ShapeTable:
         most = max_num_batched_tokens
         self.tokens = token_buckets or powers(min(_SMALLEST_CHUNK, most), most, 4)
         some = self._batch(min(_SMALLEST_MIXED_BATCH, max_num_seqs))
+        mixed = {some, self.batches[-1]}
+        if batch_buckets is not None:
+            mixed |= {batch for batch in batch_buckets if batch > some}
         # Prompts alone need no rows, where that is the rule.
-        self.mixed_batches = (0,) * (not decode) + tuple(sorted({some, self.batches[-1]}))
+        self.mixed_batches = (0,) * (not decode) + tuple(sorted(mixed))
         self._page_size = page_size
         self._prefill, self._decode = prefill, decode
 
@@ -90,12 +94,15 @@ class ShapeTable:
         if tokens == 0:
             return StepShape(self._batch(rows), 0, context, greedy)
         tokens = _round_up(tokens, self.tokens, 1)
-        return StepShape(_round_up(rows, self.mixed_batches, 1), tokens, context, False)
+        batch = _round_up(rows, self.mixed_batches, 1)
+        return StepShape(batch, tokens, context, greedy and batch > 0)
 
     def all(self) -> list[StepShape]:
         """Every shape that `pick` gives within the buckets, the largest first."""
         decode = itertools.product(self.batches, (0,), self.contexts, (True, False))
+        # The sampler of a step without rows is short: it has those of the prompts that end only.
         batches = self.mixed_batches if self._decode else (0,)
-        mixed = itertools.product(batches, self.tokens, self.contexts, (False,))
+        greedy = (True, False) if self._decode else (False,)
+        mixed = itertools.product(batches, self.tokens, self.contexts, greedy)
         shapes = [*(decode if self._decode else ()), *(mixed if self._prefill else ())]
         return sorted((StepShape(*s) for s in shapes), reverse=True)

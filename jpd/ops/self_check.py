@@ -74,7 +74,9 @@ Draw = Callable[..., np.ndarray]
 
 
 @dataclass(frozen=True)
-class _Case:
+class Case:
+    """One thing to run and compare."""
+
     name: str
     run: Callable[..., Any]
     """The op, of the arrays."""
@@ -87,7 +89,7 @@ class _Case:
 class _Started:
     """A case whose program is being compiled."""
 
-    case: _Case
+    case: Case
     what: str
     """Name of the case, and the implementations that were taken."""
     program: Future[Callable[..., Any]]
@@ -114,16 +116,25 @@ def run(
       KernelError: a result is not finite, or its relative error exceeds 1e-2.
     """
     with registry.using(kernels, device.platform), jax.default_device(device):
-        pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
-        try:
-            # Lowered one after another: only the compiler is safe to run in threads.
-            started = [_start(case, pool) for case in _cases(widths, products, pool)]
-            return [_check(one) for one in started]
-        finally:
-            pool.shutdown(cancel_futures=True)
+        return run_cases(lambda pool: _cases(widths, products, pool))
 
 
-def _start(case: _Case, pool: ThreadPoolExecutor) -> _Started:
+def run_cases(make: Callable[[ThreadPoolExecutor], Iterator[Case]]) -> list[str]:
+    """Runs cases and compares their results; what was checked, or `KernelError`, as for `run`.
+
+    Args:
+      make: gives the cases; compiles what it needs itself in these threads.
+    """
+    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+    try:
+        # Lowered one after another: only the compiler is safe to run in threads.
+        started = [_start(case, pool) for case in make(pool)]
+        return [_check(one) for one in started]
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start(case: Case, pool: ThreadPoolExecutor) -> _Started:
     before = registry.choices()
     lowered = jax.jit(case.run).lower(*case.arrays)
     taken = {name for (_, name), n in registry.choices().items() if n > before.get((_, name), 0)}
@@ -146,24 +157,29 @@ def _check(started: _Started) -> str:
     return started.what
 
 
-def _float(x: np.ndarray) -> np.ndarray:
+def as_float(x: np.ndarray) -> np.ndarray:
+    """In float32, on the host."""
     return np.asarray(x).astype(np.float32)
 
 
-def _cases(
-    widths: Widths, products: Sequence[Product], pool: ThreadPoolExecutor
-) -> Iterator[_Case]:
-    rng = np.random.default_rng(0)
+def drawing(rng: np.random.Generator, dtype: str) -> Draw:
+    """A function that draws arrays of a shape: uniform numbers of variance 1, which take a fifth of
+    the time of normal ones."""
 
     def draw(*shape: int) -> np.ndarray:
-        """Uniform numbers of variance 1: a fifth of the time that normal ones take."""
         x = rng.random(shape, np.float32)
         x -= 0.5
         x *= 12**0.5
-        return x.astype(jnp.dtype(widths.dtype))
+        return x.astype(jnp.dtype(dtype))
 
+    return draw
+
+
+def _cases(widths: Widths, products: Sequence[Product], pool: ThreadPoolExecutor) -> Iterator[Case]:
+    rng = np.random.default_rng(0)
+    draw = drawing(rng, widths.dtype)
     for product in products:
-        checked = _Columns(product, pool)
+        checked = Columns(product, pool)
         for rows in product.rows:
             yield _product_case(widths, product, checked, rows, draw)
     all_rows = sorted({rows for product in products for rows in product.rows})
@@ -182,7 +198,7 @@ def _cases(
         yield pages.prefill_case()
 
 
-class _Columns:
+class Columns:
     """The outputs of a product that are compared, and their part of its weight."""
 
     def __init__(self, product: Product, pool: ThreadPoolExecutor) -> None:
@@ -200,30 +216,35 @@ class _Columns:
     def multiply(self, x: np.ndarray) -> list[np.ndarray]:
         """x `[M, K]` times those rows of the weight: one part, or gate and up."""
         if not self._loaded:  # once for all numbers of rows
-            self._picked = jax.tree.map(_float, self._program.result()(self._picked))
+            self._picked = jax.tree.map(as_float, self._program.result()(self._picked))
             self._loaded = True
         weight, bias = self._picked
         y = x @ weight.T
         return np.split(y if bias is None else y + bias, len(weight) // len(self.columns), axis=1)
 
 
+def sampled_rows(rows: int) -> np.ndarray:
+    """The rows of a product that are compared."""
+    return np.unique(np.linspace(0, rows - 1, _ROWS).astype(int))
+
+
 def _product_case(
-    widths: Widths, product: Product, checked: _Columns, rows: int, draw: Draw
-) -> _Case:
+    widths: Widths, product: Product, checked: Columns, rows: int, draw: Draw
+) -> Case:
     weight, bias, gated = product.weight, product.bias, product.gated
     outputs, width = weight.shape[0] // (1 + gated), weight.shape[1]
-    some = np.unique(np.linspace(0, rows - 1, _ROWS).astype(int))
+    some = sampled_rows(rows)
     x = draw(rows, width)
     residual = draw(rows, outputs) if product.residual else None
 
     def want(got: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         at = np.ix_(some, checked.columns)
-        y, *up = checked.multiply(_float(x[some]))
+        y, *up = checked.multiply(as_float(x[some]))
         if gated:
             y = y * np.exp(-np.logaddexp(0, -y)) * up[0]
         if residual is not None:
-            y = y + _float(residual[at])
-        yield _float(got[at]), y
+            y = y + as_float(residual[at])
+        yield as_float(got[at]), y
         yield _all_finite(got)
 
     def run(x: jax.Array, weight: jax.Array, bias: Any, residual: Any) -> jax.Array:
@@ -233,33 +254,34 @@ def _product_case(
 
     op = "gated_linear" if gated else "linear"
     name = f"{op} {product.name} {x.dtype}{list(x.shape)} x {list(weight.shape)}"
-    return _Case(name, run, (x, weight, bias, residual), want)
+    return Case(name, run, (x, weight, bias, residual), want)
 
 
 def _all_finite(got: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(np.isfinite(got).all(), np.float32), np.ones((), np.float32)
 
 
-def _normed(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
+def normed_rows(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
+    """The RMS norm of each row."""
     return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * weight
 
 
-def _norm_case(widths: Widths, draw: Draw, rows: int) -> _Case:
+def _norm_case(widths: Widths, draw: Draw, rows: int) -> Case:
     x, weight, eps = draw(rows, widths.hidden_size), draw(widths.hidden_size), widths.eps
-    return _Case(
+    return Case(
         f"rms_norm {x.dtype}{list(x.shape)}",
         lambda x, weight: rms_norm(x, weight, eps),
         (x, weight),
-        lambda got: iter([(_float(got), _normed(_float(x), _float(weight), eps))]),
+        lambda got: iter([(as_float(got), normed_rows(as_float(x), as_float(weight), eps))]),
     )
 
 
-def _sum_case(widths: Widths, draw: Draw, rows: int) -> _Case:
+def _sum_case(widths: Widths, draw: Draw, rows: int) -> Case:
     y = draw(rows, widths.hidden_size)
     return _added_case(widths, draw, "", y, y)
 
 
-def _packed_sum_case(widths: Widths, draw: Draw, rows: int) -> _Case:
+def _packed_sum_case(widths: Widths, draw: Draw, rows: int) -> Case:
     """A sum whose tiles lie in the order in which a GEMM that signals would have sent them."""
     from pallas_kernels.signal_gemm.config import SignalConfig
 
@@ -274,16 +296,16 @@ def _packed_sum_case(widths: Widths, draw: Draw, rows: int) -> _Case:
 
 def _added_case(
     widths: Widths, draw: Draw, what: str, y: np.ndarray | Packed, plain: np.ndarray
-) -> _Case:
+) -> Case:
     """The norm of a residual to which `y` is added, which is `plain` in order."""
     residual, weight = draw(*plain.shape), draw(widths.hidden_size)
 
     def want(got: Any) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        total = _float(plain) + _float(residual)
-        yield _float(got[0]), _normed(total, _float(weight), widths.eps)
-        yield _float(got[1]), total
+        total = as_float(plain) + as_float(residual)
+        yield as_float(got[0]), normed_rows(total, as_float(weight), widths.eps)
+        yield as_float(got[1]), total
 
-    return _Case(
+    return Case(
         f"rms_norm_residual{what} {plain.dtype}{list(plain.shape)}",
         lambda y, residual, weight: rms_norm_residual(y, residual, weight, widths.eps),
         (y, residual, weight),
@@ -291,7 +313,7 @@ def _added_case(
     )
 
 
-def _rope_case(widths: Widths, draw: Draw, rng: np.random.Generator) -> _Case:
+def _rope_case(widths: Widths, draw: Draw, rng: np.random.Generator) -> Case:
     tokens, heads, kv_heads, size = 3, widths.num_heads, widths.num_kv_heads, widths.head_dim
     qkv = draw(tokens, heads + 2 * kv_heads, size)
     angle = rng.uniform(0, 6, (tokens, size // 2)).astype(np.float32)
@@ -307,22 +329,22 @@ def _rope_case(widths: Widths, draw: Draw, rng: np.random.Generator) -> _Case:
         return rope_write(qkv, cos, sin, k_pages, v_pages, jnp.asarray(slots), **options)
 
     def turn(x: np.ndarray, weight: np.ndarray | None) -> np.ndarray:
-        x = x if weight is None else _normed(x, _float(weight), widths.eps)
+        x = x if weight is None else normed_rows(x, as_float(weight), widths.eps)
         cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
         left, right = np.split(x, 2, axis=-1)
         return np.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
 
     def want(got: Any) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        q, k, v = np.split(_float(qkv), (heads, heads + kv_heads), axis=1)
-        yield _float(got[0]), turn(q, norms and norms.q)
+        q, k, v = np.split(as_float(qkv), (heads, heads + kv_heads), axis=1)
+        yield as_float(got[0]), turn(q, norms and norms.q)
         for after, before, rows in zip(
             got[1:], pages, (turn(k, norms and norms.k), v), strict=True
         ):
-            expected = _float(before).reshape(-1, kv_heads, size).copy()
+            expected = as_float(before).reshape(-1, kv_heads, size).copy()
             expected[slots] = rows
-            yield _float(after).reshape(expected.shape), expected
+            yield as_float(after).reshape(expected.shape), expected
 
-    return _Case(f"rope_write {qkv.dtype}{list(qkv.shape)}", run, (qkv, *pages), want)
+    return Case(f"rope_write {qkv.dtype}{list(qkv.shape)}", run, (qkv, *pages), want)
 
 
 class _Pages:
@@ -349,7 +371,7 @@ class _Pages:
         start = 0 if self._window is None else max(0, position + 1 - self._window)
         group = self._widths.num_heads // self._widths.num_kv_heads
         k, v = (
-            _float(pages[self._table[row]])
+            as_float(pages[self._table[row]])
             .reshape(-1, *pages.shape[2:])[start : position + 1]
             .repeat(group, axis=1)
             for pages in (self._k, self._v)
@@ -359,7 +381,7 @@ class _Pages:
         weights /= weights.sum(-1, keepdims=True)
         return np.einsum("ht,thd->hd", weights, v)
 
-    def decode_case(self, phi: float | None) -> _Case:
+    def decode_case(self, phi: float | None) -> Case:
         widths = self._widths
         q = self._draw(len(_LENGTHS), widths.num_heads, widths.head_dim)
         table = None if phi is None else np.full(widths.num_heads, phi, np.float32)
@@ -379,14 +401,14 @@ class _Pages:
         def want(got: jax.Array) -> Iterator[tuple[np.ndarray, np.ndarray]]:
             for row, length in enumerate(_LENGTHS):
                 zeros = np.zeros(q.shape[1:], np.float32)
-                one = _float(q[row])
+                one = as_float(q[row])
                 expected = self._attend(one, row, length - 1) if length else zeros
-                yield _float(got[row]), expected
+                yield as_float(got[row]), expected
 
         name = f"decode_attention {q.dtype}{list(q.shape)} over {list(self._k.shape)}"
-        return _Case(f"{name}, window {self._window}, phi {phi}", run, (q, self._k, self._v), want)
+        return Case(f"{name}, window {self._window}, phi {phi}", run, (q, self._k, self._v), want)
 
-    def prefill_case(self) -> _Case:
+    def prefill_case(self) -> Case:
         widths = self._widths
         contexts = np.array([_LENGTHS[3], _LENGTHS[2], _LENGTHS[1]], np.int32)
         counts = np.array([70, 65, 9], np.int32)
@@ -408,8 +430,8 @@ class _Pages:
             for n, row in enumerate((3, 2, 1)):
                 for i in (0, counts[n] // 2, counts[n] - 1):
                     at, position = starts[n] + i, contexts[n] - counts[n] + i
-                    yield _float(got[at]), self._attend(_float(q[at]), row, position)
+                    yield as_float(got[at]), self._attend(as_float(q[at]), row, position)
             yield _all_finite(got)
 
         name = f"prefill_attention {q.dtype}{list(q.shape)} over {list(self._k.shape)}"
-        return _Case(f"{name}, window {self._window}", run, (q, self._k, self._v), want)
+        return Case(f"{name}, window {self._window}", run, (q, self._k, self._v), want)

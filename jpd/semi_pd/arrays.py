@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 
@@ -67,6 +68,15 @@ def kv_pages(
     parts = [_arrays(block, layout, d) for block, d in zip(blocks, placement.devices, strict=True)]
     whole = {path: placement.join_pages([p[path] for p in parts]) for path in parts[0]}
     return [(whole[i, "k"], whole[i, "v"]) for i in range(len(whole) // 2)]
+
+
+def addresses(tree: Any) -> list[int]:
+    """Where the arrays of a tree lie, on each of their devices."""
+    return [
+        shard.data.unsafe_buffer_pointer()
+        for leaf in jax.tree.leaves(tree)
+        for shard in leaf.addressable_shards
+    ]
 
 
 def _arrays(block: Block, layout: Layout, device: jax.Device) -> dict[tuple, jax.Array]:

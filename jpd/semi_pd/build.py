@@ -33,6 +33,9 @@ logger = logging.getLogger(__name__)
 
 _CONTEXT_BYTES = 700 << 20
 """What a process on a GPU takes beside what it allocates: CUDA's context, loaded programs."""
+_NCCL_BYTES = 1 << 30
+"""And what NCCL takes on each GPU of a process that has several: its buffers for XLA's collectives
+and for those that overlap."""
 
 
 def build(config: EngineConfig) -> Engine:
@@ -83,7 +86,8 @@ def _build_apart(config: EngineConfig) -> Engine:
             owners.append(_owner(config, places, env))
             resources.callback(owners[-1].stop)
         executors = 1 if apart else num_executors(config)
-        contexts = executors * _CONTEXT_BYTES if on_gpu else 0
+        each = _CONTEXT_BYTES + (_NCCL_BYTES if ranks > 1 else 0)
+        contexts = executors * each if on_gpu else 0
         sharing = 1 if on_gpu else len(owners) * ranks  # all of a CPU's ranks share its memory
         prepared = engine_build.prepare(
             config,

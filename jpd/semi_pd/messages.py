@@ -38,6 +38,9 @@ class WorkerSpec:
     where they are the same."""
     generations: Handle | None
     """`[P]` int64 on the host, how often each page was handed out; None checks nothing."""
+    check_kernels: bool
+    """Compare the kernels with their references first; False where an executor with the same share
+    of the SMs has done so for this engine."""
 
     @property
     def fds(self) -> tuple[int, ...]:

@@ -24,6 +24,8 @@ MAX_FAILURES = 4
 other is started."""
 _FIRST_DELAY_S = 0.5
 """Until the next start after the second failure; the first is made good at once."""
+_COUNTED = ("busy_s", "copied_bytes", "overlapped_bytes", "copy_wait_s", "recompiles")
+"""What is summed over executors, gone ones included."""
 
 
 class ExecutorPool:
@@ -118,6 +120,11 @@ class ExecutorPool:
         return self._sum("overlapped_bytes")
 
     @property
+    def copy_wait_s(self) -> float:
+        """Time that steps had computed all and waited for what they sent to arrive."""
+        return self._sum("copy_wait_s")
+
+    @property
     def recompiles(self) -> int:
         """Step shapes that executors compiled while requests waited."""
         return self._sum("recompiles")
@@ -194,7 +201,7 @@ class ExecutorPool:
         executor.kill(wait=running)
         if self._ready.get(executor.share) is executor:
             del self._ready[executor.share]
-            for name in ("busy_s", "copied_bytes", "overlapped_bytes", "recompiles"):
+            for name in _COUNTED:
                 self._gone[name] += getattr(executor, name)
         if self._starting.get(executor.share, (None,))[0] is executor:
             del self._starting[executor.share]

@@ -50,6 +50,8 @@ class RemoteExecutor:
         """KV that it sent to another device."""
         self.overlapped_bytes = 0
         """Of that, what was there before the step that sent it had computed all."""
+        self.copy_wait_s = 0.0
+        """Time that steps had computed all and waited for what they sent to arrive."""
         self.busy_s = 0.0
         """Time that its device had something to do."""
         self._child = child
@@ -140,6 +142,7 @@ class RemoteExecutor:
             if message.arrival is not None:
                 self.copied_bytes += message.arrival.nbytes
                 self.overlapped_bytes += message.arrival.overlapped_bytes
+                self.copy_wait_s += message.arrival.late_s
             self.num_steps += 1
 
     def _receive_all(self) -> None:

@@ -197,10 +197,10 @@ class _StepModel:
 
     The scale (the model, the GPU, the contexts) is free. The shape's parameters come from a grid
     and are drawn to their priors: one time is enough to begin with, and the more different work
-    has been seen, the less they pull.
+    has been seen, the less they pull. They pull the more, the more times of the same work differ
+    (`noise`): a parameter a quarter of its grid from the prior counts like one time that is off by
+    as much.
     """
-
-    _PULL = 0.05  # a parameter half of its grid from the prior: like five times that are 5 % off
 
     def __init__(
         self,
@@ -208,8 +208,10 @@ class _StepModel:
         prior: dict[str, float],
         interference: Interference,
         memory_s: float,
+        noise: float,
     ) -> None:
         require_positive("memory_s", memory_s)
+        require_positive("noise", noise)
         self.interference = interference
         self._memory_s = memory_s
         corners = np.meshgrid(*grid.values())
@@ -217,7 +219,7 @@ class _StepModel:
         offsets = [
             (self._grid[name] - prior[name]) / np.ptp(values) for name, values in grid.items()
         ]
-        self._prior_cost = self._PULL * np.sum(np.square(offsets), axis=0)
+        self._prior_cost = np.square(4 * noise) * np.sum(np.square(offsets), axis=0)
         self._parameters = dict(prior)
         self._scale_s: float | None = None
         self._r_squared: float | None = None
@@ -282,10 +284,17 @@ class PrefillTimeModel(_StepModel):
     Coefficient: `parallel`, the part of prefill's time at 100 % that SMs shorten, 0..1.
     """
 
-    def __init__(self, interference: Interference = H200, memory_s: float = 60.0) -> None:
-        """Args: interference: of the two phases. memory_s: age at which a time is forgotten."""
+    def __init__(
+        self, interference: Interference = H200, memory_s: float = 60.0, noise: float = 0.05
+    ) -> None:
+        """Args:
+        interference: of the two phases.
+        memory_s: age at which a time is forgotten.
+        noise: spread of the logarithm of the times of a token under the same shares; steps of
+            other lengths, say, take another time for each.
+        """
         super().__init__(
-            {"parallel": np.linspace(0, 1, 21)}, {"parallel": 0.6}, interference, memory_s
+            {"parallel": np.linspace(0, 1, 21)}, {"parallel": 0.6}, interference, memory_s, noise
         )
 
     def _shape(self, work: Work, parameters: dict):
@@ -312,6 +321,7 @@ class DecodeTimeModel(_StepModel):
             {"knee": 35.0, "log2_wait": 0.0, "log2_sequences": 7.0},
             interference,
             memory_s,
+            noise=0.05,
         )
 
     def _shape(self, work: Work, parameters: dict):

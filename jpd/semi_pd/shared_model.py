@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections import defaultdict
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
 
@@ -54,6 +56,8 @@ class SharedModel:
         self._config = config.replace(
             topology="unified", semi_pd=SemiPDConfig(), show_progress=False
         )
+        self._started: dict[tuple[int, bool], list[RemoteExecutor]] = defaultdict(list)
+        """Executors that were to compare their kernels, those of prompts too or not."""
         self._load(config.show_progress)
 
     def _load(self, show_progress: bool) -> None:
@@ -110,6 +114,7 @@ class SharedModel:
           share: percent of the SMs.
         """
         prefill, decode = phases_of(self._prepared.config.topology, phase, share)
+        same = self._started[share, prefill]
         spec = WorkerSpec(
             config=self._config,
             split=self._prepared.split,
@@ -122,17 +127,22 @@ class SharedModel:
             decode=decode,
             target_pages=() if target is None else target.pages,
             generations=self._generations,
+            check_kernels=not any(executor.ready for executor in same),
         )
         env: dict[str, str] = {}
         if shares is not None:
             env |= shares.environment(share) | collectives.environment(self._owner.devices)
         child = spawn("jpd.semi_pd.worker", fds=spec.fds, env=env)
         try:
-            child.connection.send(spec)
+            with contextlib.suppress(ConnectionError):  # it has ended: its connection will tell
+                child.connection.send(spec)
         except BaseException:
             child.kill()
             raise
-        return RemoteExecutor(child, share)
+        executor = RemoteExecutor(child, share)
+        if spec.check_kernels:
+            same.append(executor)
+        return executor
 
     def stop(self) -> None:
         """Lets the memory go."""

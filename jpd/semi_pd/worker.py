@@ -81,7 +81,8 @@ def _build(spec: WorkerSpec) -> tuple[_Worker, int]:
     pages = [open_block(handle) for handle in spec.handles.pages]
     params = arrays.params(weights, spec.weights, placement)
     use_cache_dir(spec.config.compilation_cache_dir)
-    check_ranks(spec.config, spec.split, params, placement)
+    if spec.check_kernels:
+        check_ranks(spec.config, spec.split, params, placement, prefill=spec.prefill)
     pusher = None
     if spec.target_pages:
         from jpd.semi_pd.page_push import PagePusher, PushProgress
@@ -109,7 +110,10 @@ def _build(spec: WorkerSpec) -> tuple[_Worker, int]:
         executor = Executor(*common, kv=kv, **options)
         units = min(visible_sms(int(where.removeprefix("cuda:"))) for where in places)
         collectives.check_sms(places, units)
+    before = arrays.addresses(executor.kv)
     executor.compile_ahead()
+    if not on_cpu and arrays.addresses(executor.kv) != before:
+        raise RuntimeError("a step left the KV pages in other memory than all executors share")
     check = None
     if spec.generations is not None:
         counts = open_block(spec.generations).array(0, (spec.config.num_pages,), np.int64)

@@ -1,4 +1,12 @@
-"""The command `jpd simulate`: options, what it computes, what it shows."""
+"""The command `jpd simulate`: options, what it computes, what it shows.
+
+How many engines of two GPUs each keep 90 % of 40 requests a second below 0.5 s and 50 ms a token:
+
+    jpd simulate FOLDER --rate 40 --tensor-parallel-size 2 --most-replicas 16 --ttft-slo-s 0.5
+        --tpot-slo-s 0.05
+
+The same with `--tensor-parallel-size 4`, or another `--topology`, says which needs fewer GPUs.
+"""
 
 from __future__ import annotations
 
@@ -35,22 +43,30 @@ class SimulateOptions:
     rate: float = 8.0
     """Requests a second, over all replicas."""
     num_prompts: int = 1000
-    """Requests."""
+    """Requests. They should come for much longer than one takes: a queue that would grow without
+    end has to show."""
     replicas: int = 1
-    """Engines, each on a GPU of its own; two GPUs each with topology="disaggregated"."""
+    """Engines, each on `tensor_parallel_size` GPUs of its own, and on twice as many with
+    topology="disaggregated"."""
     most_replicas: int | None = None
     """Find how many are needed for 90 % joint SLO attainment: `replicas`, one more, ... up to so
     many are tried."""
     router: Literal["round_robin", "least_tokens"] = "round_robin"
     """Where a request goes: to the next one, or to the one with the fewest tokens to compute."""
     step_times: Path | None = None
-    """Measured steps to fit the latencies to, as `benchmarks/simulator_fidelity.py` writes them.
-    When not given, latencies are arithmetic for one H200, not measured."""
+    """Measured steps to fit the latencies to, as `benchmarks/simulator_fidelity.py` writes them, of
+    an engine of the same `tensor_parallel_size`. When not given, latencies are arithmetic for
+    H200s, not measured."""
     start_s: float = 15.0
     """Seconds until an executor that is not kept ready can serve."""
+    ttft_slo_s: float | None = None
+    """SLO of the time to the first token, together with `tpot_slo_s`. When not given, what
+    `semi_pd.ttft_slo_s` and `semi_pd.tpot_slo_s` are, or else `slo_scale` says."""
+    tpot_slo_s: float | None = None
+    """SLO of the time per token after the first."""
     slo_scale: float = slo.TIGHT
-    """SLO over the unloaded latency of the unified engine; where `semi_pd.ttft_slo_s` and
-    `semi_pd.tpot_slo_s` are both given, those are the SLO."""
+    """SLO over the unloaded latency of the unified engine on as many GPUs as a phase has here. To
+    compare numbers of GPUs give `ttft_slo_s` and `tpot_slo_s`."""
 
     def check(self) -> None:
         """Raises `ConfigError` for what is out of range."""
@@ -60,6 +76,11 @@ class SimulateOptions:
         require(self.rate > 0, "rate", self.rate, "above 0")
         require(self.start_s >= 0, "start_s", self.start_s, "at least 0")
         require(self.slo_scale > 0, "slo_scale", self.slo_scale, "above 0")
+        for name, other in (("ttft_slo_s", "tpot_slo_s"), ("tpot_slo_s", "ttft_slo_s")):
+            value, with_it = getattr(self, name), getattr(self, other)
+            require(value is None or value > 0, name, value, "above 0")
+            ok = value is not None or with_it is None
+            require(ok, name, value, f"a time, as {other}={with_it} is given")
         most, least = self.most_replicas, self.replicas
         ok = most is None or most >= least
         require(ok, "most_replicas", most, f"at least replicas={least}")
@@ -71,9 +92,10 @@ def run(config: EngineConfig, options: SimulateOptions) -> dict[str, Any]:
     Returns:
       What `slo.summarize` gives of the last number of replicas that was tried, with the fields of
       `Workload.describe` and `latency_model`, `slo` (seconds), `attainment`, `replicas`, `gpus`,
-      `enough` (90 % keep the SLO), `tried` (attainment with each number of replicas), `engines`
-      (counters of each), `times_real_time` (seconds simulated for one of this process), `config`
-      and `environment`.
+      `request_goodput` (requests/s that keep the SLO), `request_goodput_per_gpu`, `enough` (90 %
+      keep the SLO), `tried` (attainment with each number of replicas), `engines` (counters of
+      each), `times_real_time` (seconds simulated for one of this process), `config` and
+      `environment`.
 
     Raises:
       ConfigError: an option, the configuration or the model's folder does not allow it.
@@ -109,6 +131,8 @@ def run(config: EngineConfig, options: SimulateOptions) -> dict[str, Any]:
         if tried[count].joint >= _PASSES:
             break
     result = slo.summarize(records)
+    gpus = count * config.tensor_parallel_size * (2 if config.topology == "disaggregated" else 1)
+    goodput = tried[count].joint * len(records) / result["duration"]
     return {
         **result,
         **requests.describe(),
@@ -116,7 +140,9 @@ def run(config: EngineConfig, options: SimulateOptions) -> dict[str, Any]:
         "slo": dataclasses.asdict(limits),
         "attainment": tried[count]._asdict(),
         "replicas": count,
-        "gpus": count * (2 if config.topology == "disaggregated" else 1),
+        "gpus": gpus,
+        "request_goodput": goodput,
+        "request_goodput_per_gpu": goodput / gpus,
         "enough": tried[count].joint >= _PASSES,
         "tried": {str(n): found._asdict() for n, found in tried.items()},
         "engines": [_counters(each) for each in engines],
@@ -134,7 +160,7 @@ def _latencies(prepared: Prepared, options: SimulateOptions) -> Fit:
     if options.step_times is not None:
         return fit.fit(fit.StepTimes.read(options.step_times), start_s=options.start_s)
     model = hardware.arithmetic(
-        prepared.model,
+        prepared.split,
         prepared.model_bytes,
         page_size=config.page_size,
         sm_shares=config.semi_pd.sm_shares,
@@ -148,9 +174,9 @@ def _limits(
     from jpd.simulate import engine
     from jpd.simulate.run import simulate_alone
 
-    given = prepared.config.semi_pd
-    if given.ttft_slo_s is not None and given.tpot_slo_s is not None:
-        return slo.Slo(given.ttft_slo_s, given.tpot_slo_s)
+    for given in (options, prepared.config.semi_pd):
+        if given.ttft_slo_s is not None and given.tpot_slo_s is not None:
+            return slo.Slo(given.ttft_slo_s, given.tpot_slo_s)
     config = prepared.config.replace(topology="unified", semi_pd=SemiPDConfig())
     unified = dataclasses.replace(prepared, config=config)
     alone = workload.select(requests, n=min(_ALONE, len(requests)))
@@ -179,7 +205,10 @@ def _counters(engine: SimulatedEngine) -> dict[str, Any]:
 
 def show(result: dict[str, Any]) -> None:
     """Prints what `run` found."""
-    title = f"jpd simulate: {result['workload']}, replicas: {result['replicas']}"
+    title = (
+        f"jpd simulate: {result['workload']}, replicas: {result['replicas']}, "
+        f"GPUs: {result['gpus']}"
+    )
     report.show(title, result)
     print(f"latencies: {result['latency_model']['source']}")
     limits = result["slo"]
@@ -189,6 +218,10 @@ def show(result: dict[str, Any]) -> None:
             f"replicas: {replicas}: {found['joint']:.1%} keep both, {found['ttft']:.1%} TTFT, "
             f"{found['tpot']:.1%} TPOT"
         )
+    print(
+        f"requests/s that keep both: {result['request_goodput']:.2f}, "
+        f"{result['request_goodput_per_gpu']:.2f} a GPU"
+    )
 
 
 def write(path: Path, result: dict[str, Any]) -> None:

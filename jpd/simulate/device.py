@@ -2,6 +2,8 @@
 
 A step's remaining work goes on at another speed whenever a step of another executor begins or ends.
 Nothing happens by itself: time passes when the coordinator works (`spend`) or waits.
+
+The ranks of an executor take their steps together, so that one stands for all.
 """
 
 from __future__ import annotations
@@ -152,13 +154,13 @@ class SimulatedExecutor:
       gpu: where it runs.
       shapes: what its steps are padded to.
       share: percent of the SMs.
-      place: only executors of one place slow each other down.
+      place: which GPUs, one for each rank; only executors of one place slow each other down.
       ready_s: when it can serve.
       message_s: to and from the coordinator.
     """
 
     recompiles = 0
-    copied_bytes = overlapped_bytes = 0
+    copied_bytes = overlapped_bytes = copy_wait_s = 0
     failure: str | None = None
     pid = 0
 

@@ -44,7 +44,7 @@ class SimulatedEngine:
 
 
 def prepare(config: EngineConfig, memory_bytes: int, gpu_name: str) -> Prepared:
-    """Decides everything that is open, as the real engine would on a GPU with this much memory.
+    """Decides everything that is open, as the real engine would on GPUs with this much memory each.
 
     The folder needs a `config.json` only. The prefix cache is off: prompts have no content here.
 
@@ -53,12 +53,6 @@ def prepare(config: EngineConfig, memory_bytes: int, gpu_name: str) -> Prepared:
     """
     config = config.replace(
         load_format="dummy", skip_tokenizer_init=True, enable_prefix_caching=False
-    )
-    require(
-        config.tensor_parallel_size == 1,
-        "tensor_parallel_size",
-        config.tensor_parallel_size,
-        "1, as the simulator knows no latencies of several GPUs",
     )
     executors = 1
     if config.topology in ("semi_pd", "auto"):
@@ -74,8 +68,18 @@ def build(prepared: Prepared, latencies: LatencyModel) -> SimulatedEngine:
     Args:
       prepared: by `prepare`. A controller that is an object serves one engine only.
       latencies: how long everything takes.
+
+    Raises:
+      ConfigError: the latencies are of another number of GPUs.
     """
     config, gpu = prepared.config, VirtualGpu(latencies)
+    known = latencies.tensor_parallel_size
+    require(
+        config.tensor_parallel_size == known,
+        "tensor_parallel_size",
+        config.tensor_parallel_size,
+        f"{known}, which the latencies are of ({latencies.source})",
+    )
     if config.topology == "unified":
         executor = SimulatedExecutor(gpu, shape_table(config), 100)
         topology = OneExecutor(executor, config.max_num_seqs, depth=1 + config.async_scheduling)

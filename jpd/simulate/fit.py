@@ -1,7 +1,8 @@
 """Fits a latency model to steps that were measured, and says how far off it is.
 
 A file of steps is a JSON object with `source` (text: what was measured on what), `overheads`
-(fields of `Overheads`) and `steps` (a list of objects with the fields of `MeasuredStep`).
+(fields of `Overheads`), `steps` (a list of objects with the fields of `MeasuredStep`) and
+`tensor_parallel_size` (of the engine; 1 when not given).
 """
 
 from __future__ import annotations
@@ -64,6 +65,13 @@ class StepTimes:
     source: str
     overheads: Overheads
     steps: list[MeasuredStep]
+    tensor_parallel_size: int = 1
+    """Of the engine."""
+
+    def __post_init__(self) -> None:
+        size = self.tensor_parallel_size
+        ok = isinstance(size, int) and not isinstance(size, bool) and size >= 1
+        require(ok, "tensor_parallel_size", size, "an int, at least 1")
 
     def write(self, path: Path) -> None:
         """As JSON."""
@@ -82,6 +90,7 @@ class StepTimes:
                 str(found["source"]),
                 Overheads(**found["overheads"]),
                 [MeasuredStep(**step) for step in found["steps"]],
+                found.get("tensor_parallel_size", 1),
             )
         except (KeyError, TypeError, ConfigError) as error:
             raise ConfigError(f"{path} holds no step times: {error}") from error
@@ -129,6 +138,7 @@ def fit(times: StepTimes, *, prior: Interference = H200, start_s: float = 15.0) 
     decodes = [step for step in times.steps if not step.prompt_tokens]
     model = LatencyModel(
         source=times.source,
+        tensor_parallel_size=times.tensor_parallel_size,
         decode=DecodeTime(),
         prompt=PromptTime(),
         overheads=times.overheads,

@@ -1,10 +1,13 @@
-"""A latency model from a GPU's data sheet and a model's shape: arithmetic, not measured."""
+"""A latency model from a GPU's data sheet and a model's shape: arithmetic, not measured.
+
+With tensor parallelism a step is one rank's part of the model, and what ranks send each other.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jpd.models import ModelConfig
+from jpd.parallel import Split
 from jpd.semi_pd.share_models import Interference
 from jpd.simulate.latency import DecodeTime, LatencyModel, Overheads, PromptTime
 
@@ -21,7 +24,9 @@ class Gpu:
     flops_per_s: float
     """That matrix products get."""
     link_bytes_per_s: float
-    """From the memory of another."""
+    """From the memory of another of the same host."""
+    link_latency_s: float
+    """Of a collective over such GPUs, whatever it sends."""
     memory_bytes: int
     """For weights, pages and work space."""
 
@@ -32,8 +37,11 @@ H200 = Gpu(
     bytes_per_s=3.6e12,
     # Of 989e12 in the data sheet; large products got 700e12 to 800e12.
     flops_per_s=650e12,
-    # NVLink: NCCL moves large arrays between two at this speed.
+    # NVLink: a line through what all-reduces of NCCL 2.28 without multicast took between two GPUs:
+    # 33, 74, 248 and 887 us for 4, 16, 64 and 256 MiB, within 4 %. 1 MiB took 35 us, for which it
+    # says 23; smaller ones, and more than two GPUs, were not measured.
     link_bytes_per_s=300e9,
+    link_latency_s=20e-6,
     memory_bytes=int(0.95 * 139 * 2**30),
 )
 
@@ -43,8 +51,8 @@ decode of 32 x 1024: 22.5 ms instead of 11.6, and 4.4 instead of 2.8."""
 
 
 def arithmetic(
-    model: ModelConfig,
-    weight_bytes: int,
+    split: Split,
+    rank_bytes: int,
     gpu: Gpu = H200,
     *,
     page_size: int,
@@ -54,30 +62,43 @@ def arithmetic(
 
     A step reads the weights once and the keys and values that its rows attend to. A prompt token
     costs two operations for each weight and four for each key and channel; what could overlap is
-    added up. Times of the host are guesses of the size seen with such engines.
+    added up, the sums over ranks too. Those, one after each row-parallel layer and one for the
+    embeddings, send each number 2 (n - 1) / n times over each of n ranks' links, as rings do, and
+    logits are gathered. Times of the host are guesses of the size seen with such engines.
 
     Args:
-      model: its shape; windows are not looked at.
-      weight_bytes: of all its weights, 2 a weight.
+      split: of the model over ranks; windows are not looked at.
+      rank_bytes: of the weights of one rank, 2 a weight.
       gpu: what runs it.
       page_size: tokens that a KV page holds.
       sm_shares: executors have SM shares; False for time slices without MPS.
     """
+    model, cut = split.rank_model, split.cut_axes
     heads = model.num_layers * model.num_kv_heads * model.head_dim
     kv_bytes = 2 * 2 * heads
     kv_s = kv_bytes / gpu.bytes_per_s
     # Of the embedding table only a few rows are read.
-    read = weight_bytes - 2 * model.vocab_size * model.hidden_size * (not model.tie_embeddings)
-    step_s = read / gpu.bytes_per_s
+    read = rank_bytes - 2 * model.vocab_size * model.hidden_size * (not model.tie_embeddings)
+    sums = model.num_layers * len(cut & {"heads", "ffn"}) + ("vocab" in cut)
+    gathers = int("vocab" in cut)  # of logits
+    step_s = read / gpu.bytes_per_s + (sums + gathers) * gpu.link_latency_s
+    others = 1 - 1 / split.ranks
+    sums_s = sums * 2 * others * 2 * model.hidden_size / gpu.link_bytes_per_s
+    logits_s = gathers * others * 2 * split.model.vocab_size / gpu.link_bytes_per_s
     # Two operations for each weight of two bytes; logits are computed for few tokens.
     weights = read / 2 - model.vocab_size * model.hidden_size
     channels = model.num_layers * model.num_heads * model.head_dim
     return LatencyModel(
         source=f"{gpu.name}: {ARITHMETIC}",
-        decode=DecodeTime(step_s=step_s, row_s=read / gpu.flops_per_s, context_token_s=kv_s),
+        tensor_parallel_size=split.ranks,
+        decode=DecodeTime(
+            step_s=step_s,
+            row_s=read / gpu.flops_per_s + sums_s + logits_s,
+            context_token_s=kv_s,
+        ),
         prompt=PromptTime(
             step_s=step_s,
-            token_s=2 * weights / gpu.flops_per_s,
+            token_s=2 * weights / gpu.flops_per_s + sums_s,
             pair_s=4 * channels / gpu.flops_per_s,
             context_token_s=kv_s,
         ),

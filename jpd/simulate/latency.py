@@ -147,6 +147,8 @@ class LatencyModel:
 
     source: str
     """Where the numbers come from."""
+    tensor_parallel_size: int = 1
+    """GPUs that each step runs on, one rank on each."""
     decode: DecodeTime
     prompt: PromptTime
     overheads: Overheads = field(default_factory=Overheads)
@@ -166,6 +168,12 @@ class LatencyModel:
             for name, value in dataclasses.asdict(time).items():
                 name = f"{type(time).__name__}.{name}"
                 require(0 <= value < math.inf, name, value, "seconds, at least 0")
+        require(
+            self.tensor_parallel_size >= 1,
+            "tensor_parallel_size",
+            self.tensor_parallel_size,
+            "at least 1",
+        )
         require(0 <= self.parallel <= 1, "parallel", self.parallel, "0..1")
         require(self.knee >= 0, "knee", self.knee, "at least 0 percent")
         for name in ("page_copy_s", "start_s"):

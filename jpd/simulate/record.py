@@ -81,6 +81,7 @@ class Recorder:
         self.records: list[_Record] = []
         """Steps that have run; may be emptied while there are no requests."""
         self._topology = engine.topology
+        self._ranks = engine.config.tensor_parallel_size
         self._lanes = list(engine.topology.lanes)
         # What the coordinator did one after the other, while it did not wait: seconds, steps
         # launched, steps taken in, tokens of those.
@@ -157,7 +158,7 @@ class Recorder:
 
     def times(self, source: str) -> StepTimes:
         """All that was measured since the start, or since `clear`."""
-        return StepTimes(source, self._overheads(), list(self._steps()))
+        return StepTimes(source, self._overheads(), list(self._steps()), self._ranks)
 
     def _steps(self) -> Iterable[MeasuredStep]:
         by_lane = [[r for r in self.records if r.lane == i] for i in range(len(self._lanes))]

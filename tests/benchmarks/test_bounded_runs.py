@@ -179,7 +179,7 @@ def test_a_killed_run_leaves_what_it_measured(tmp_path):
         os.kill(os.getpid(), signal.SIGKILL)
     """
     command = [sys.executable, "-c", textwrap.dedent(code)]
-    assert subprocess.run(command, cwd=ROOT, check=False, timeout=60).returncode == -9
+    assert subprocess.run(command, cwd=ROOT, check=False, timeout=600).returncode == -9
     doc = load(tmp_path / "x.json")
     assert [r["status"] for r in doc["rows"]] == ["ok", "not run: the run had not come to it"]
     assert doc["summary"] == {"cases": "1 of 2", "n": 2}
@@ -431,8 +431,9 @@ def test_chains_are_compiled_in_order_and_not_all_at_once(searches):
     with device_time.CompileAhead(add_chains(lowered, 9), searches=searches, ahead=3) as ahead:
         compiled = ahead.take(0)
         assert float(compiled.first_output(x, [x])[0]) == 2.0
-        assert lowered == [*range(len(lowered))]
-        assert 1 <= len(lowered) <= 4
+        so_far = [*lowered]
+        assert so_far == [*range(len(so_far))]
+        assert 1 <= len(so_far) <= 4
         assert isinstance(ahead.take(1), device_time.Compiled)
         assert isinstance(ahead.take(2), NotImplementedError)
         assert len(lowered) < 9
@@ -518,7 +519,7 @@ def test_the_command_lines_of_bounded_runs_are_checked():
     ):
         command = [sys.executable, "-m", f"benchmarks.{words[0]}", *words[1:]]
         done = subprocess.run(
-            command, cwd=ROOT, check=False, capture_output=True, text=True, timeout=60
+            command, cwd=ROOT, check=False, capture_output=True, text=True, timeout=600
         )
         assert done.returncode == 2
         assert complaint in done.stderr
@@ -538,7 +539,7 @@ def test_the_command_lines_of_bounded_runs_are_checked():
 )
 def test_a_run_without_time_writes_every_case_as_not_run(name, total, tmp_path):
     command = [sys.executable, "-m", f"benchmarks.{name}", "--seconds", "0", "--out"]
-    subprocess.run([*command, str(tmp_path)], cwd=ROOT, check=True, timeout=60)
+    subprocess.run([*command, str(tmp_path)], cwd=ROOT, check=True, timeout=600)
     doc = load(tmp_path / f"{name}.json")
     assert {r["status"] for r in doc["rows"]} == {"not run: out of time"}
     done, _, cases = doc["summary"]["cases"].partition(" of ")

@@ -410,7 +410,7 @@ def test_a_process_that_hangs_is_stopped():
     command = [sys.executable, "-c", "import time; time.sleep(60)"]
     assert mps.run_bounded(command, {}, 0.5)[0] is None
     command = [sys.executable, "-c", "import sys; sys.exit('why')"]
-    status, text = mps.run_bounded(command, {}, 20)
+    status, text = mps.run_bounded(command, {}, 600)
     assert (status, text.strip()) == (1, "why")
 
 
@@ -435,7 +435,7 @@ def test_quick_mode_runs_on_a_cpu(name, tmp_path):
     pytest.importorskip(f"pallas_kernels.{name}.kernel")
     command = [sys.executable, "-m", f"benchmarks.{name}", "--quick", "--no-peers"]
     command += ["--rows", "8", "--out", str(tmp_path)]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=200)
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=600)
     rows = load(tmp_path / f"{name}.json")["rows"]
     assert {r["impl"] for r in rows} == {"jpd", "xla"}
     assert all(r["mode"] == "interpreted" for r in rows if r["impl"] == "jpd")
@@ -447,7 +447,7 @@ def test_rows_of_another_implementation_are_not_merged_under_one_name(name, tmp_
     others = {"table": "dense_gemm", "dense_gemm": "table"}
     command = [sys.executable, "-m", f"benchmarks.{name}", "--seconds", "0", "--merge"]
     command += [ROOT / f"benchmarks/results/h200/{name}.json", "--out", str(tmp_path), "--impl"]
-    run = partial(subprocess.run, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    run = partial(subprocess.run, cwd=ROOT, capture_output=True, text=True, timeout=600)
     impl = doc["summary"]["impl"]
     refused = run([*command, others[impl]])
     assert refused.returncode == 2
@@ -461,5 +461,5 @@ def test_benchmarks_start_without_jax():
     names = ["decode_attention", "prefill_attention", "flat_gemm", "dense_gemm", "dataflow"]
     modules = ", ".join(f"benchmarks.{name}" for name in [*names, "sm_shares"])
     code = f"import sys, {modules}; sys.exit('jax._src.xla_bridge' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False, timeout=600)
     assert done.returncode == 0

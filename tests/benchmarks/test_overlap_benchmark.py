@@ -1,18 +1,21 @@
 """What the benchmark of FlashOverlap computes on the host, and that it runs without a GPU."""
 
 import dataclasses
-import os
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import benchmarks
-from benchmarks import overlap, overlap_curves, overlap_runs, overlap_time, overlap_tune
+from benchmarks import (
+    overlap,
+    overlap_curves,
+    overlap_devices,
+    overlap_runs,
+    overlap_time,
+    overlap_tune,
+)
 from benchmarks.baselines import torch_overlap
 from benchmarks.overlap_cases import (
     GEMM,
@@ -41,8 +44,8 @@ from jpd.overlap import (
     sample_sizes,
 )
 from native.overlap import CallTrace, GroupTrace
+from tests.host_devices import run_module
 
-ROOT = Path(benchmarks.__file__).parents[1]
 SHAPE = Shape(8192, 8192, 4096)
 TOPOLOGY = Topology("NVIDIA H200", "nvlink", "2.28.9")
 
@@ -92,7 +95,7 @@ def test_chosen_cases_come_shape_by_shape_with_the_product_first():
 def test_the_link_is_what_nccl_is_told(monkeypatch):
     for value, link in (("1", "no_p2p"), ("0", "nvlink"), ("", "nvlink")):
         monkeypatch.setenv("NCCL_P2P_DISABLE", value)
-        assert overlap.link_here() == link
+        assert overlap_devices.link_here() == link
 
 
 def test_torch_is_asked_for_what_it_can_compute():
@@ -342,17 +345,7 @@ def test_all_gpus_are_held_and_the_slowest_counts(monkeypatch):
     assert {*held} == {"all"}
 
 
-def run(*options, cwd=ROOT):
-    flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
-    return subprocess.run(
-        [sys.executable, "-m", "benchmarks.overlap", *options],
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+run = partial(run_module, "benchmarks.overlap", devices=4)
 
 
 def test_quick_mode_runs_on_four_devices_of_a_cpu(tmp_path):

@@ -1,14 +1,10 @@
 """What the benchmark of whole models computes on the host, and that it runs without a GPU."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 
-import benchmarks
 from benchmarks import overlap_model, overlap_prefill
 from benchmarks.models import MODELS
 from benchmarks.overlap_model import Case, must_overlap, must_reorder, summarise
@@ -16,8 +12,8 @@ from benchmarks.rows import failed_row, load, make_row
 from jpd.models import config_from_hf
 from jpd.ops.registry import Choice
 from jpd.overlap import Plan, Tiling
+from tests.host_devices import run_module
 
-ROOT = Path(benchmarks.__file__).parents[1]
 LLAMA = config_from_hf(
     MODELS["llama3-70b"] | {"architectures": ["LlamaForCausalLM"], "torch_dtype": "bfloat16"}
 )
@@ -152,17 +148,7 @@ def test_times_are_the_devices_and_not_the_hosts(monkeypatch, device_s, runs):
     assert clock.enqueued == 4 * runs
 
 
-def run(*options):
-    flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
-    return subprocess.run(
-        [sys.executable, "-m", "benchmarks.overlap_model", *options],
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+run = partial(run_module, "benchmarks.overlap_model", devices=4)
 
 
 def test_quick_mode_runs_on_devices_of_a_cpu(tmp_path):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from types import SimpleNamespace
 from typing import Any
@@ -93,16 +94,16 @@ def test_help(
 def test_serving_in_two_calls(tmp_path, monkeypatch, capsys) -> None:
     arguments = topologies.engine_args("tiny", "chunked", **SIZES, enable_prefix_caching=False)
     llm = AsyncLLM(**arguments)
-    monkeypatch.setattr(topologies, "EngineProcess", lambda make, args: InThisProcess(llm))
-    common = ("--quick", "--topologies", "chunked", "--loads", "0.2", "0.4", "--out", str(tmp_path))
+    monkeypatch.setattr(topologies, "EngineProcess", lambda make, args, **env: InThisProcess(llm))
+    common = ("--quick", "--impls", "chunked", "--out", str(tmp_path))
     try:
-        first = ("--point-seconds", "0.1", "--cases", "1")
+        first = ("--point-seconds", "0.1", "--loads", "0.2")
         assert run_main(semi_pd_serving, monkeypatch, *common, *first) == 0
         file = tmp_path / "semi_pd_serving.json"
         before = load_document(file)
         assert [row["case"] for row in before["rows"][:1]] == ["azure_conv unloaded"]
         assert len(before["rows"]) == 2
-        again = ("--point-seconds", "0.1", "--missing")
+        again = ("--point-seconds", "0.1", "--missing", "--loads", "0.2", "0.4")
         assert run_main(semi_pd_serving, monkeypatch, *common, *again) == 0
     finally:
         llm.close()
@@ -114,7 +115,67 @@ def test_serving_in_two_calls(tmp_path, monkeypatch, capsys) -> None:
     assert all(row["failed"] == 0 and row["completed"] >= 4 for row in measured)
     assert unloaded["loose_ttft_s"] == pytest.approx(unloaded["tight_ttft_s"] * 10 / 7.5)
     assert set(after["summary"]) == {"model", "azure_conv"}
+    assert all(row["p99_lateness_ms"] >= 0 for row in measured)
     assert "E2E" in capsys.readouterr().out
+    # Another machine can merge and draw, without an engine.
+    monkeypatch.setattr(topologies, "EngineProcess", None)
+    here = ("--seconds", "0", "--merge", str(file), "--out", str(tmp_path / "again"))
+    assert run_main(semi_pd_serving, monkeypatch, *here) == 0
+    again = load_document(tmp_path / "again" / "semi_pd_serving.json")
+    assert (again["rows"], again["summary"]) == (after["rows"], after["summary"])
+
+
+def test_an_engine_that_does_not_start_costs_its_peers_nothing(
+    tmp_path, monkeypatch, capsys
+) -> None:
+    arguments = topologies.engine_args("tiny", "chunked", **SIZES, enable_prefix_caching=False)
+    llm = AsyncLLM(**arguments)
+
+    def start(make: Any, args: dict[str, Any], **env: str) -> InThisProcess:
+        if args.get("topology") == "auto":
+            raise RuntimeError("no room")
+        return InThisProcess(llm)
+
+    monkeypatch.setattr(topologies, "EngineProcess", start)
+    args = ("--quick", "--impls", "chunked", "auto", "--rates", "20", "--point-seconds", "0.2")
+    try:
+        assert run_main(semi_pd_serving, monkeypatch, *args, "--out", str(tmp_path)) == 1
+    finally:
+        llm.close()
+    rows = load_document(tmp_path / "semi_pd_serving.json")["rows"]
+    assert [row["status"] for row in rows] == ["ok", "ok", "failed: RuntimeError: no room"]
+
+
+def test_no_case_begins_that_may_not_end_in_time(tmp_path, monkeypatch) -> None:
+    report = Report("semi_pd_serving", QUESTION, out=tmp_path)
+    report.add("azure_conv unloaded", "chunked", capacity=10.0)
+    now = iter(range(0, 1000, 10)).__next__
+    begun = []
+
+    def measure_case(report: Report, engine_of: Any, case: Any, impls: Any, *args, **options):
+        begun.append(case.name)
+        report.add(case.name, "chunked", workload=case.workload, load=1.0)
+
+    monkeypatch.setattr(semi_pd_serving, "measure_case", measure_case)
+    report.summarise = None
+    args = SimpleNamespace(
+        quick=True,
+        seeds=[0],
+        workloads=["azure_conv"],
+        impls=["chunked"],
+        loads=[0.1, 0.2, 0.3, 0.4],
+        rates=None,
+        missing=False,
+        break_even=1.0,
+    )
+    engines = SimpleNamespace(of=lambda impl: None)
+    budget = semi_pd_serving.Budget(45.0, clock=now)
+    semi_pd_serving.measure(
+        args, report, engines, budget, sizes={"max_model_len": 512}, seconds=1.0
+    )
+    assert begun == ["azure_conv 1/s seed 0"]
+    rows = load_document(report.path)["rows"]
+    assert [row["status"].split(":")[0] for row in rows] == ["ok", "ok", *["not run"] * 3]
 
 
 def test_rows_of_another_model_are_refused(tmp_path, monkeypatch, capsys) -> None:
@@ -164,7 +225,8 @@ def settle(engine: Engine, shares: Shares) -> None:
     """Waits until the shares serve and all executors are ready, whatever was killed before."""
     engine.topology.shares = shares
     while engine.topology.shares != shares or any(
-        seat.pool.num_starting for seat in seats(engine).values()
+        seat.pool.num_starting or seat.pool.next_start_s is not None
+        for seat in seats(engine).values()
     ):
         engine.coordinator.step()
         time.sleep(0.01)
@@ -221,6 +283,10 @@ def test_switches(shared_engine: Engine, tmp_path, monkeypatch) -> None:
     assert 0 <= hand_over["p50_ms"] <= hand_over["to_start_p50_ms"]
     # Pages are handed over, not what is in them.
     assert hand_over["message_bytes"] < hand_over["kv_bytes"]
+    assert hand_over["kv_bytes_copied"] == 0 < hand_over["kv_bytes_copied_back"]
+    assert document["summary"]["hand_over_kv_bytes_copied"] == 0
+    assert "first_serve_ms" not in pool
+    assert background["first_serve_ms"] > 0
     assert pool["serve_p99_ms"] > 0
     assert document["summary"]["pool_pause_p99_ms"] == pool["p99_ms"]
     check_idle(shared_engine)
@@ -282,15 +348,40 @@ def test_memory_of_the_processes(engine: Engine) -> None:
 def test_engines_in_processes_of_their_own() -> None:
     with topologies.EngineProcess(io.StringIO, {"initial_value": "text"}, JPD_TEST="1") as process:
         assert process.call(io.StringIO.read) == "text"
-        with pytest.raises(TypeError):
+        with pytest.raises(RuntimeError, match="TypeError"):
             process.call(io.StringIO.seek, None)
         process.call(io.StringIO.seek, 0)
         assert process.call(io.StringIO.read) == "text"
     with (
-        pytest.raises(BrokenProcessPool),
-        topologies.EngineProcess(io.StringIO, {"no_such": 1}) as process,
+        pytest.raises(RuntimeError, match=r"TypeError: .*no_such"),
+        topologies.EngineProcess(io.StringIO, {"no_such": 1}),
     ):
-        process.call(io.StringIO.read)
+        pass
+
+
+def test_an_engine_process_that_is_ended_closes_its_engine(tmp_path) -> None:
+    with topologies.EngineProcess(Marked, {"path": str(tmp_path / "closed")}) as process:
+        assert process.call(Marked.answer) == 42
+        os.kill(process.call(Marked.pid), signal.SIGTERM)
+        with pytest.raises(RuntimeError, match="ended, exit code 143"):
+            process.call(Marked.answer)
+        assert (tmp_path / "closed").exists()
+
+
+class Marked:
+    """Stands in for an engine."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def answer(self) -> int:
+        return 42
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def close(self) -> None:
+        open(self.path, "x").close()
 
 
 def test_every_engine_gets_the_same_sizes() -> None:
@@ -321,14 +412,19 @@ def test_the_dynamic_point_aims_at_the_slo(engine: Engine, monkeypatch) -> None:
         _engine=engine,
     )
     monkeypatch.setattr(semi_pd_serving, "send", lambda *args, **options: [])
-    records, fields = semi_pd_serving.run_point(llm, None, 0, Slo(0.5, 0.05), 1.5)
+    aim = Slo(0.5, 0.05), 1.5
+    records, fields = semi_pd_serving.run_point(llm, None, 0, "auto", *aim)
     assert records == []
     counts = ("preemptions", "recompiles", "executors_lost", "mode_changes", "switches")
+    counts += ("kv_bytes_sent", "kv_wait_s")
     assert fields == dict.fromkeys(counts, 0) | {"mode": "semi_pd"}
     assert mode.inner.ratio == 1.5
     assert isinstance(steering.inner, SloController)
     assert steering.inner.slo.ttft_s == 0.5
     assert steering.inner.allowed == [Shares(*pair) for pair in PAIRS]
-    semi_pd_serving.run_point(llm, None, 0, None, None)
+    semi_pd_serving.run_point(llm, None, 0, "semi_pd_dynamic", *aim)
+    assert isinstance(steering.inner, SloController)
+    assert mode.inner.decide(None, "unified") == "semi_pd"
+    semi_pd_serving.run_point(llm, None, 0, "semi_pd_100_100", *aim)
     assert mode.inner.decide(None, "unified") == "semi_pd"
     assert steering.inner.decide(None, Shares(50, 50)) == Shares(100, 100)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,16 +20,20 @@ from benchmarks import (
     semi_pd_switch,
     serving_summary,
     share_fits,
+    simulator_fidelity,
     sm_share_surface,
 )
 from benchmarks.engine_load import LoadRequest, LoggedStep
 from benchmarks.report import Report
+from benchmarks.rows import load as load_document
 from benchmarks.token_parity import Reference, compare
 from jpd.bench.slo import Goodput, RequestRecord, Slo
 from jpd.engine.lane import Switch
 from jpd.semi_pd.controller import Shares
 from jpd.semi_pd.share_models import H200, decode_curve, overlap_wait, prefill_curve
 from jpd.simulate.fit import MeasuredStep
+
+SURFACE = "How long do prefill and decode steps take under each SM share, alone and side by side?"
 
 # --- tokens ----------------------------------------------------------------------------------
 
@@ -224,6 +229,11 @@ def test_break_even_ratio_and_what_auto_makes_of_it() -> None:
     assert "not counted" in uncounted["null_because"]["break_even_ratio"]
 
 
+def test_capacity_is_of_the_second_quarter() -> None:
+    first, second, others = [9.0, 10.0], [10.5, 11.0], [60.0, 70.0, 80.0, 90.0]
+    assert semi_pd_serving.second_quarter_per_s([*others, *second, *first]) == 2.0
+
+
 def test_fields_of_a_point() -> None:
     times = {"due_s": 0.0, "sent_s": 0.0, "prompt_tokens": 9, "wanted_tokens": 5}
     records = [
@@ -279,18 +289,28 @@ def test_a_pause_is_the_largest_gap_around_a_switch() -> None:
     def of(phase: str, asked_s: float) -> Switch:
         return Switch(phase, 100, 50, asked_s, held_s, held_s + 0.01)
 
-    early = semi_pd_switch.Switched(of("prefill", times[15]), of("decode", times[15]))
+    settled_s = held_s + 0.01
+    early = semi_pd_switch.Switched(of("prefill", times[15]), of("decode", times[15]), settled_s)
     fields = semi_pd_switch.switch_fields([early], gaps)
     assert fields["p99_ms"] == pytest.approx(50)
     assert fields["at_switch_p50_ms"] == pytest.approx(40)
     assert fields["median_gap_ms"] == pytest.approx(10)
     assert fields["serve_p50_ms"] == pytest.approx(1e3 * (held_s + 0.01 - times[15]))
     shares = dataclasses.replace(early.decode, held_s=times[5] + 0.001, done_s=times[5] + 0.002)
-    quick = semi_pd_switch.Switched(early.prefill, shares)
+    quick = semi_pd_switch.Switched(early.prefill, shares, settled_s)
     fields = semi_pd_switch.switch_fields([quick], gaps)
     assert fields["at_switch_p99_ms"] == pytest.approx(0, abs=1e-6)
-    with pytest.raises(ValueError, match="no request was running"):
-        semi_pd_switch.largest_gap_s(gaps, 100.0, 101.0)
+    # What comes right after it counts too: the gap of 60 ms.
+    begun = semi_pd_switch.Switched(of("prefill", times[5]), shares, float(times[22]))
+    assert semi_pd_switch.switch_fields([begun], gaps)["p99_ms"] == pytest.approx(50)
+    # Nobody was decoded at the hand-over, or at all.
+    late = dataclasses.replace(early.decode, held_s=100.0, done_s=101.0)
+    fields = semi_pd_switch.switch_fields([early, early._replace(decode=late)], gaps)
+    assert fields["at_switch_n"] == 1
+    assert fields["at_switch_p99_ms"] == pytest.approx(40)
+    never = semi_pd_switch.Switched(of("prefill", 100.0), of("decode", 100.0), 101.0)
+    with pytest.raises(ValueError, match="during 1 switches"):
+        semi_pd_switch.switch_fields([early, never], gaps)
 
 
 # --- memory ----------------------------------------------------------------------------------
@@ -363,6 +383,36 @@ def test_models_that_made_the_times_have_no_error() -> None:
     assert len(share_fits.panels(steps)) == 2
 
 
+def test_rows_of_the_surface_say_all_that_is_fitted(tmp_path, monkeypatch, capsys) -> None:
+    report = Report("sm_share_surface", SURFACE, out=tmp_path)
+    kinds = [
+        share_fits.Key(share_fits.Size(4, 64, 64), Shares(50, 30), None),
+        share_fits.Key(share_fits.Size(4, 64, 64), Shares(50, 30), "128"),
+        share_fits.Key(share_fits.Size(0, 128, 192), Shares(50, 30), "4 x 64"),
+    ]
+    steps = {}
+    for i, key in enumerate(kinds):
+        work = {"rows": key.size.rows} if key.size.rows else {"prompt_tokens": key.size.tokens}
+        work |= {"prefill_share": 50, "decode_share": 30, "other_busy": 0.25 * i}
+        of = [measured(seconds, **work) for seconds in (0.03, 0.01, 0.02)]
+        steps[key] = share_fits.typical(of)
+        report.add(key.case, "jpd", configuration=str(i), **share_fits.fields_of(key, of))
+    report.save()
+    assert share_fits.steps_of(report.all_rows()) == steps
+    assert [step.seconds for step in steps.values()] == [0.02] * 3
+    # The chart can be drawn where there is no GPU, and nothing is measured for it.
+    argv = ["surface", "--seconds", "0", "--merge", str(report.path), "--out", str(tmp_path / "b")]
+    monkeypatch.setattr(sys, "argv", argv)
+    monkeypatch.setattr(sm_share_surface, "measure", None)
+    with pytest.raises(SystemExit) as end:
+        sm_share_surface.main()
+    assert end.value.code == 0
+    document = load_document(tmp_path / "b" / "sm_share_surface.json")
+    assert document["rows"] == report.rows
+    assert document["summary"] == share_fits.summarise(steps)
+    assert document["summary"]["decode_max_slowdown_beside"] == 1.0
+
+
 def test_the_part_of_a_step_beside_others() -> None:
     step, busy_part = logged(1.0, 3.0), sm_share_surface.busy_part
     assert busy_part(step, [logged(0.0, 1.5), logged(2.5, 2.75), logged(5.0, 6.0)]) == (
@@ -384,6 +434,37 @@ def test_curves_need_no_matplotlib(tmp_path, capsys) -> None:
     drawn = curves.write_svg(tmp_path / "a.svg", "?", [[panel, panel], [panel]])
     assert drawn == (tmp_path / "a.svg").exists()
     assert drawn or "matplotlib is not installed" in capsys.readouterr().out
+    assert not curves.write_svg(tmp_path / "b.svg", "?", [[], []])
+    assert "nothing was measured" in capsys.readouterr().out
+
+
+# --- simulator -------------------------------------------------------------------------------
+
+
+def test_errors_of_the_simulator_are_of_means(tmp_path) -> None:
+    report = Report("simulator_fidelity", "?", out=tmp_path)
+    error = SimpleNamespace(mean=0.02, p95=0.05)
+    fitted = SimpleNamespace(decode=error, prompt=error)
+
+    def records(first_s: float, last_s: float, tokens: int = 5) -> list[RequestRecord]:
+        times = {"due_s": 0.0, "sent_s": 0.0, "prompt_tokens": 9, "wanted_tokens": 5}
+        return [
+            RequestRecord(first_token_s=first_s, finished_s=last_s, output_tokens=tokens, **times)
+        ]
+
+    def add(topology: str, real: Any, simulated: Any) -> None:
+        simulator_fidelity.add_case(report, topology, topology, real, simulated, fitted)
+
+    add("chunked", records(0.1, 0.5), records(0.11, 0.5))
+    add("semi_pd", records(0.1, 0.5), records(0.1, 0.3))
+    found = simulator_fidelity.summarise(report.rows)
+    assert found["ttft_error_pct_max"] == pytest.approx(10)
+    assert found["tpot_error_pct_max"] == pytest.approx(50)
+    assert found["e2el_error_pct_max"] == pytest.approx(40)
+    assert found["chunked_decode_fit_error_pct"] == found["semi_pd_prompt_fit_error_pct"] == 2
+    assert found["semi_pd_decode_fit_error_p95_pct"] == 5
+    add("auto", records(0.1, 0.5) + records(0.1, 0.5, tokens=4), records(0.1, 0.5))
+    assert [row["status"] for row in report.rows[4:]] == ["failed: 0 failed, 1 truncated", "ok"]
 
 
 # --- crashes ---------------------------------------------------------------------------------

@@ -52,7 +52,8 @@ SHAPES = pytest.mark.parametrize(
     [
         pytest.param(StepShape(8, 0, 128, True), id="decode"),
         pytest.param(StepShape(8, 0, 128, False), id="decode-sampling"),
-        pytest.param(StepShape(8, 32, 128, False), id="mixed"),
+        pytest.param(StepShape(8, 32, 128, True), id="mixed"),
+        pytest.param(StepShape(8, 32, 128, False), id="mixed-sampling"),
     ],
 )
 
@@ -211,7 +212,7 @@ def test_a_process_may_end_while_a_step_runs(tmp_path: Path, last: str) -> None:
         env=os.environ | {"PYTHONPATH": str(root)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -234,6 +235,25 @@ def test_padding_writes_to_page_zero_only(engine: Engine) -> None:
         # Three prompt tokens and the two generated ones that were fed back.
         used = (np.asarray(leaf)[pages[0]] != 123.0).any((1, 2))
         assert used.tolist() == [True] * 5 + [False] * 3
+
+
+def test_steps_that_run_for_nobody_touch_nothing_of_anybody(engine: Engine) -> None:
+    executor = engine.executor
+    marked = [jnp.full_like(leaf, 123.0) for leaf in jax.tree.leaves(executor.kv)]
+    executor.kv = jax.tree.unflatten(jax.tree.structure(executor.kv), marked)
+    executor.history = jnp.full_like(executor.history, 99)
+    addresses = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(executor.kv)]
+    compiled = executor.recompiles
+    executor.run_for_nobody()
+    assert executor.recompiles == compiled
+    leaves = jax.tree.leaves(executor.kv)
+    assert [leaf.unsafe_buffer_pointer() for leaf in leaves] == addresses
+    for leaf in leaves:
+        assert set(np.flatnonzero((np.asarray(leaf) != 123.0).any((1, 2, 3))).tolist()) == {0}
+    history = np.asarray(executor.history)
+    assert (history[:-1] == 99).all()
+    assert not (history[-1] == 99).all()
+    executor.kv = jax.tree.map(jnp.zeros_like, executor.kv)
 
 
 def test_a_step_runs_the_kernels_that_its_config_names(

@@ -18,26 +18,26 @@ import pytest
 
 from jpd import ops
 from jpd.config import EngineConfig, KernelConfig
-from jpd.engine.build import resolve
 from jpd.engine.compile import step_options
 from jpd.engine.coordinator import Coordinator
 from jpd.engine.executor import Executor
 from jpd.engine.shapes import StepShape
 from jpd.engine.step import step
 from jpd.errors import ConfigError
-from jpd.models import config_from_hf, init_params
+from jpd.models import init_params
 from jpd.semi_pd.page_push import PushProgress
 from native.kv_push import link
 from pallas_kernels import mosaic
 from tests.aot import compile_for_h200, needs_wheels
+from tests.engine.kernel_model import kernel_config, kernel_model
 from tests.engine.tiny_engine import greedy, one_executor, run
 
 ONLY = KernelConfig(pallas_only=True)
 FAMILIES = {
-    "llama": {"architectures": ["LlamaForCausalLM"]},
-    "mistral": {"architectures": ["MistralForCausalLM"], "sliding_window": 24},
-    "qwen2": {"architectures": ["Qwen2ForCausalLM"]},
-    "qwen3": {"architectures": ["Qwen3ForCausalLM"], "tie_word_embeddings": True},
+    "llama": {"architecture": "LlamaForCausalLM"},
+    "mistral": {"architecture": "MistralForCausalLM", "sliding_window": 24},
+    "qwen2": {"architecture": "Qwen2ForCausalLM"},
+    "qwen3": {"architecture": "Qwen3ForCausalLM", "tie_word_embeddings": True},
 }
 
 
@@ -45,38 +45,16 @@ def make_executor(
     family: str = "llama", kernels: KernelConfig = ONLY, dtype: str = "bfloat16", layers: int = 1
 ) -> tuple[EngineConfig, Executor]:
     """An executor of a random model with a handful of pages."""
-    model = config_from_hf(
-        {
-            "hidden_size": 128,
-            "intermediate_size": 256,
-            "num_hidden_layers": layers,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 64,
-            "vocab_size": 256,
-            "max_position_embeddings": 128,
-            "rms_norm_eps": 1e-5,
-            "hidden_act": "silu",
-            **FAMILIES[family],
-        }
-    )
     device = jax.devices("cpu")[0]
-    config = EngineConfig(
-        model="",
+    model = kernel_model(ffn_size=256, layers=layers, **FAMILIES[family])
+    config = kernel_config(
+        model,
         dtype=dtype,
-        max_model_len=64,
-        max_num_seqs=2,
-        max_num_batched_tokens=32,
         max_prefills_per_step=2,
-        num_pages=9,
-        batch_buckets=(2,),
-        token_buckets=(32,),
-        context_buckets=(64,),
         show_progress=False,
         skip_tokenizer_init=True,
         kernels=kernels,
     )
-    config = resolve(config, model, on_cpu=device.platform == "cpu")
     # Larger weights than a new model's, so that the layer changes what the embedding says.
     params = jax.tree.map(lambda p: 5 * p if p.ndim > 1 else p, init_params(model, dtype, 0))
     return config, Executor(config, model, params, device, ())

@@ -67,21 +67,20 @@ def test_every_step_within_the_limits_has_a_shape_that_was_compiled_and_holds_it
     assert (shape.tokens == 0) == (step_tokens == 0)
     assert shape.context >= step_context
     assert shape.context % page_size == 0
-    # A mixed step runs the sampler, whatever its rows ask for.
-    assert shape.greedy == (greedy and step_tokens == 0)
+    assert shape.greedy == greedy
 
 
 def test_the_smallest_shape_is_picked() -> None:
     shapes = table()
     assert shapes.pick(3, 0, 100, True) == StepShape(4, 0, 512, True)
     assert shapes.pick(4, 0, 513, False) == StepShape(4, 0, 2_048, False)
-    assert shapes.pick(0, 65, 2_049, True) == StepShape(8, 256, 4_096, False)
-    assert shapes.pick(9, 1, 1, True) == StepShape(16, 64, 512, False)
+    assert shapes.pick(0, 65, 2_049, True) == StepShape(8, 256, 4_096, True)
+    assert shapes.pick(9, 1, 1, False) == StepShape(16, 64, 512, False)
 
 
 def test_all_shapes_come_once_and_the_largest_first() -> None:
     shapes = table().all()
-    assert len(set(shapes)) == len(shapes) == 5 * 3 * 2 + 2 * 3 * 3
+    assert len(set(shapes)) == len(shapes) == 5 * 3 * 2 + 2 * 3 * 3 * 2
     assert shapes == sorted(shapes, reverse=True)
 
 
@@ -89,13 +88,13 @@ def test_buckets_of_the_user_replace_the_defaults() -> None:
     shapes = table(batch_buckets=(4, 16), token_buckets=(100,), context_buckets=(1_000, 3_000))
     assert shapes.contexts == (1_008, 3_008)  # whole pages of 16
     assert shapes.pick(1, 0, 1_001, True) == StepShape(4, 0, 1_008, True)
-    assert shapes.pick(5, 7, 1_009, True) == StepShape(16, 100, 3_008, False)
+    assert shapes.pick(5, 7, 1_009, True) == StepShape(16, 100, 3_008, True)
 
 
 def test_beyond_the_buckets_the_next_power_of_two_is_taken() -> None:
     shapes = table(batch_buckets=(4,), token_buckets=(8,), context_buckets=(32,))
     shape = shapes.pick(5, 9, 33, True)
-    assert shape == StepShape(8, 16, 64, False)
+    assert shape == StepShape(8, 16, 64, True)
     assert shape not in shapes.all()
 
 

@@ -166,7 +166,8 @@ def test_a_process_that_fails_costs_no_step(
     engine = tiny_engine(folder, compilation_cache_dir=str(tmp_path))
     shapes = engine.executor.shapes.all()
     assert sorted(traced) == sorted(shapes) == sorted(engine.executor.compiled._steps)
-    assert caplog.text.count("is lowered by this process: the process that was to do it") == 3
+    said = caplog.text.count("is lowered by this process: the process that was to do it")
+    assert said == len(shapes)
 
 
 def test_processes_that_see_something_else_lower_nothing() -> None:
@@ -187,7 +188,7 @@ def test_no_process_outlives_its_parent() -> None:
     assert done.returncode == -signal.SIGKILL, done.stderr
     # Nobody may be there to wait for it: then its entry stays, without a command.
     command = Path(f"/proc/{int(done.stdout)}/cmdline")
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 120
     while command.exists() and command.read_bytes():
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -307,7 +308,7 @@ def test_a_damaged_file_is_made_anew(
     traced.clear()
     engine = tiny_engine(folder, compilation_cache_dir=str(tmp_path))
     assert len(traced) == 1
-    assert len(engine.executor.compiled._steps) == 3
+    assert set(engine.executor.compiled._steps) == set(engine.executor.shapes.all())
     if damage == "no module":
         assert "its module cannot be used" in caplog.text
     else:
@@ -319,8 +320,8 @@ def test_a_folder_that_cannot_be_written_costs_the_store_only(
     folder: Path, traced: list[StepShape], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / FOLDER).write_text("in the way")
-    tiny_engine(folder, compilation_cache_dir=str(tmp_path))
-    assert len(traced) == 3
+    engine = tiny_engine(folder, compilation_cache_dir=str(tmp_path))
+    assert len(traced) == len(engine.executor.shapes.all())
     assert caplog.text.count(f"lowered steps are not kept in {tmp_path / FOLDER}") == 1
 
 

@@ -30,7 +30,7 @@ SIZES: dict[str, Any] = {
 
 
 def tiny_engine(folder: Path, **changes: Any) -> Engine:
-    """An engine of three shapes: greedy decode, sampling decode, and mixed."""
+    """An engine of four shapes: decode and mixed, greedy and sampling."""
     options = {"skip_tokenizer_init": True, "show_progress": False} | SIZES | changes
     return build(EngineConfig(model=str(folder), **options))
 

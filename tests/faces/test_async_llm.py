@@ -15,7 +15,7 @@ from jpd import (
     SamplingParams,
     UnknownArgumentError,
 )
-from tests.faces.callers import GREEDY, LONG, PROMPTS, last, pages_in_use, run, slowly, until_idle
+from tests.faces.callers import GREEDY, LONG, PROMPTS, in_step, last, pages_in_use, run, until_idle
 
 # ---- answers
 
@@ -99,13 +99,18 @@ def test_chat(llm):
     assert llm.chat_tokens(messages) == llm.tokenizer.encode("<s>the cat")
 
 
-def test_one_call_into_the_loop_for_each_step(llm):
+def test_one_call_into_the_loop_for_each_step(llm, monkeypatch):
+    all_sent, step = threading.Event(), llm._engine.coordinator.step
+    monkeypatch.setattr(llm._engine.coordinator, "step", lambda: (all_sent.wait(120), step())[1])
+
     async def main():
         loop = asyncio.get_running_loop()
         calls = []
         original = loop.call_soon_threadsafe
         loop.call_soon_threadsafe = lambda *args: (calls.append(args), original(*args))[1]
-        await asyncio.gather(*(last(llm.stream(p, GREEDY)) for p in PROMPTS[:4]))
+        streams = [llm.stream(p, GREEDY) for p in PROMPTS[:4]]
+        all_sent.set()
+        await asyncio.gather(*map(last, streams))
         return len(calls)
 
     calls = run(main())
@@ -156,14 +161,14 @@ def test_several_event_loops(llm):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(600)
     tokens = [[o.outputs[0].token_ids for o in results[i]] for i in range(3)]
     assert tokens[0] == tokens[1] == tokens[2]
     assert all(len(ids) == 12 for ids in tokens[0])
 
 
 def test_closed_event_loop_aborts_its_requests(llm, monkeypatch):
-    slowly(llm, monkeypatch)
+    in_step(llm, monkeypatch)
     kept = []
 
     async def leave():
@@ -188,7 +193,12 @@ def test_idle_engine_uses_no_cpu(llm):
     run(main())
     steps = llm.stats.steps
     clock = time.pthread_getcpuclockid(llm._thread._thread.ident)
-    before = time.clock_gettime(clock)
-    time.sleep(0.3)
-    assert time.clock_gettime(clock) - before < 0.03
+
+    def used():
+        before = time.clock_gettime(clock)
+        time.sleep(0.3)
+        return time.clock_gettime(clock) - before
+
+    # What is left of the last step, or a garbage collection, may fall into one of them.
+    assert min(used() for _ in range(3)) < 0.03
     assert llm.stats.steps == steps

@@ -10,14 +10,14 @@ from dataclasses import replace
 import pytest
 
 from jpd import AsyncLLM, EngineDeadError, FinishReason
-from tests.faces.callers import GREEDY, LONG, PROMPTS, last, pages_in_use, run, slowly, until_idle
+from tests.faces.callers import GREEDY, LONG, PROMPTS, in_step, last, pages_in_use, run, until_idle
 from tests.faces.tiny import SHAPES
 
 # ---- aborts
 
 
 def test_abort_leaves_others_alone(llm, monkeypatch):
-    slowly(llm, monkeypatch)
+    in_step(llm, monkeypatch)
 
     async def main():
         expected = await last(llm.generate(PROMPTS[0], LONG))
@@ -109,7 +109,7 @@ def leave_without_starting(llm):
     "leave", [leave_by_break, leave_by_aclose, leave_by_cancellation, leave_without_starting]
 )
 def test_leaving_the_iterator_aborts(llm, monkeypatch, leave):
-    slowly(llm, monkeypatch)
+    in_step(llm, monkeypatch)
 
     async def main():
         await leave(llm)
@@ -125,7 +125,7 @@ def test_leaving_the_iterator_aborts(llm, monkeypatch, leave):
 
 
 def test_two_tasks_cannot_await_one_request(llm, monkeypatch):
-    slowly(llm, monkeypatch)
+    in_step(llm, monkeypatch)
 
     async def main():
         stream = llm.generate([5], GREEDY)
@@ -175,7 +175,7 @@ def test_every_caller_learns_of_a_dead_engine(llm, engine, monkeypatch, caplog):
 
 
 def test_close_ends_unfinished_requests(llm, monkeypatch):
-    slowly(llm, monkeypatch)
+    in_step(llm, monkeypatch)
 
     async def main():
         async with llm:
@@ -215,7 +215,7 @@ def test_dropping_the_last_reference_stops_the_thread(built, folder):
 
     assert run(main()).outputs[0].finish_reason is FinishReason.LENGTH
     gc.collect()
-    thread.join(10)
+    thread.join(120)
     assert not thread.is_alive()
 
 
@@ -230,6 +230,6 @@ asyncio.run(main())
 print("end")
 """
     process = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=600, check=False
     )
     assert (process.returncode, process.stdout) == (0, "end\n"), process.stderr

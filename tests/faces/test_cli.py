@@ -263,7 +263,7 @@ def test_env(platform, tmp_path):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
         check=False,
     )
     assert run.returncode == 0, run.stderr
@@ -278,7 +278,7 @@ def test_env(platform, tmp_path):
 def test_reader_that_has_enough(folder):
     command = f"{sys.executable} -m jpd env | head -n 1; echo ${{PIPESTATUS[0]}}"
     run = subprocess.run(
-        ["bash", "-c", command], capture_output=True, text=True, timeout=60, check=False
+        ["bash", "-c", command], capture_output=True, text=True, timeout=600, check=False
     )
     first, status = run.stdout.splitlines()
     assert first == f"jpd: {jpd.__version__}"
@@ -291,7 +291,7 @@ def test_whole_program(folder):
         [sys.executable, "-m", "jpd", "generate", str(folder), *OPTIONS, *GREEDY, "-p", "a bird"],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
     assert (run.returncode, run.stderr) == (0, "")

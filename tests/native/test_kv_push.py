@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import pytest
 
 from native import build
 from native.kv_push import Link, LinkError, ended, filled
+from tests.processes import wait_until
 
 LAYERS, PAGES, PAGE = 3, 12, (4, 2)
 PAGE_BYTES = 4 * 4 * 2
@@ -156,10 +156,7 @@ def test_all_of_it_beside_the_step(world: World) -> None:
     """The step does not end before everything is there."""
 
     def until_it_is_there() -> None:
-        deadline = time.monotonic() + 30
-        while not world.there[:, :, TARGET].all():
-            assert time.monotonic() < deadline, "nothing is copied while the step runs"
-            time.sleep(0.001)
+        wait_until(lambda: world.there[:, :, TARGET].all(), "nothing is copied while the step runs")
 
     world.before_the_end = until_it_is_there
     number = world.link.announce(SOURCE, TARGET)
@@ -350,6 +347,6 @@ def test_each_device_of_a_process_has_its_own_link() -> None:
         [sys.executable, "-c", script],
         env=os.environ | {"XLA_FLAGS": flags},
         cwd=Path(__file__).parents[2],
-        timeout=100,
+        timeout=600,
         check=True,
     )

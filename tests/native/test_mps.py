@@ -26,6 +26,7 @@ import sys
 from pathlib import Path
 from native import mps, mps_checks
 mps_checks.DEVICE = mps_checks.DEFAULT_PIPE = Path(sys.argv[1]).parent / "gpu"
+mps._QUERY_TIMEOUT_S = mps._START_TIMEOUT_S = mps._LOCK_TIMEOUT_S = 600.0
 daemon = mps.Mps.start(Path(sys.argv[1]))
 print("started", flush=True)
 sys.stdin.read()
@@ -94,7 +95,9 @@ def world(monkeypatch):
         monkeypatch.setenv("FAKE_MPS", str(folder / "state"))
         monkeypatch.setattr(mps_checks, "DEVICE", folder / "gpu")
         monkeypatch.setattr(mps_checks, "DEFAULT_PIPE", folder / "none")
-        monkeypatch.setattr(mps, "_QUERY_TIMEOUT_S", 5.0)
+        # What is to answer may have to wait for the machine.
+        for name in ("_QUERY_TIMEOUT_S", "_START_TIMEOUT_S", "_LOCK_TIMEOUT_S"):
+            monkeypatch.setattr(mps, name, 600.0)
         world = World(folder)
         yield world
         left = world.processes()
@@ -198,13 +201,13 @@ def test_a_daemon_that_does_not_answer_is_not_adopted(world, word, monkeypatch):
     before = {p.pid for p in world.processes()}
     ask = mps.ask_pids
 
-    def answers_at_last(*arguments):
-        if {p.pid for p in world.processes()}.isdisjoint(before):
-            world.behaves()
-        return ask(*arguments)
+    def answers_at_last(environment, command, timeout_s):
+        if not {p.pid for p in world.processes()}.isdisjoint(before):
+            return ask(environment, command, 0.5)
+        world.behaves()
+        return ask(environment, command, timeout_s)
 
     monkeypatch.setattr(mps, "ask_pids", answers_at_last)
-    monkeypatch.setattr(mps, "_QUERY_TIMEOUT_S", 0.5)
     world.behaves(word)
     with Mps.start(world.directory):
         assert world.processes()
@@ -307,9 +310,32 @@ def test_a_lock_that_was_removed_while_it_was_taken_is_none(world, monkeypatch):
     assert removed
 
 
+def test_a_directory_that_is_removed_while_it_is_made(world, monkeypatch):
+    """Somebody else's, who was its last user."""
+    mkdir, removed = os.mkdir, []
+
+    def was_there(path, *mode):
+        if Path(path) == world.directory and not removed:
+            removed.append(path)
+            raise FileExistsError(path)
+        mkdir(path, *mode)
+
+    monkeypatch.setattr(os, "mkdir", was_there)
+    Mps.start(world.directory).stop()
+    assert removed
+
+
+def test_what_is_in_the_way_of_the_directory_is_named(world):
+    world.directory.touch()
+    with pytest.raises(MpsError, match="must be a directory of yours"):
+        Mps.start(world.directory)
+    with pytest.raises(MpsError, match=r"cannot be made: .*Not a directory"):
+        Mps.start(world.directory / "below")
+
+
 def test_which_processes_are_alive(world):
     child = subprocess.Popen([world.state.with_name("bin") / fake_mps.SERVER])
-    for _ in mps_control.polls(5):  # until it has its name
+    for _ in mps_control.polls(120):  # until it has its name
         process = mps_control.read_process(child.pid)
         if process is not None:
             break
@@ -457,8 +483,14 @@ def test_the_lock_is_not_waited_for_without_end(world, monkeypatch):
     ],
 )
 def test_a_control_program_that_hangs_or_fails(world, monkeypatch, behaviour, message):
+    ask = mps.ask_pids
+
+    def impatient(environment, command, timeout_s):
+        hangs = behaviour == f"{command.split()[0]} hang"
+        return ask(environment, command, 0.5 if hangs else timeout_s)
+
     with Mps.start(world.directory) as daemon:
-        monkeypatch.setattr(mps, "_QUERY_TIMEOUT_S", 0.5)
+        monkeypatch.setattr(mps, "ask_pids", impatient)
         world.behaves(behaviour)
         with pytest.raises(MpsError, match=message):
             daemon.clients()
@@ -481,9 +513,9 @@ def test_a_daemon_that_died_is_an_error(world):
 
 @pytest.mark.parametrize("behaviour", ["quit hang", "quit fail no", "quit ignore"])
 def test_a_daemon_that_does_not_quit_is_killed(world, monkeypatch, behaviour):
+    daemon = Mps.start(world.directory)
     monkeypatch.setattr(mps, "_QUERY_TIMEOUT_S", 0.5)
     monkeypatch.setattr(mps, "_QUIT_PATIENCE_S", 0)
-    daemon = Mps.start(world.directory)
     world.behaves(behaviour)
     daemon.stop()
     assert not world.processes()
@@ -502,7 +534,17 @@ def test_a_daemon_that_does_not_quit_is_killed(world, monkeypatch, behaviour):
     ],
 )
 def test_a_failed_start_leaves_nothing(world, monkeypatch, behaviour, message):
-    monkeypatch.setattr(mps, "_START_TIMEOUT_S", 0.5)
+    if behaviour == "-d hang":
+        monkeypatch.setattr(mps, "_START_TIMEOUT_S", 0.5)
+
+    def polls(timeout_s):
+        """As if the time were over when the daemon has been asked once."""
+        for _ in mps_control.polls(timeout_s):
+            yield
+            if "get_server_list" in world.calls:
+                return
+
+    monkeypatch.setattr(mps, "polls", polls)
     world.behaves(behaviour)
     with pytest.raises(MpsError, match=message):
         Mps.start(world.directory)

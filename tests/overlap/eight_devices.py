@@ -4,23 +4,26 @@ import functools
 import re
 
 import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jpd import models, ops
-from jpd.config import KernelConfig
-from jpd.errors import ConfigError
+from jpd.config import EngineConfig, KernelConfig
+from jpd.engine import build
+from jpd.errors import ConfigError, KernelError
 from jpd.layers.attention import causal_attend
-from jpd.ops import overlap
-from jpd.ops.overlap import gpu, plain
+from jpd.ops import overlap, sum_check
+from jpd.ops.overlap import communicators, gpu, plain
 from jpd.ops.overlap.tiles import tiles_of
+from jpd.ops.self_check import Widths
 from jpd.overlap import OPS, Plan, PlanTable, Tiling, Topology
 from jpd.parallel import ManyDevices, Split
-from native.overlap import Communicator
+from native.overlap import BuildError, Communicator, OverlapError
 from pallas_kernels import mosaic, signal_gemm
 from pallas_kernels.signal_gemm.schedule import partitions
 
@@ -372,13 +375,19 @@ class StandIn:
             received.append(got.reshape(-1))
         return jnp.concatenate(received).reshape(transfer.result_shape(self.size))
 
+    def check(self):
+        pass
+
 
 def counting_gemm(x, w, counters, *, groups, config, sms, ranks, packed=None):
     """`signal_gemm` without its kernel."""
     y = (x.astype(jnp.float32) @ w.astype(jnp.float32).T).astype(x.dtype)
-    if packed is not None:
-        packed[...] = signal_gemm.pack(y, config, groups=groups, ranks=ranks)
+    tiles = signal_gemm.pack(y, config, groups=groups, ranks=ranks)
     counters[...] = counters[...] + jnp.array(groups, jnp.int32)
+    if packed is None:
+        return tiles
+    packed[...] = tiles
+    return None
 
 
 TOPOLOGY = Topology("NVIDIA H200", "nvlink", "2.28.9")
@@ -495,3 +504,154 @@ def test_auto_looks_plans_up_and_says_why_it_does_not_overlap(gpu_like, caplog, 
     roomy = PlanTable(TOPOLOGY, [plan_of("all_reduce", 4, k=k, ctas=8)])
     assert choices_of(roomy, comm=several) == {"overlap"}
     assert [len(comm.transfers) for comm in several] == [0, 1, 0]
+
+
+# The check at the start of an engine.
+
+
+@pytest.fixture
+def checked(gpu_like, monkeypatch):
+    """`check_ranks` of a model on two ranks, with these stand-ins for GEMM and communicator."""
+    monkeypatch.setattr(communicators, "_has_native", lambda: True)
+    split = Split(MODEL, 2)
+    place = ManyDevices(split, jax.devices()[:2])
+    params = place.accept(models.init_params(MODEL, "bfloat16", 0))
+    kernels = KernelConfig(rms_norm="xla")
+    shapes = {"token_buckets": (16, 32, 64, 128), "batch_buckets": (8,), "max_num_seqs": 8}
+    shapes |= {"max_num_batched_tokens": 128, "max_model_len": 256, "page_size": 16}
+    config = EngineConfig(
+        model="none", dtype="bfloat16", tensor_parallel_size=2, kernels=kernels, **shapes
+    )
+    near = {"m": 136, "n": MODEL.hidden_size}
+    width = MODEL.num_heads * MODEL.head_dim // 2
+    plans = [plan_of("all_reduce", 2, **near, k=k) for k in (width, MODEL.ffn_size // 2)]
+    lines = []
+    monkeypatch.setattr(build.logger, "info", lambda text, what: lines.append(what))
+
+    def check(gemm=counting_gemm, comm=None, plans=plans, **options):
+        lines.clear()
+        monkeypatch.setattr(signal_gemm, "signal_gemm", gemm)
+        table = PlanTable(TOPOLOGY, plans)
+        with overlap.using(communicators={"tp": comm or StandIn(2)}, plans=table):
+            build.check_ranks(config.replace(**options), split, params, place, prefill=True)
+        return "; ".join(lines).split("; ") if lines else []
+
+    return check
+
+
+def test_sums_that_hide_behind_products_are_checked_before_anything_is_served(checked):
+    """Of each layer and plan the largest step; nothing where nothing overlaps."""
+    comm = StandIn(2)
+    lines = checked(comm=comm)
+    assert [re.search(r"(\w+) bfloat16\[(\d+), (\d+)\]", line).groups() for line in lines] == [
+        ("out", "136", "320"),
+        ("down", "136", "512"),
+    ]
+    assert all(line.endswith(" on 2 ranks by overlap, xla") for line in lines)
+    assert len(comm.transfers) == 2
+    assert checked(plans=[]) == []
+    assert checked(kernels=KernelConfig(matmul_all_reduce="xla")) == []
+    assert checked(kernels=KernelConfig(self_check=False)) == []
+
+
+def swapped(x, w, counters, *, packed=None, **static):
+    """A GEMM that stores two tiles in each other's place."""
+    tiles = counting_gemm(x, w, counters, **static)
+    tiles = tiles.at[jnp.array([0, 1])].set(tiles[jnp.array([1, 0])])
+    if packed is None:
+        return tiles
+    packed[...] = tiles
+    return None
+
+
+def eager(x, w, counters, *, packed=None, **static):
+    """A GEMM whose first counter is raised once too often: nothing else shows it for certain."""
+    tiles = counting_gemm(x, w, counters, packed=packed, **static)
+    if packed is None:
+        counters[0] += 1
+    return tiles
+
+
+class Unsummed(StandIn):
+    """Sends nothing."""
+
+    def run(self, transfer, gemm, after):
+        packed = jax.new_ref(jnp.zeros(transfer.shape, transfer.dtype))
+        gemm(packed, jax.new_ref(jnp.zeros(len(transfer.groups), jnp.int32)))
+        return packed[...]
+
+
+class OneRank(StandIn):
+    """One rank gets its last tile late."""
+
+    def run(self, transfer, gemm, after):
+        right = super().run(transfer, gemm, after)
+        return right.at[-1].multiply(lax.axis_index("tp") == 0)
+
+
+class Stuck(StandIn):
+    """Fills results with NaN and knows why."""
+
+    def run(self, transfer, gemm, after):
+        return super().run(transfer, gemm, after) * jnp.nan
+
+    def check(self):
+        raise OverlapError("all_reduce number 0 is not complete after 60 s")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"gemm": swapped}, "relative error"),
+        ({"gemm": eager}, "relative error"),
+        ({"comm": Unsummed(2)}, "relative error"),
+        ({"comm": OneRank(2)}, "relative error"),
+        ({"comm": Stuck(2)}, "relative error nan .*; all_reduce number 0 is not complete"),
+    ],
+    ids=["tiles", "counters", "sum", "one rank", "stuck"],
+)
+def test_a_sum_that_is_wrong_is_refused(checked, wrong, said):
+    with pytest.raises(KernelError, match=f"^matmul_all_reduce out .* by overlap, xla: {said}"):
+        checked(**wrong)
+
+
+def test_the_check_runs_the_kernel(gpu_like, monkeypatch):
+    """Interpreted, on one rank, as the interpreter has one memory for all."""
+    monkeypatch.setattr(communicators, "_has_native", lambda: True)
+    interpreted = functools.partial(signal_gemm.signal_gemm, interpret=plgpu.InterpretGPUParams())
+    monkeypatch.setattr(signal_gemm, "signal_gemm", interpreted)
+    mesh, m, n, k = mesh_of(1), 72, 136, 64
+    rng = np.random.default_rng(0)
+    weight = jnp.asarray(rng.normal(size=(n, k)), jnp.bfloat16)
+    weight = jax.device_put(weight, NamedSharding(mesh, P(None, "tp")))
+    widths = Widths(n, 2, 2, 64, 16, (None,), "bfloat16", 1e-5, False, True)
+    table = PlanTable(TOPOLOGY, [plan_of("all_reduce", 1, m=m, n=n, k=k)])
+    with overlap.using(communicators={"tp": StandIn(1)}, plans=table):
+        lines = sum_check.run(
+            widths, KernelConfig(rms_norm="xla"), [sum_check.Sum("down", weight, (8, m))], mesh
+        )
+    assert [line.split(" bfloat16")[0] for line in lines] == ["matmul_all_reduce down"]
+
+
+def test_without_nccl_or_a_compiler_nothing_overlaps_and_that_is_said_once(
+    gpu_like, monkeypatch, caplog
+):
+    asked = []
+
+    class Native:
+        OverlapError, BuildError = OverlapError, BuildError
+
+        @staticmethod
+        def nccl_version():
+            asked.append(1)
+            raise BuildError("install g++ or set CXX")
+
+    monkeypatch.setattr(gpu, "_native", lambda: Native)
+    communicators._has_native.cache_clear()
+    try:
+        for _ in range(3):
+            assert communicators.communicators(mesh_of(4), "tp", [(M, N, K)]) == {}
+    finally:
+        communicators._has_native.cache_clear()
+    assert len(asked) == 1
+    assert caplog.text.count("do not overlap with products: install g++ or set CXX") == 1

@@ -8,10 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jpd.ops import overlap, registry
-from jpd.overlap import OPS, Plan, Tiling, Trace
+from jpd.config import KernelConfig
+from jpd.ops import overlap, registry, sum_check
+from jpd.ops.self_check import Widths
+from jpd.overlap import OPS, Plan, PlanTable, Tiling, Trace
 from native.overlap import Communicator
 from pallas_kernels import signal_gemm
 from pallas_kernels.signal_gemm.schedule import partitions
@@ -146,6 +149,21 @@ def test_norms_read_what_was_sent(ranks):
         sums = on_mesh(PLAIN[op], ranks, SPECS[op])(x.astype(jnp.float32), w.astype(jnp.float32))
     assert difference(wants[1], sums + residual) < 6e-3
     communicator(ranks).check()
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_the_check_at_the_start_of_an_engine_runs_what_steps_will(ranks):
+    """Communicators and all, made as an engine makes them."""
+    mesh = mesh_of(ranks)
+    weight = jax.random.normal(jax.random.key(3), (N, ranks * K), jnp.bfloat16)
+    weight = jax.device_put(weight, NamedSharding(mesh, P(None, "tp")))
+    widths = Widths(N, 4, 4, 128, 16, (None,), "bfloat16", 1e-5, False, True)
+    table = PlanTable(overlap.topology(), [plan_of("all_reduce", ranks)])
+    with overlap.using(plans=table):
+        sums = [sum_check.Sum("down", weight, (M // 2, M))]
+        lines = sum_check.run(widths, KernelConfig(), sums, mesh)
+    assert [line.split(" bfloat16")[0] for line in lines] == ["matmul_all_reduce down"]
+    assert lines[0].endswith(f" on {ranks} ranks by overlap, pallas")
 
 
 def test_collectives_run_behind_the_gemm():

@@ -116,10 +116,12 @@ def test_shipped_tables_can_be_used(file):
     assert dataflow.slug(table["gpu"]) == file.stem
     for product in table["products"]:
         n, k, gated = product["n"], product["k"], product["gated"]
-        assert {int(rows) for rows in product["rows"]} <= {*dataflow.ROWS}
+        entries = {int(rows): entry for rows, entry in product["rows"].items()}
+        assert {*entries} <= {*dataflow.ROWS}
+        assert inflection_points(entries) == {"m1": product["m1"], "m2": product["m2"]}
         for m in dataflow.ROWS:
             choice = dataflow.choose(m, n, k, gated=gated, pallas_only=True, kind=table["gpu"])
             assert choice.kernel in ("flat_gemm", "dense_gemm")
-            assert choice.source == ("table" if str(m) in product["rows"] else "rule")
+            assert choice.source == ("table" if m in entries else "rule")
             if choice.kernel == "flat_gemm":  # DenseConfig refuses what does not fit
                 assert smem_bytes(choice.config, m, gated) <= mosaic.SMEM_BYTES

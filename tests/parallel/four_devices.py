@@ -22,7 +22,7 @@ import jpd
 from jpd import checkpoint, models, ops
 from jpd.checkpoint import hf
 from jpd.engine import lowering
-from jpd.engine.build import Engine, resolve
+from jpd.engine.build import Engine
 from jpd.engine.executor import Executor
 from jpd.engine.shapes import StepShape
 from jpd.engine.stored_steps import FOLDER
@@ -36,6 +36,7 @@ from jpd.types import RequestOutput, SamplingParams
 from native.memory import allocate
 from pallas_kernels import mosaic
 from tests import tiny_models
+from tests.engine.kernel_model import kernel_config, kernel_model
 from tests.engine.tiny_engine import SIZES, drain, fresh, greedy, run, tiny_engine, tokens
 
 CASES = {"llama_bias": (2, 4), "mistral_window": (2,), "qwen2": (4,), "qwen3_bias": (4,)}
@@ -316,37 +317,10 @@ def test_what_holds_a_communicator_is_not_kept(
     assert None not in map(rank_steps._key, shapes)
 
 
-KERNEL_MODEL = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "hidden_size": 128,
-    "intermediate_size": 512,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 64,
-    "vocab_size": 256,
-    "max_position_embeddings": 128,
-    "rms_norm_eps": 1e-5,
-    "hidden_act": "silu",
-}
-
-
 def test_a_rank_runs_the_kernels_on_its_part() -> None:
     """Lowered for GPUs: nothing but kernels, over one workspace, and the collectives."""
-    model = models.config_from_hf(KERNEL_MODEL)
-    config = jpd.EngineConfig(
-        model="",
-        dtype="bfloat16",
-        max_model_len=64,
-        max_num_seqs=2,
-        max_num_batched_tokens=32,
-        num_pages=9,
-        batch_buckets=(2,),
-        token_buckets=(32,),
-        context_buckets=(64,),
-        kernels=jpd.KernelConfig(pallas_only=True),
-    )
-    config = resolve(config, model, on_cpu=True)
+    model = kernel_model("Qwen3ForCausalLM", ffn_size=512)
+    config = kernel_config(model)
     place = placement.place(Split(model, 2), jax.devices()[:2])
     params = place.accept(models.init_params(model, "bfloat16", 0))
     phi = np.ones((1, 4), np.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,7 +29,7 @@ def plan(m: int, ctas: int, *, overlap: bool = True) -> Plan:
 
 
 @pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     made: list[int] = []
 
     def for_axis(mesh: Any, axis: str, *, max_ctas: int) -> Any:
@@ -38,16 +39,22 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return SimpleNamespace(max_ctas=max_ctas)
 
     native = SimpleNamespace(
-        Communicator=SimpleNamespace(for_axis=for_axis), OverlapError=NoNCCL, BuildError=NoNCCL
+        Communicator=SimpleNamespace(for_axis=for_axis),
+        OverlapError=NoNCCL,
+        BuildError=NoNCCL,
+        nccl_version=lambda: "2.28",
     )
     plans = [plan(256, 8), plan(2048, 16), plan(16384, 13), plan(65536, 4, overlap=False)]
     monkeypatch.setattr(gpu, "_check_device", lambda: None)
     monkeypatch.setattr(gpu, "_native", lambda: native)
     monkeypatch.setattr(gpu, "topology", lambda: HERE)
     monkeypatch.setattr(PlanTable, "shipped", lambda topology: PlanTable(topology, plans))
-    module._communicator.cache_clear()
+    remembered = module._communicator, module._has_native
+    for function in remembered:
+        function.cache_clear()
     yield made
-    module._communicator.cache_clear()
+    for function in remembered:
+        function.cache_clear()
 
 
 def mesh() -> jax.sharding.Mesh:
@@ -73,6 +80,17 @@ def test_what_cannot_connect_is_said_once(
     assert ctas(16384) == []
     assert made.count(13) == 1
     assert caplog.text.count("do not overlap with products: no connection") == 1
+
+
+def test_without_nccl_there_are_none_which_is_said_once(
+    made: list[int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def nccl_version() -> str:
+        raise NoNCCL("no libnccl.so.2")
+
+    monkeypatch.setattr(gpu._native(), "nccl_version", nccl_version)
+    assert ctas(2048) == ctas(256) == made == []
+    assert caplog.text.count("do not overlap with products: no libnccl.so.2") == 1
 
 
 def test_without_a_gpu_there_are_none() -> None:

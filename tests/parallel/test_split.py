@@ -16,7 +16,6 @@ from jpd.errors import ConfigError
 from jpd.models import ModelConfig, abstract_params, config_from_hf
 from jpd.models.family import flatten
 from jpd.parallel import AXES, RULES, Split
-from jpd.simulate import engine as simulate
 from tests import tiny_models
 
 QKV = ("layers", 0, "attention", "qkv", "weight")
@@ -145,13 +144,6 @@ def test_more_ranks_than_devices(tmp_path: Any) -> None:
     message = f"tensor_parallel_size={more} is not allowed: at most {more - 1}, the number of cpu"
     with pytest.raises(ConfigError, match=message):
         jpd.LLM(str(folder), tensor_parallel_size=more)
-
-
-def test_the_simulator_says_that_it_cannot(tmp_path: Any) -> None:
-    folder = tiny_models.make_checkpoint("llama_bias", tmp_path)
-    config = jpd.EngineConfig(model=str(folder), tensor_parallel_size=2)
-    with pytest.raises(ConfigError, match="tensor_parallel_size=2 is not allowed: 1, as the"):
-        simulate.prepare(config, 1 << 34, "a GPU")
 
 
 def test_memory_is_counted_for_one_rank(tmp_path: Any) -> None:

@@ -1,7 +1,6 @@
 """Child processes: how they start, and that each of their ends is a clean one."""
 
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -10,6 +9,7 @@ import threading
 import pytest
 
 from jpd.child import spawn
+from tests.processes import PATIENCE_S, open_files, wait_for_end
 
 ECHO = "tests.semi_pd.echo_child"
 
@@ -27,19 +27,9 @@ def ask(child, question):
     return child.connection.recv()
 
 
-def wait_for_end(pid, timeout_s=10):
-    """Waits for a process that need not be a child of this one."""
-    try:
-        fd = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return
-    with os.fdopen(fd) as file:
-        assert select.select([file], [], [], timeout_s)[0], f"process {pid} still runs"
-
-
 def test_it_ends_when_its_connection_does(child):
     child.connection.close()
-    assert child.wait(10) == 0
+    assert child.wait(PATIENCE_S) == 0
 
 
 def test_killed_it_is_gone_and_the_connection_closed(child):
@@ -51,7 +41,7 @@ def test_killed_it_is_gone_and_the_connection_closed(child):
 
 def test_the_parent_sees_the_end_of_a_killed_child(child):
     os.kill(child.process.pid, signal.SIGKILL)
-    assert child.connection.poll(10)
+    assert child.connection.poll(PATIENCE_S)
     with pytest.raises(EOFError):
         child.connection.recv()
 
@@ -63,7 +53,7 @@ def test_a_child_that_still_runs_times_out(child):
 
 def test_its_exit_code(child):
     child.connection.send(("exit", 3))
-    assert child.wait(10) == 3
+    assert child.wait(PATIENCE_S) == 3
 
 
 def test_an_interrupt_is_not_its_business(child):
@@ -114,7 +104,7 @@ def test_a_module_that_is_not_there(capfd):
     child = spawn("tests.semi_pd.no_such_module")
     with pytest.raises(EOFError):
         child.connection.recv()
-    assert child.wait(10) == 1
+    assert child.wait(PATIENCE_S) == 1
     child.connection.close()
     assert "no_such_module" in capfd.readouterr().err
 
@@ -154,12 +144,11 @@ def test_a_stopped_child_dies_with_its_parent(child):
 
 def test_nothing_is_left_open():
     spawn(ECHO).kill()
-    before = len(os.listdir("/proc/self/fd"))
-    threads = threading.active_count()
+    before = open_files()
+    threads = set(threading.enumerate())
     for _ in range(3):
         spawn(ECHO).kill()
-    assert len(os.listdir("/proc/self/fd")) == before
-    for thread in threading.enumerate():
-        if thread.name == "jpd-child":
-            thread.join(10)
-    assert threading.active_count() <= threads
+    assert open_files() - before == set()
+    for thread in set(threading.enumerate()) - threads:
+        thread.join(PATIENCE_S)
+        assert not thread.is_alive()

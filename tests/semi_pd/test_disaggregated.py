@@ -6,20 +6,23 @@ from __future__ import annotations
 import mmap
 import os
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from jpd import LLM, SamplingParams
+from jpd.child import Child
 from jpd.engine.plan import StepPlan
 from jpd.errors import ConfigError
+from jpd.semi_pd import shared_model
 from jpd.semi_pd.remote import RemoteExecutor, RemoteStep
 from jpd.types import RequestOutput
 from tests import tiny_models
 from tests.engine.tiny_engine import MODEL, SIZES
+from tests.processes import stop, wait_until
 
 PAGES, STEP_TOKENS, PAGE_SIZE = 33, SIZES["max_num_batched_tokens"], SIZES["page_size"]
 OPTIONS = SIZES | {"num_pages": PAGES, "skip_tokenizer_init": True, "show_progress": False}
@@ -78,12 +81,12 @@ def engine(folder: Path) -> Iterator[LLM]:
 @pytest.fixture
 def llm(engine: LLM) -> Iterator[LLM]:
     """With an executor in each phase; in the end no page may be missing."""
-    deadline = time.monotonic() + 60
-    while len(engine.executors) < 2:
-        assert time.monotonic() < deadline, "what was killed before is not replaced"
-        engine._engine.coordinator.rest()
-    yield engine
     coordinator = engine._engine.coordinator
+    wait_until(
+        lambda: coordinator.rest() or len(engine.executors) == 2,
+        "what was killed before is not replaced",
+    )
+    yield engine
     while coordinator.has_work:
         coordinator.step()
     scheduler = coordinator.scheduler
@@ -110,9 +113,13 @@ def test_the_tokens_of_one_process_and_what_was_sent_for_them(
         return launch(executor, plan)
 
     monkeypatch.setattr(RemoteExecutor, "launch", noted)
-    before = llm.stats
-    assert tokens(llm.generate(*work())) == wanted
-    stats = llm.stats
+    prefill, decode = llm._engine.topology.prefill.pool, llm._engine.topology.decode.pool
+    before, copied, overlapped = llm.stats, prefill.copied_bytes, prefill.overlapped_bytes
+    for _ in range(20):  # what there is time for depends on the machine
+        assert tokens(llm.generate(*work())) == wanted
+        stats = llm.stats
+        if stats.preemptions > before.preemptions and prefill.overlapped_bytes > overlapped:
+            break
     assert stats.preemptions > before.preemptions
     assert stats.cached_tokens > before.cached_tokens
     assert stats.recompiles == 0
@@ -120,44 +127,57 @@ def test_the_tokens_of_one_process_and_what_was_sent_for_them(
     sent = sum(len(copy.source) for plan in plans for copy in plan.copies)
     model = llm.model_config
     page = 2 * LAYERS * PAGE_SIZE * model.num_kv_heads * model.head_dim * 4
-    prefill, decode = llm._engine.topology.prefill.pool, llm._engine.topology.decode.pool
-    assert prefill.copied_bytes == sent * page
-    assert 0 < prefill.overlapped_bytes <= prefill.copied_bytes
+    assert prefill.copied_bytes - copied == sent * page
+    assert 0 < prefill.overlapped_bytes - overlapped <= prefill.copied_bytes - copied
     assert decode.copied_bytes == 0
 
 
+@pytest.fixture
+def waiting_executor(llm: LLM, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Prefill is done by `waits_in_a_step`, which does so while there is this file."""
+    file, spawn = tmp_path / "wait", shared_model.spawn
+    coordinator, seat = llm._engine.coordinator, llm._engine.topology.prefill
+    # What it compiles nobody else may get.
+    more = {"WAIT_FILE": str(file), "JAX_ENABLE_COMPILATION_CACHE": "false"}
+
+    def spawn_waiting(module: str, *, env: dict[str, str], **options: Any) -> Child:
+        return spawn("tests.semi_pd.waits_in_a_step", env=env | more, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shared_model, "spawn", spawn_waiting)
+        first = seat.executor.pid
+        os.kill(first, signal.SIGKILL)
+        wait_until(
+            lambda: coordinator.rest() or getattr(seat.executor, "pid", first) != first,
+            "the executor is not replaced",
+        )
+    return file
+
+
 def test_a_prefill_executor_that_is_killed_in_the_middle_of_sending(
-    llm: LLM, in_one_process: LLM
+    llm: LLM, in_one_process: LLM, waiting_executor: Path
 ) -> None:
-    """Stopped when the first layer has arrived and the last has not: tried until that is so."""
+    """When the first layer has arrived, and the others are not yet computed."""
     there = decode_pages(llm)
     rng = np.random.default_rng(1)
+    prompt = [{"prompt_token_ids": rng.integers(5, VOCAB, STEP_TOKENS).tolist()}]
     params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
-    lane = llm._engine.topology.lanes[0]
-    for _ in range(60):
-        prompt = [{"prompt_token_ids": rng.integers(5, VOCAB, STEP_TOKENS).tolist()}]
-        for array in there:
-            array[:] = 0  # nobody has a page now
-        (output,) = llm._queue(llm._checked(prompt, params, None))
-        while not lane.in_flight:
-            llm._step()
-        pid = lane.executor.pid
-        (copy,) = lane.in_flight[0].plan.copies
-        deadline = time.monotonic() + 30
-        while not there[0][copy.target[0]].any():
-            assert time.monotonic() < deadline, "nothing is sent"
-        os.kill(pid, signal.SIGSTOP)
-        while Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "T":
-            assert time.monotonic() < deadline, "the process does not stop"
-        caught = not there[-1][copy.target[-1]].any()
-        os.kill(pid, signal.SIGKILL if caught else signal.SIGCONT)
-        while not output.finished:
-            llm._step()
-        assert tokens([output]) == tokens(in_one_process.generate(prompt, params))
-        if caught:
-            break
-    assert caught, "no step was stopped between its first layer and its last"
-    assert llm.stats.requeued > 0
+    lane, before = llm._engine.topology.lanes[0], llm.stats
+    for array in there:
+        array[:] = 0  # nobody has a page now
+    waiting_executor.touch()
+    (output,) = llm._queue(llm._checked(prompt, params, None))
+    while not lane.in_flight:
+        llm._step()
+    (copy,) = lane.in_flight[0].plan.copies
+    wait_until(there[0][copy.target[0]].any, "nothing is sent")
+    assert not any(array.any() for array in there[2:]), "all is sent at once"
+    os.kill(lane.executor.pid, signal.SIGKILL)
+    while not output.finished:
+        llm._step()
+    assert tokens([output]) == tokens(in_one_process.generate(prompt, params))
+    assert llm.stats.requeued == before.requeued + 1
+    assert llm.stats.executors_lost == before.executors_lost + 1
 
 
 def test_a_decode_executor_that_is_killed_costs_no_prompt(llm: LLM, in_one_process: LLM) -> None:
@@ -188,7 +208,7 @@ def test_pages_of_an_aborted_request_are_nobodys_until_the_step_that_sends_them_
     lane, scheduler = llm._engine.topology.lanes[0], llm._engine.coordinator.scheduler
     params = SamplingParams(temperature=0, max_tokens=4)
     prompt = [{"prompt_token_ids": list(range(5, 5 + STEP_TOKENS))}]
-    os.kill(lane.executor.pid, signal.SIGSTOP)
+    stop(lane.executor.pid)
     try:
         (output,) = llm._queue(llm._checked(prompt, params, None))
         while not lane.in_flight:

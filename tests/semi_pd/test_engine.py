@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import random
 import signal
 import subprocess
 import sys
 import textwrap
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from jpd import LLM, AsyncLLM, SamplingParams
+from jpd.child import Child
+from jpd.engine.plan import StepPlan
 from jpd.errors import ConfigError, EngineDeadError
 from jpd.semi_pd import shared_model
 from jpd.semi_pd.controller import Observation, Shares
+from jpd.semi_pd.messages import WorkerSpec
 from jpd.semi_pd.mode import Mode
 from jpd.semi_pd.pool import MAX_FAILURES
+from jpd.semi_pd.remote import RemoteExecutor, RemoteStep
 from jpd.types import RequestOutput
 from tests import tiny_models
 from tests.engine.tiny_engine import MODEL, SIZES
+from tests.processes import stop, wait_for_end, wait_until
 
 OPTIONS = SIZES | {"num_pages": 33, "skip_tokenizer_init": True, "show_progress": False}
 VOCAB = tiny_models.CASES[MODEL]["vocab_size"]
@@ -129,10 +135,13 @@ def check_idle(llm: LLM) -> None:
 
 def test_the_same_tokens_as_in_one_process(llm: LLM, in_one_process: list[list[int]]) -> None:
     before = llm.stats
-    outputs = llm.generate(*work(60))
-    assert tokens(outputs) == in_one_process
+    for _ in range(20):  # how many decode at once depends on how fast either executor is
+        outputs = llm.generate(*work(60))
+        assert tokens(outputs) == in_one_process
+        stats = llm.stats
+        if stats.preemptions > before.preemptions:
+            break
     assert all(len(o.outputs[0].logprobs) == len(o.outputs[0].token_ids) for o in outputs[3::4])
-    stats = llm.stats
     assert stats.preemptions > before.preemptions
     assert stats.cached_tokens > before.cached_tokens
     assert stats.recompiles == 0
@@ -162,10 +171,12 @@ def test_what_a_controller_is_told(llm: LLM, script: Script) -> None:
     llm._engine.topology.tend(llm._engine.coordinator.recent)
     script.observations.clear()
     before = llm.stats
-    prompts, params = work(6)
-    outputs = llm.generate(prompts, params)
-    llm._engine.topology.tend(llm._engine.coordinator.recent)
-    seen = script.observations
+    outputs, seen = [], script.observations
+    for _ in range(50):  # how many decode at once depends on how fast either executor is
+        outputs += llm.generate(*work(6))
+        llm._engine.topology.tend(llm._engine.coordinator.recent)
+        if max(o.decoding_requests for o in seen) >= 4:
+            break
     ttft = sorted(t for o in seen for t in o.ttft_s)
     np.testing.assert_allclose(ttft, sorted(o.metrics.ttft_s for o in outputs))
     tpot = sorted(t for o in seen for t in o.tpot_s)
@@ -189,7 +200,16 @@ def test_what_a_controller_is_told(llm: LLM, script: Script) -> None:
     assert times == sorted(times)
 
 
-def test_while_executors_are_killed(llm: LLM, in_one_process: list[list[int]]) -> None:
+def test_while_executors_are_killed(
+    llm: LLM, in_one_process: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    specs = []
+
+    def noted(**fields: object) -> shared_model.WorkerSpec:
+        specs.append(WorkerSpec(**fields))
+        return specs[-1]
+
+    monkeypatch.setattr(shared_model, "WorkerSpec", noted)
     before = llm.stats
     killed = 0
     outputs = llm._queue(llm._checked(*work(60), None))
@@ -205,25 +225,27 @@ def test_while_executors_are_killed(llm: LLM, in_one_process: list[list[int]]) -
     assert tokens(outputs) == in_one_process
     assert killed >= 3
     wait_for_losses(llm, before.executors_lost + killed)
+    # Others with their shares have compared the kernels.
+    assert specs
+    assert not any(spec.check_kernels for spec in specs)
     check_idle(llm)
 
 
 def wait_for_losses(llm: LLM, count: int) -> None:
     """Until all losses were seen, also of executors that had nothing to do."""
-    deadline = time.monotonic() + 30
-    while llm.stats.executors_lost < count:
-        assert time.monotonic() < deadline, llm.stats
-        llm._engine.coordinator.rest()
+    rest_until(llm, lambda: llm.stats.executors_lost >= count, f"{count} losses")
     assert llm.stats.executors_lost == count
+
+
+def rest_until(llm: LLM, condition: Callable[[], object], what: str) -> None:
+    """Looks after the executors of an idle engine until a condition holds."""
+    wait_until(lambda: llm._engine.coordinator.rest() or condition(), what)
 
 
 def test_all_executors_at_once_also_those_kept_ready(
     llm: LLM, in_one_process: list[list[int]]
 ) -> None:
-    deadline = time.monotonic() + 60
-    while len(llm.executors) < 4:
-        assert time.monotonic() < deadline, "what was killed before is not replaced"
-        llm._engine.coordinator.rest()
+    rest_until(llm, lambda: len(llm.executors) == 4, "what was killed before is not replaced")
     before = llm.stats
     outputs = llm._queue(llm._checked(*work(60), None))
     for _ in range(80):
@@ -286,10 +308,15 @@ def test_an_executor_that_nobody_can_start_leaves_its_phase_to_the_other(
     folder: Path, monkeypatch: pytest.MonkeyPatch, in_one_process: list[list[int]]
 ) -> None:
     llm = LLM(str(folder), **OPTIONS, topology="semi_pd")
-    spawn = shared_model.spawn
-    monkeypatch.setattr(
-        shared_model, "spawn", lambda _, **options: spawn("tests.semi_pd.no_executor", **options)
-    )
+    spawn, num_started = shared_model.spawn, itertools.count()
+
+    def spawn_another(module: str, **options: Any) -> Child:
+        child = spawn("tests.semi_pd.no_executor", **options)
+        if next(num_started) % 2:  # it ends before it is told what to do, or after that
+            child.wait()
+        return child
+
+    monkeypatch.setattr(shared_model, "spawn", spawn_another)
     prompts, params = work(60)
     outputs = llm._queue(llm._checked(prompts, params, None))
     for _ in range(30):
@@ -389,28 +416,42 @@ def test_while_one_executor_and_two_take_turns(
         }
         stats = llm.stats
         assert stats.mode_changes >= 10
-        assert stats.executors_lost == 2
         assert stats.recompiles == 0, "an executor was not prepared for steps of both phases"
         assert sum(o.decoding_beside > 0 for o in script.observations) > 10
         # A prompt token's own request waits.
         assert all(o.waiting_beside >= o.prefill_tokens for o in script.observations)
+        wait_for_losses(llm, 2)
         check_idle(llm)
     finally:
         llm.close()
 
 
-def test_a_hung_executor_is_replaced(folder: Path) -> None:
-    llm = LLM(str(folder), **OPTIONS, topology="semi_pd", semi_pd={"step_timeout_s": 5.0})
+def test_a_hung_executor_is_replaced(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = LLM(str(folder), **OPTIONS, topology="semi_pd", semi_pd={"step_timeout_s": 1000.0})
+    launch, hung = RemoteExecutor.launch, []
+
+    def launch_long_ago(executor: RemoteExecutor, plan: StepPlan) -> RemoteStep:
+        step = launch(executor, plan)
+        if executor.pid in hung:
+            step.launched_s -= 999.5
+        return step
+
+    monkeypatch.setattr(RemoteExecutor, "launch", launch_long_ago)
     params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
     prompt = [{"prompt_token_ids": [7, 8, 9]}]
     want = tokens(llm.generate(prompt, params))
     (output,) = llm._queue(llm._checked(prompt, params, None))
     while len(output.outputs[0].token_ids) < 10:
         llm._step()
-    os.kill(llm._engine.topology.decode.executor.pid, signal.SIGSTOP)
+    lane = llm._engine.topology.decode.lane
+    hung.append(lane.executor.pid)
+    stop(lane.executor.pid)
+    for step in lane.in_flight:
+        step.launched_s -= 999.5
     while not output.finished:
         llm._step()
     assert tokens([output]) == want
+    assert lane.executor.pid not in hung
     assert llm.stats.executors_lost == 1
     llm.close()
 
@@ -436,10 +477,10 @@ def test_an_async_face(folder: Path, in_one_process: list[list[int]]) -> None:
         seat = llm._engine.topology.decode
         first = seat.executor.pid
         os.kill(first, signal.SIGKILL)
-        deadline = time.monotonic() + 30
-        while seat.executor is None or seat.executor.pid == first:
-            assert time.monotonic() < deadline, "the executor was not replaced"
-            time.sleep(0.05)
+        wait_until(
+            lambda: (executor := seat.executor) is not None and executor.pid != first,
+            "the executor was not replaced",
+        )
         assert llm.stats.executors_lost == 1
     finally:
         llm.close()
@@ -462,13 +503,11 @@ def test_nothing_outlives_a_coordinator_that_is_killed(folder: Path) -> None:
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
     pids = [int(pid) for pid in done.stdout.split()]
     assert len(pids) == 3
-    deadline = time.monotonic() + 20
-    while any(Path(f"/proc/{pid}").exists() for pid in pids):
-        assert time.monotonic() < deadline, "an executor outlived its coordinator"
-        time.sleep(0.05)
+    for pid in pids:
+        wait_for_end(pid)

@@ -144,6 +144,18 @@ def test_the_prefill_model_learns_how_much_sms_help(parallel: float) -> None:
     assert model.coefficients["scale_s"] == pytest.approx(2e-5, rel=0.1)
 
 
+def test_noisy_times_of_a_token_are_believed_less() -> None:
+    """Longer prompts under the larger share, say: half as fast, though SMs help."""
+    seen = {}
+    for noise in (0.05, 0.3):
+        model = PrefillTimeModel(noise=noise)
+        for percent, seconds in ((80, 1.0), (100, 1.5)):
+            model.update(0.0, Work(shares=Shares(percent, 100), other_busy=1.0), seconds)
+        seen[noise] = model.coefficients["parallel"]
+    assert seen[0.05] < 0.1
+    assert seen[0.3] == pytest.approx(0.6, abs=0.1)
+
+
 def test_one_time_is_enough_as_the_priors_know_the_shape() -> None:
     model = DecodeTimeModel()
     with pytest.raises(ValueError, match="no time has been observed"):
@@ -173,6 +185,8 @@ def test_impossible_values_are_refused() -> None:
         TpotModel().update(1.5, 1.0)
     with pytest.raises(ConfigError, match="memory_s=0"):
         DecodeTimeModel(memory_s=0)
+    with pytest.raises(ConfigError, match="noise=0"):
+        PrefillTimeModel(noise=0)
     with pytest.raises(ConfigError, match="seconds=0"):
         PrefillTimeModel().update(0.0, Work(shares=FULL, other_busy=0.0), 0)
     with pytest.raises(ConfigError, match="other_busy=2"):

@@ -1,5 +1,6 @@
 """The storage owner, the loader, and weights and pages as executors see them."""
 
+import contextlib
 import gc
 import os
 import shutil
@@ -23,7 +24,7 @@ from jpd.semi_pd.layout import Layout, pages_layout
 from jpd.semi_pd.storage import StorageOwner
 from native.memory import ALIGNMENT_BYTES, open_block
 from tests import tiny_models
-from tests.semi_pd.test_child import wait_for_end
+from tests.processes import PATIENCE_S, open_files, wait_for_end, wait_until
 
 DEVICE = "cpu" if os.environ["JAX_PLATFORMS"] == "cpu" else "cuda:0"
 MODEL = "llama32_v5"
@@ -85,8 +86,13 @@ def load(config):
 
 def children():
     """Ids of the processes that this one started and that are not gone."""
-    tasks = Path("/proc/self/task").glob("*/children")
-    return {int(pid) for task in tasks for pid in task.read_text().split()}
+    found = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            status = (process / "stat").read_text().rpartition(")")[2].split()
+            if int(status[1]) == os.getpid():
+                found.add(int(process.name))
+    return found
 
 
 @given(
@@ -242,7 +248,7 @@ def test_an_interrupted_load_leaves_no_loader(start, folder, monkeypatch, load):
     monkeypatch.setattr(storage.loader, "spawn", spawn_and_interrupt)
     with pytest.raises(KeyboardInterrupt):
         load(owner, folder)
-    assert children() == before
+    assert children() <= before
 
 
 def test_the_owner_runs_no_jax(start):
@@ -262,7 +268,7 @@ def modules_after(module):
 def test_the_coordinator_sees_the_end_of_a_killed_owner(start, folder, no_loader, load):
     owner = start()
     os.kill(owner._child.process.pid, signal.SIGKILL)
-    assert owner.connection.poll(10)
+    assert owner.connection.poll(PATIENCE_S)
     with pytest.raises(EngineDeadError, match="the storage owner ended, exit code -9"):
         load(owner, folder)
     assert not owner.alive
@@ -293,14 +299,14 @@ def test_a_device_that_cannot_be_used():
         StorageOwner.start(["cuda:99"])
     with pytest.raises(ConfigError, match=r"device='tpu'.*'cpu' or 'cuda:N'"):
         StorageOwner.start([DEVICE, "tpu"])
-    assert children() == before
+    assert children() <= before
 
 
 def left():
     gc.collect()  # arrays of JAX may be part of cycles
     lines = Path("/proc/self/maps").read_text().splitlines()
-    mapped = [line for line in lines if "memfd:" in line]
-    return len(os.listdir("/proc/self/fd")), mapped, set(os.listdir("/dev/shm")), children()
+    mapped = {line for line in lines if "memfd:" in line}
+    return open_files() | mapped | set(os.listdir("/dev/shm")) | children()
 
 
 def test_nothing_is_left(folder, load):
@@ -312,7 +318,8 @@ def test_nothing_is_left(folder, load):
         arrays.kv_pages([block], PAGES, OneDevice(jax.devices()[0]))
     owner.stop()
     owner.stop()
-    assert left() == before
+    # Other processes, too, may have names in /dev/shm for a moment.
+    wait_until(lambda: left() <= before, "something is left")
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="an allocation on a GPU ends with its process")

@@ -77,6 +77,42 @@ def test_measured_steps_take_the_place_of_arithmetic(simulate, tmp_path):
     assert 0 < model["fit_error"]["decode"]["mean"] < 0.1
 
 
+@pytest.mark.parametrize(
+    ("options", "gpus"),
+    [
+        ("--tensor-parallel-size 2", 2),
+        ("--tensor-parallel-size 2 --topology semi_pd --replicas 3", 6),
+        ("--tensor-parallel-size 2 --topology disaggregated --replicas 2", 8),
+    ],
+)
+def test_several_gpus(simulate, options, gpus):
+    result, printed = simulate("--num-prompts", "10", *options.split())
+    assert result["gpus"] == gpus
+    assert f"GPUs: {gpus}" in printed
+    assert result["latency_model"]["tensor_parallel_size"] == 2
+    assert result["completed"] == 10
+    good = result["attainment"]["joint"] * 10 / result["duration"]
+    assert result["request_goodput"] == pytest.approx(good)
+    assert result["request_goodput_per_gpu"] == pytest.approx(good / gpus)
+
+
+def test_slo_that_was_given(simulate):
+    """It goes before what controllers aim at, and is for topologies without any."""
+    options = ["--num-prompts", "10", "--ttft-slo-s", "0.5", "--tpot-slo-s", "0.04"]
+    assert simulate(*options)[0]["slo"] == {"ttft_s": 0.5, "tpot_s": 0.04}
+    aims = ["--topology", "semi_pd", "--semi-pd.ttft-slo-s", "1", "--semi-pd.tpot-slo-s", "1"]
+    assert simulate(*options, *aims)[0]["slo"] == {"ttft_s": 0.5, "tpot_s": 0.04}
+
+
+def test_steps_measured_on_another_number_of_gpus(folder, tmp_path, capsys):
+    file = tmp_path / "steps.json"
+    measured(0, 0.05).write(file)
+    command = ["simulate", str(folder), *SIZES, "--num-prompts", "10", "--step-times", str(file)]
+    assert main([*command, "--tensor-parallel-size", "2"]) == 2
+    message = "tensor_parallel_size=2 is not allowed: 1, which the latencies are of (made up)"
+    assert message in capsys.readouterr().err
+
+
 def test_how_many_are_needed(simulate):
     options = ["--rate", "1500", "--num-prompts", "400", "--slo-scale", "2.5"]
     result, printed = simulate(*options, "--most-replicas", "9", "--router", "least_tokens")
@@ -97,6 +133,9 @@ def test_how_many_are_needed(simulate):
         ("--rate 0", "rate=0.0 is not allowed: above 0"),
         ("--most-replicas 2 --replicas 3", "most_replicas=2 is not allowed: at least replicas=3"),
         ("--num-prompts 100000", "n must be in 1.."),
+        ("--ttft-slo-s 0 --tpot-slo-s 1", "ttft_slo_s=0.0 is not allowed: above 0"),
+        ("--ttft-slo-s 1", "tpot_slo_s=None is not allowed: a time, as ttft_slo_s=1.0 is given"),
+        ("--tensor-parallel-size 3", "tensor_parallel_size=3 is not allowed: it must divide"),
         ("--step-times nothing.json", "nothing.json cannot be read"),
         ("--max-model-len 100000", "max_model_len=100000 is not allowed"),
     ],
@@ -109,6 +148,6 @@ def test_refuses(folder, capsys, options, message):
 def test_needs_no_device(folder):
     command = [sys.executable, "-m", "jpd", "simulate", str(folder), *SIZES, "--num-prompts", "4"]
     env = os.environ | {"JAX_PLATFORMS": "no_such_device"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert "4 requests in" in done.stdout

@@ -144,10 +144,21 @@ def test_columns_that_say_nothing_are_left_out():
 
 def test_a_file_of_steps(tmp_path):
     times = measured(0, 0.1)
-    times = dataclasses.replace(times, overheads=Overheads(launch_s=1e-3, message_s=2e-4))
+    overheads = Overheads(launch_s=1e-3, message_s=2e-4)
+    times = dataclasses.replace(times, overheads=overheads, tensor_parallel_size=4)
     path = tmp_path / "steps.json"
     times.write(path)
     assert StepTimes.read(path) == times
+    assert fit(StepTimes.read(path)).model.tensor_parallel_size == 4
+
+
+def test_a_file_of_one_gpu_need_not_say_so(tmp_path):
+    path = tmp_path / "steps.json"
+    measured(0, 0.1).write(path)
+    found = json.loads(path.read_text())
+    del found["tensor_parallel_size"]
+    path.write_text(json.dumps(found))
+    assert StepTimes.read(path).tensor_parallel_size == 1
 
 
 @pytest.mark.parametrize(
@@ -161,6 +172,7 @@ def test_a_file_of_steps(tmp_path):
         (lambda found: found["steps"][0].update(other_busy=1.2), "other_busy=1.2 .*: 0..1"),
         (lambda found: found["steps"][0].update(decode_share=0), "decode_share=0 .*1..100"),
         (lambda found: found["overheads"].update(launch_s=-1), "launch_s=-1 is not allowed"),
+        (lambda found: found.update(tensor_parallel_size=0), "tensor_parallel_size=0 .* at least"),
     ],
 )
 def test_a_file_that_holds_something_else(tmp_path, change, message):

@@ -119,19 +119,22 @@ def in_virtual_time(monkeypatch):
         {"topology": "semi_pd", "semi_pd": {"prefill_share": 60, "decode_share": 50}},
         {"topology": "semi_pd"},
         {"topology": "auto", "semi_pd": {"break_even": 1e9, "prefill_share": 60}},
+        {"tensor_parallel_size": 2},
     ],
     ids=str,
 )
 def test_what_is_recorded_of_a_simulated_engine_is_its_model(folder, in_virtual_time, options):
     """The host's times come back, and do not get mixed up with what it waits for."""
     shares = {"parallel": 0.6, "knee": 35.0, "interference": H200}
-    model = dataclasses.replace(STEPS, overheads=HOST, **shares)
+    ranks = options.get("tensor_parallel_size", 1)
+    model = dataclasses.replace(STEPS, overheads=HOST, tensor_parallel_size=ranks, **shares)
     virtual = make_engine(folder, model, **options)
     in_virtual_time(virtual)
     recorder = Recorder(virtual)
     simulate(traces.fixed(workload.poisson(30.0, 300, 0), 40, 30), [virtual])
     times = recorder.times("a simulated engine")
     assert len(times.steps) == virtual.coordinator.stats().steps
+    assert times.tensor_parallel_size == ranks
     found = times.overheads
     assert found.launch_s == pytest.approx(HOST.launch_s, rel=1e-6)
     assert found.deliver_s == pytest.approx(HOST.deliver_s, rel=1e-6)

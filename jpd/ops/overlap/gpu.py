@@ -90,17 +90,27 @@ def _communicators(axis_name: Any) -> Sequence[Any]:
     return found if isinstance(found, Sequence) else (found,)
 
 
-def _look_up(op: str, ranks: int, m: int, n: int, k: int) -> Plan:
-    """The plan of the nearest shape in the table for this machine."""
+def _plans() -> PlanTable:
+    """The table of plans that holds here.
+
+    Raises:
+      ConfigError: that of `Settings.plans` is for another machine.
+    """
     here, table = topology(), settings().plans
     if table is None:
-        table = PlanTable.shipped(here)
-    elif table.topology != here:
+        return PlanTable.shipped(here)
+    if table.topology != here:
         raise ConfigError(f"the plans are for {table.topology}, this is {here}")
+    return table
+
+
+def _look_up(op: str, ranks: int, m: int, n: int, k: int) -> Plan:
+    """The plan of the nearest shape in the table for this machine."""
+    table = _plans()
     plan = table.find(op, ranks, m, n, k)
     if plan is None:
         raise NotImplementedError(
-            f"no plan near {op} of {m}x{n}x{k} on {ranks} ranks for {here.slug}"
+            f"no plan near {op} of {m}x{n}x{k} on {ranks} ranks for {table.topology.slug}"
         )
     return plan
 
@@ -127,6 +137,32 @@ def _fitting(comms: Sequence[Any], plan: Plan, ranks: int) -> Any:
     return comm
 
 
+def _multiply(tiles: Tiles) -> Any:
+    """The signalling GEMM of x, w and counters."""
+    from pallas_kernels import signal_gemm
+
+    return functools.partial(
+        signal_gemm.signal_gemm,
+        groups=tiles.groups,
+        config=tiles.config,
+        sms=tiles.sms,
+        ranks=tiles.ranks,
+    )
+
+
+def product(x: jax.Array, w: jax.Array, tiles: Tiles) -> tuple[Packed, jax.Array]:
+    """A rank's own product as the GEMM stores it, which is sent nowhere, and the counters.
+
+    Args:
+      x: `[M, K]`.
+      w: `[N, K]`.
+      tiles: of an all-reduce.
+    """
+    counters = jax.new_ref(jnp.zeros(len(tiles.groups), jnp.int32))
+    data = _multiply(tiles)(x, w, counters)
+    return Packed(data, tiles.layout), jax.freeze(counters)
+
+
 def _signalled(
     native: Any, comm: Any, op: str, x: jax.Array, w: jax.Array, axis_name: Any, tiles: Tiles
 ) -> Packed:
@@ -137,19 +173,11 @@ def _signalled(
     shape = signal_gemm.packed_shape(x.shape[0], w.shape[0], tiles.config, tiles.ranks)
     groups = native.groups_of(spans, tiles.groups)
     transfer = native.Transfer(op, groups, shape, x.dtype, trace=settings().trace)
-    multiply = functools.partial(
-        signal_gemm.signal_gemm,
-        groups=tiles.groups,
-        config=tiles.config,
-        sms=tiles.sms,
-        ranks=tiles.ranks,
-    )
     # The kernel may refuse. It must do so now: what was started must be ended.
-    zeros = jnp.zeros(len(tiles.groups), jnp.int32)
-    jax.eval_shape(lambda x, w: multiply(x, w, jax.new_ref(zeros)), x, w)
+    jax.eval_shape(lambda x, w: product(x, w, tiles)[1], x, w)
 
     def gemm(packed: Any, counters: Any) -> None:
-        multiply(x, w, counters, packed=packed)
+        _multiply(tiles)(x, w, counters, packed=packed)
 
     # Of w, too: the GEMM reads it early, and what start does keeps it behind all that came before.
     result = comm.run(transfer, gemm, after=[x, w])

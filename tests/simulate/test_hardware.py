@@ -1,0 +1,142 @@
+"""Arithmetic latencies: what a rank computes, and what ranks send each other."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+
+from jpd import checkpoint
+from jpd.config import EngineConfig
+from jpd.parallel import Split
+from jpd.simulate import engine, hardware
+from jpd.simulate.hardware import H200
+from jpd.simulate.latency import LatencyModel, StepWork
+from tests.tiny_models import CASES
+
+FREE_LINK = dataclasses.replace(H200, link_bytes_per_s=math.inf, link_latency_s=0.0)
+LAYERS, WIDTH, VOCAB = 4, 8192, 128256
+
+
+@pytest.fixture(scope="module")
+def shape(tmp_path_factory):
+    """Four layers of the shape of Llama-3-70B."""
+    sizes = {
+        "hidden_size": WIDTH,
+        "intermediate_size": 28672,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": VOCAB,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+    }
+    folder = tmp_path_factory.mktemp("llama3-70b")
+    (folder / "config.json").write_text(json.dumps(CASES["llama3"] | sizes))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(shape):
+    return checkpoint.read_config(shape)
+
+
+def arithmetic(model, ranks: int, gpu=H200) -> LatencyModel:
+    split = Split(model, ranks)
+    rank_bytes = checkpoint.param_bytes(split.rank_model, "bfloat16")
+    return hardware.arithmetic(split, rank_bytes, gpu, page_size=16)
+
+
+def prompt(tokens: int) -> StepWork:
+    """A step with one prompt."""
+    pairs = tokens * (tokens + 1) // 2
+    return StepWork(
+        rows=0,
+        context_tokens=0,
+        prompt_tokens=tokens,
+        pairs=pairs,
+        padded_rows=0,
+        padded_tokens=tokens,
+        padded_context=tokens,
+    )
+
+
+def decode(rows: int, context: int) -> StepWork:
+    return StepWork(
+        rows=rows,
+        context_tokens=rows * context,
+        prompt_tokens=0,
+        pairs=0,
+        padded_rows=rows,
+        padded_tokens=0,
+        padded_context=context,
+    )
+
+
+def sent_s(model, ranks: int, work: StepWork) -> float:
+    """What a step takes longer because ranks wait for each other."""
+    return arithmetic(model, ranks).full_s(work) - arithmetic(model, ranks, FREE_LINK).full_s(work)
+
+
+@pytest.mark.parametrize("work", [prompt(2048), decode(64, 4096)], ids=["prompt", "decode"])
+def test_each_rank_computes_its_part(model, work):
+    whole_s = arithmetic(model, 1).full_s(work)
+    for ranks in (2, 4, 8):
+        found = arithmetic(model, ranks, FREE_LINK)
+        assert found.tensor_parallel_size == ranks
+        # The norms' weights are whole on every rank.
+        assert found.full_s(work) == pytest.approx(whole_s / ranks, rel=1e-3)
+    assert sent_s(model, 1, work) == 0
+
+
+def test_kv_heads_that_several_ranks_have(model):
+    """A rank has one KV head at least, of keys and of what is sent between GPUs."""
+    eight, sixteen = (arithmetic(model, ranks) for ranks in (8, 16))
+    assert sixteen.decode.context_token_s == eight.decode.context_token_s
+    assert sixteen.page_copy_s == eight.page_copy_s == arithmetic(model, 1).page_copy_s / 8
+
+
+@pytest.mark.parametrize(("mib", "measured_us"), [(4, 33), (16, 74), (64, 248), (256, 887)])
+def test_sums_over_two_ranks_take_what_they_took_on_two_gpus(model, mib, measured_us):
+    tokens = (mib << 20) // (2 * WIDTH)
+    sums = 2 * LAYERS + 1  # of the embeddings too
+    took_s = (sent_s(model, 2, prompt(tokens)) - H200.link_latency_s) / sums  # gathered logits
+    assert 1e6 * took_s == pytest.approx(measured_us, rel=0.04)
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_links_of_a_ring(model, ranks):
+    rows, collectives = 64, 2 * LAYERS + 2
+    sums = (2 * LAYERS + 1) * 2 * (ranks - 1) / ranks * rows * 2 * WIDTH
+    logits = (ranks - 1) / ranks * rows * 2 * VOCAB
+    expected_s = collectives * H200.link_latency_s + (sums + logits) / H200.link_bytes_per_s
+    assert sent_s(model, ranks, decode(rows, 1000)) == pytest.approx(expected_s)
+
+
+def test_axes_that_are_not_cut_need_no_sum(model):
+    rules = {"heads": None, "kv_heads": None, "ffn": "tp", "vocab": None}
+    split = Split(model, 2, rules={"width": None, "head_dim": None} | rules)
+    rank_bytes = checkpoint.param_bytes(split.rank_model, "bfloat16")
+    with_link, without = (
+        hardware.arithmetic(split, rank_bytes, gpu, page_size=16) for gpu in (H200, FREE_LINK)
+    )
+    work = decode(1, 10)
+    expected_s = LAYERS * (H200.link_latency_s + 2 * WIDTH / H200.link_bytes_per_s)
+    assert with_link.full_s(work) - without.full_s(work) == pytest.approx(expected_s)
+
+
+def test_pages_fill_the_memory_of_each_rank(shape):
+    sizes = {"max_model_len": 8192, "max_num_seqs": 512, "num_pages": None}
+    config = EngineConfig(model=str(shape), **sizes)
+    used, pages = [], []
+    for ranks in (1, 2, 4):
+        found = engine.prepare(config.replace(tensor_parallel_size=ranks), 20 << 30, "a GPU")
+        pages.append(found.config.num_pages)
+        page_bytes = 2 * LAYERS * 16 * (8 // ranks) * 128 * 2
+        used.append(found.model_bytes + pages[-1] * page_bytes)
+    # Work space is less where there are fewer channels.
+    assert used == pytest.approx([used[0]] * 3, rel=0.05)
+    assert 2 * pages[0] < pages[1]
+    assert 2 * pages[1] < pages[2]
