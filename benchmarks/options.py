@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks.budget import spread
 from benchmarks.report import Report
+from benchmarks.rows import load
 
 VARIANTS = ("stream", "graph")
 PEER_SECONDS = 300.0
@@ -36,13 +37,16 @@ def seconds(text: str) -> float:
     return value
 
 
-def add_seconds(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--seconds``."""
+def add_seconds(
+    parser: argparse.ArgumentParser,
+    bound: str = "begin no case that may not end within N s; 0 measures nothing",
+) -> None:
+    """Adds ``--seconds``; `bound` is what it does."""
     parser.add_argument(
         "--seconds",
         type=seconds,
         metavar="N",
-        help="begin no case that may not end within N s; 0 measures nothing [no limit]",
+        help=f"{bound} [no limit]",
     )
 
 
@@ -106,6 +110,35 @@ def planned(
     if args.missing:
         chosen = [case for case in chosen if report.lacks(name(case))]
     return list(chosen) if order_named else spread(chosen)
+
+
+def merge_of_one_model(
+    parser: argparse.ArgumentParser, report: Report, args: argparse.Namespace, model: str
+) -> None:
+    """Merges earlier files into the report and notes the model of its rows in the summary.
+
+    Ends the program if rows of several models would come together, or none at all.
+
+    Args:
+        parser: of the command line.
+        report: gets them.
+        args: with the options of :func:`add_seconds` and :func:`add_merge_arguments`.
+        model: that this run measures, if it does.
+    """
+    measures, files = args.seconds != 0, []
+    if args.merge is not None or args.missing:
+        files = args.merge or [file for file in [report.path] if file.exists()]
+    if not measures and not files:
+        parser.error("--seconds 0 measures nothing: --merge what?")
+    models = [load(file)["summary"].get("model") for file in files]
+    wanted = model if measures else models[0]
+    for file, found in zip(files, models, strict=True):
+        if found is None:
+            parser.error(f"--merge: {file} does not say of which model its results are")
+        if found != wanted:
+            parser.error(f"--merge: {file} has results of {found}, not of {wanted}")
+    report.merge(files, measures=measures)
+    report.summary["model"] = wanted
 
 
 def keep_one_impl(parser: argparse.ArgumentParser, report: Report, impl: str) -> None:

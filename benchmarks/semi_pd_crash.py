@@ -4,7 +4,7 @@ Requests are kept running on an engine of semi-PD while executors of a random ph
 (SIGKILL) after a random number of engine steps, the next one when the phase serves again and the
 executors to be kept ready are (until then those that run come to their end). Then the same requests
 run on the same engine undisturbed, as many at once as it takes, with log-probabilities. With
-`--seconds` there are as many kills of each kind as its part of the time allows.
+`--seconds` there are as many kills of each kind as its part of the time allows, and at least one.
 
 `ms` is the recovery time: from the kill to the first token that another executor of that phase
 computed (a first token of prefill, any other of decode) and that was published. `cold`: nobody is
@@ -205,7 +205,10 @@ def main() -> None:
     parser.add_argument("--kills", type=int, help="of each kind [20; 3 with --quick]")
     parser.add_argument("--running", type=int, help="requests at once [64; 8 with --quick]")
     parser.add_argument("--seed", type=int, default=0, help="of the kills [%(default)s]")
-    options.add_seconds(parser)
+    options.add_seconds(
+        parser,
+        "begin no kill that may not end within its kind's part of N s, but at least one of each",
+    )
     args = parser.parse_args()
     end_on_sigterm()
     report = Report(

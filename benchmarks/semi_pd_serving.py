@@ -160,8 +160,13 @@ def make_llm(steered: bool, **args: Any) -> AsyncLLM:
     return AsyncLLM(**args)
 
 
-def send(llm: AsyncLLM, workload: Workload, seed: int, alone: bool) -> list[RequestRecord]:
-    """Sends the requests at their times, or one at a time."""
+def send(
+    llm: AsyncLLM, impl: str, workload: Workload, seed: int, alone: bool = False
+) -> list[RequestRecord]:
+    """Sends the requests at their times, or one at a time, to the engine as an implementation."""
+    if ENGINES[impl] == "unified":  # two of them have one engine
+        policy = topologies.TOPOLOGIES[impl]["prefill_policy"]
+        llm._engine.coordinator.prefill_policy = policy
     options = client.ClientOptions(num_warmups=min(2, len(workload)), seed=seed)
     run = client.run_alone if alone else client.run
     return asyncio.run(run(llm, workload, options))
@@ -186,8 +191,6 @@ def run_point(
         break_even: ratio from which on two executors serve as `auto`.
     """
     options, coordinator = llm.config.semi_pd, llm._engine.coordinator
-    if ENGINES[impl] == "unified":
-        coordinator.prefill_policy = topologies.TOPOLOGIES[impl]["prefill_policy"]
     steered = isinstance(options.controller, Steering)
     if steered:
         options.controller.inner = controllers.StaticController()
@@ -199,7 +202,7 @@ def run_point(
     before = _counts(llm)
     if not steered:
         coordinator.recent()  # of earlier points
-    records = send(llm, workload, seed, alone=False)
+    records = send(llm, impl, workload, seed)
     fields = {name: count - before[name] for name, count in _counts(llm).items()}
     if steered:  # whoever steers takes what is recent
         return records, fields | {"mode": llm.stats.mode}
@@ -231,13 +234,13 @@ def calibrate(
     limit, at_once = sizes["max_model_len"], 2 * sizes["max_num_seqs"]
     requests = traces.make(name, rate=1.0, n=alone, seed=0, max_total_tokens=limit)
     short = np.minimum(requests.output_tokens, UNLOADED_TOKENS)
-    records = process.call(send, replace(requests, output_tokens=short), 0, True)
+    records = process.call(send, REFERENCE, replace(requests, output_tokens=short), 0, True)
     fields: dict[str, float] = {}
     for scale, factor in SLOS.items():
         limits = slo.slo_from_unloaded(records, factor)
         fields |= {f"{scale}_{key}": value for key, value in asdict(limits).items()}
     requests = traces.make(name, rate=1.0, n=at_once, seed=1, max_total_tokens=limit)
-    records = process.call(send, retime(requests, np.zeros(at_once)), 1, False)
+    records = process.call(send, REFERENCE, retime(requests, np.zeros(at_once)), 1)
     failed = sum(not record.ok for record in records)
     if failed:
         raise RuntimeError(f"{failed} of {at_once} requests at once failed")
@@ -249,9 +252,18 @@ def calibrate(
 
 
 def second_quarter_per_s(finished_s: Sequence[float]) -> float:
-    """Requests/s between the ends of a quarter and of half of the requests."""
+    """Requests/s between the ends of a quarter and of half of the requests.
+
+    Raises:
+        ValueError: there are fewer than four, or those of the second quarter ended at one time.
+    """
     times, quarter = sorted(finished_s), len(finished_s) // 4
-    return quarter / (times[2 * quarter - 1] - times[quarter - 1])
+    if quarter == 0:
+        raise ValueError(f"{len(times)} requests have no second quarter: at least 4")
+    begin_s, end_s = times[quarter - 1], times[2 * quarter - 1]
+    if begin_s == end_s:
+        raise ValueError(f"no time between a quarter and half of the requests: both at {end_s} s")
+    return quarter / (end_s - begin_s)
 
 
 def slos_of(unloaded: Mapping[str, Any]) -> dict[str, Slo]:
@@ -346,7 +358,9 @@ class Engines(contextlib.ExitStack):
                 self._started[engine] = self.enter_context(self._process(engine))
             except Exception as error:  # its peers can be measured without it
                 self._started[engine] = error
-            say(f"{engine} is ready")
+                say(f"{engine} did not start: {error}")
+            else:
+                say(f"{engine} is ready")
         found = self._started[engine]
         if isinstance(found, Exception):
             raise found
@@ -415,6 +429,7 @@ def measure(
             unloaded = known[unloaded_case(workload)] = report.add(
                 unloaded_case(workload), REFERENCE, **fields
             )
+            report.save()
             say(f"{workload}: {unloaded['capacity']:.2f} requests/s kept up")
         cases = cases_of(args, report, workload, seed, unloaded["capacity"])
         report.expect((case.name, impl) for case in cases for impl in args.impls)
@@ -474,20 +489,10 @@ def main() -> None:
         "How fast do the topologies serve, and how much load do they bear within an SLO?",
         out=args.out,
     )
-    files = args.merge or [file for file in [report.path] if file.exists()]
-    merged = bool(files) and (args.merge is not None or args.missing)
-    measures = args.seconds != 0
-    if merged:
-        report.merge(files, measures=measures)
-    model = report.earlier("model")
-    if measures:
-        model, sizes = topologies.sizes(args, report.env)
-        if merged and report.earlier("model") != model:
-            parser.error(f"--merge: results of {report.earlier('model')}, not of {model}")
-    elif not merged:
-        parser.error("--seconds 0 measures nothing: --merge what?")
-    report.summary["model"], report.summarise = model, summarise
-    if measures:
+    report.summarise = summarise
+    model, sizes = topologies.sizes(args, report.env)
+    options.merge_of_one_model(parser, report, args, model)
+    if args.seconds != 0:
         with Engines(model, sizes) as engines:
             measure(
                 args,

@@ -9,8 +9,9 @@ One engine of semi-PD keeps a fixed number of requests running; when one ends, t
     is sent to the decode executor with that step, for all its rows; `kv_bytes` are the keys and
     values that the request has by then. `kv_bytes_copied` are those that went from one phase's
     memory to the other's, as executors count them (`jpd/semi_pd/page_push.py`): none, since what is
-    handed over are page ids; on a GPU every executor sees at its start that its steps leave the
-    pages where they are. On a CPU XLA cannot write them in place, so each step copies back what it
+    handed over are page ids. On a GPU each executor runs its steps once at its start and sees that
+    they leave the pages where they are (one on several GPUs, or that sends pages, does not; here is
+    none such). On a CPU XLA cannot write them in place, so each step copies back what it
     wrote (`jpd/semi_pd/host_pages.py`), in either phase; that is `kv_bytes_copied_back`, counted
     from the steps.
 ``pool``
@@ -18,7 +19,8 @@ One engine of semi-PD keeps a fixed number of requests running; when one ends, t
 ``background``
     they change to pairs that nobody keeps: both executors are started while the old ones serve.
     Each pair was started once before, so that its steps are compiled (`first_serve_ms` is how long
-    that took at most). With `--seconds` there are as many switches as there is time for.
+    that took at most). With `--seconds` there are as many switches, of this and of `pool`, as
+    there is time for, and at least one.
 
 For the last two, `ms` is the pause of a switch: the largest gap between two tokens of a running
 request from the moment at which the shares were asked for until `SETTLE_STEPS` steps after the
@@ -261,7 +263,9 @@ def main() -> None:
     )
     parser.add_argument("--hand-overs", type=int, help="at least [200; 20 with --quick]")
     parser.add_argument("--running", type=int, help="requests at once [64; 6 with --quick]")
-    options.add_seconds(parser)
+    options.add_seconds(
+        parser, "begin no switch that may not end within N s, but at least one of each kind"
+    )
     args = parser.parse_args()
     end_on_sigterm()
     budget = Budget(args.seconds)

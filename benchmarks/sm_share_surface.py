@@ -15,7 +15,8 @@ here.
 
 The files are written after every configuration (a pair of shares and what each phase is given);
 with `--seconds N` none begins that may not end in time, `--missing` measures those that the file
-lacks, and `--seconds 0 --merge FILE ...` merges files and draws the chart.
+lacks, and `--seconds 0 --merge FILE ...` merges files of one model, writes both files and draws the
+chart.
 
 The summary has the errors |predicted / measured - 1| of what is fitted to these rows, mean and
 largest. `prefill_model` and `decode_model` are those of `jpd/semi_pd/share_models.py`, a fit for
@@ -33,8 +34,8 @@ import itertools
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -43,6 +44,7 @@ from benchmarks.budget import Budget
 from benchmarks.curves import write_svg
 from benchmarks.engine_load import Load, LoadRequest, LoggedStep, StepLog
 from benchmarks.report import Report, add_arguments
+from benchmarks.rows import load
 from benchmarks.share_fits import Key, Size, fields_of, panels, steps_of, summarise
 from benchmarks.stopping import end_on_sigterm, say
 from jpd.engine.build import Engine
@@ -243,9 +245,12 @@ def configurations(
     return found
 
 
-def write(report: Report, source: str) -> None:
+def write(report: Report) -> None:
     """Writes the rows, and the steps among them for the simulator."""
     report.save()
+    env = load(report.path)["env"]  # of who measured: rows may be merged elsewhere
+    device = env["gpu"] or env["cpu"]
+    source = f"{report.summary['model']} on {device}, benchmarks/sm_share_surface.py"
     steps = list(steps_of(report.all_rows()).values())
     StepTimes(source, Overheads(), steps).write(report.folder / "sm_share_surface_steps.json")
 
@@ -270,23 +275,27 @@ def main() -> None:
         out=args.out,
     )
     report.summarise = lambda rows: summarise(steps_of(rows))
-    files = args.merge or [file for file in [report.path] if file.exists()]
-    if files and (args.merge is not None or args.missing):
-        report.merge(files, measures=args.seconds != 0)
+    model, sizes = topologies.sizes(args, report.env)
+    options.merge_of_one_model(parser, report, args, model)
     if args.seconds != 0:
-        measure(args, parser, report)
+        measure(args, parser, report, model, sizes)
     report.show()
-    report.save()
+    write(report)
     chart = panels(steps_of(report.all_rows()))
     write_svg(report.path.with_suffix(".svg"), report.question, chart)
     print(f"wrote {report.path}")
     sys.exit(report.failures > 0)
 
 
-def measure(args: argparse.Namespace, parser: argparse.ArgumentParser, report: Report) -> None:
+def measure(
+    args: argparse.Namespace,
+    parser: argparse.ArgumentParser,
+    report: Report,
+    model: str,
+    sizes: Mapping[str, Any],
+) -> None:
     """Measures what the command line asks for and there is time for."""
     budget = Budget(args.seconds)
-    model, sizes = topologies.sizes(args, report.env)
     small = model != "llama31-8b"
     pairs = args.pairs or ([Shares(100, 100), Shares(50, 50)] if small else DEFAULT_SHARES)
     decodes = args.decode or (
@@ -300,7 +309,6 @@ def measure(args: argparse.Namespace, parser: argparse.ArgumentParser, report: R
     if args.missing:
         have = {row.get("configuration") for row in report.all_rows()}
         wanted = [each for each in wanted if str(each) not in have]
-    source = f"{model} on {report.env['gpu'] or report.env['cpu']}, benchmarks/sm_share_surface.py"
     kept = {"kept_shares": [(shares.prefill, shares.decode) for shares in pairs]}
     say(f"starting {model}")
     engine = topologies.build(**topologies.engine_args(model, "semi_pd", **sizes, semi_pd=kept))
@@ -314,7 +322,7 @@ def measure(args: argparse.Namespace, parser: argparse.ArgumentParser, report: R
             for key, steps in measured.items():
                 fields = fields_of(key, steps)
                 report.add(key.case, IMPL, configuration=str(configuration), **fields)
-            write(report, source)
+            write(report)
             say(f"{configuration}: {budget.longest_s:.1f} s at most so far")
 
 

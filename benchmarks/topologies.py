@@ -183,11 +183,10 @@ def _run(
 
 def _answer(connection: Connection, function: Callable[..., Any], *args: Any) -> None:
     try:
-        answer = True, function(*args)
-    except Exception as error:
+        connection.send((True, function(*args)))
+    except Exception as error:  # also of an answer that cannot be pickled: nothing of it was sent
         traceback.print_exc()
-        answer = False, _for_the_parent(error)
-    connection.send(answer)
+        connection.send((False, _for_the_parent(error)))
 
 
 def _for_the_parent(error: Exception) -> RuntimeError:

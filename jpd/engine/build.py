@@ -19,6 +19,7 @@ from jpd.engine.coordinator import Coordinator
 from jpd.engine.executor import Executor, shape_table
 from jpd.engine.lane import OneExecutor, Topology
 from jpd.engine.rank_step import overlaps
+from jpd.engine.shapes import ShapeTable
 from jpd.errors import ConfigError
 from jpd.models import ModelConfig, Params
 from jpd.ops import self_check, sum_check
@@ -211,22 +212,27 @@ def check_ranks(
     split: Split,
     params: Params,
     placement: Placement,
-    *,
-    prefill: bool = True,
+    shapes: ShapeTable,
 ) -> None:
     """`check_kernels` on every device of a placement, each with its part of the parameters, and the
-    sums that hide behind products on all of them, if steps are to hold prompt tokens.
+    sums that hide behind products in steps of these shapes on all of them.
 
     Raises:
       KernelError: something is wrong on this machine.
     """
     for rank, device in enumerate(placement.devices):
         check_kernels(config, split.rank_model, placement.of_rank(params, rank), device)
-    if prefill and isinstance(placement, ManyDevices):
-        check_sums(config, split, params, placement.mesh)
+    if isinstance(placement, ManyDevices):
+        check_sums(config, split, params, placement.mesh, shapes)
 
 
-def check_sums(config: EngineConfig, split: Split, params: Params, mesh: jax.sharding.Mesh) -> None:
+def check_sums(
+    config: EngineConfig,
+    split: Split,
+    params: Params,
+    mesh: jax.sharding.Mesh,
+    shapes: ShapeTable,
+) -> None:
     """Compares sums that will hide behind products with a reference, where plans ask for that.
 
     Raises:
@@ -234,8 +240,7 @@ def check_sums(config: EngineConfig, split: Split, params: Params, mesh: jax.sha
     """
     if not config.kernels.self_check or config.kernels.matmul_all_reduce == "xla":
         return
-    steps = filter(overlaps, shape_table(config).all())
-    rows = sorted({shape.batch + shape.tokens for shape in steps})
+    rows = sorted({shape.batch + shape.tokens for shape in filter(overlaps, shapes.all())})
     layer = params["layers"][0]
     layers = {"heads": ("out", layer["attention"]["out"]), "ffn": ("down", layer["mlp"]["down"])}
     sums = [
@@ -346,7 +351,8 @@ def build(config: EngineConfig, device: jax.Device | None = None) -> Engine:
         show_progress=config.show_progress,
         placement=placement,
     )
-    check_ranks(config, prepared.split, params, placement)
+    shapes = shape_table(config)
+    check_ranks(config, prepared.split, params, placement, shapes)
     executor = Executor(
         config,
         model,
@@ -354,10 +360,13 @@ def build(config: EngineConfig, device: jax.Device | None = None) -> Engine:
         device,
         prepared.eos_token_ids,
         prepared.phi,
+        shapes=shapes,
         placement=placement,
     )
     executor.compile_ahead()
     check_memory(executor, prepared.model_bytes, limit)
+    if device.platform == "gpu":
+        executor.run_for_nobody()
     topology = OneExecutor(executor, config.max_num_seqs, depth=1 + config.async_scheduling)
     return assemble(prepared, topology)
 

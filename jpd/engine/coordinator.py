@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from jpd.config import EngineConfig
+from jpd.config import EngineConfig, PrefillPolicy
 from jpd.engine import output as outputs
 from jpd.engine.lane import ExecutorLostError, Lane, OneExecutor, PagesLostError, Topology
 from jpd.engine.metrics import EngineStats
@@ -67,8 +67,6 @@ class Coordinator:
         self._stats = EngineStats()
         self._recent = RecentSteps()
         self.clock = clock
-        self.prefill_policy = config.prefill_policy
-        """See `EngineConfig`; another one holds from the next step on."""
         self._config = config
         self._vocab_size = model.vocab_size
         self._topology = topology
@@ -81,6 +79,19 @@ class Coordinator:
         self._cause: BaseException | None = None
         self._given_up: list[Delta] = []
         self._seeds = np.random.default_rng(config.seed)
+
+    @property
+    def prefill_policy(self) -> PrefillPolicy:
+        """See `EngineConfig`. May be assigned: another one holds from the next step on.
+
+        Raises:
+          ConfigError: the topology or the name does not allow it.
+        """
+        return self._config.prefill_policy
+
+    @prefill_policy.setter
+    def prefill_policy(self, policy: PrefillPolicy) -> None:
+        self._config = self._config.replace(prefill_policy=policy)
 
     # ---- requests
 
@@ -330,7 +341,7 @@ class Coordinator:
         prefill = lane.prefill and not any(other.has_chunks for other in others)
         decode = lane.decode and not any(other.has_rows for other in others)
         both = lane.prefill and lane.decode
-        if self.prefill_policy == "first" and prefill:
+        if self._config.prefill_policy == "first" and prefill:
             plan = scheduler.plan(decode=False, decodes_on=both)
             if plan is not None or not decode:
                 return plan

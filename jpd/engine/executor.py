@@ -201,24 +201,19 @@ class Executor:
         return self.compiled.recompiles
 
     def compile_ahead(self) -> None:
-        """Compiles every step shape and the history update; on one GPU also runs each of them once.
-
-        A GPU takes in the kernels of a program when it first runs, which requests would wait for.
-        """
+        """Compiles every step shape and the history update."""
         self.compiled.compile_ahead(
             self.shapes.all(),
             self._lowering().lower_ahead,
             show_progress=self._config.show_progress,
         )
         self.load_history(self._config.max_num_seqs, np.zeros(0, np.int32))
-        # Executors that start together on several GPUs could hold up each other's collectives, and
-        # one that tells of its progress sends pages, which others have to know of.
-        several = isinstance(self.placement, ManyDevices)
-        if self._device.platform == "gpu" and not several and self._progress is None:
-            self.run_for_nobody()
 
     def run_for_nobody(self) -> None:
-        """Runs each step shape once, with a row and a prompt of one token on page 0."""
+        """Runs each step shape once, with a row and a prompt of one token on page 0.
+
+        A GPU takes in the kernels of a program when it first runs, which requests would wait for.
+        """
         for shape in self.shapes.all():
             inputs = self._host_inputs(shape, _plan_for_nobody(shape, self._config.max_num_seqs))
             compiled = self.compiled.get(shape, self._lower)

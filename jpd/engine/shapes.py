@@ -52,8 +52,9 @@ class ShapeTable:
       max_num_batched_tokens: largest number of prompt tokens.
       max_model_len: longest context.
       page_size: contexts are rounded up to whole pages.
-        batch_buckets: replaces the defaults, also of mixed steps, which otherwise know two sizes.
-        token_buckets, context_buckets: replace the defaults.
+      batch_buckets: replaces the defaults. Mixed steps have those of 8 rows and more; by default
+        they know two sizes.
+      token_buckets, context_buckets: replace the defaults.
       prefill, decode: the phases that steps hold as a rule; shapes of others are not in `all`.
     """
 

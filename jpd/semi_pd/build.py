@@ -16,6 +16,7 @@ from jpd.engine import build as engine_build
 from jpd.engine.build import Engine
 from jpd.engine.lane import PagesLostError
 from jpd.errors import ConfigError
+from jpd.semi_pd import collectives
 from jpd.semi_pd.controller import Controller, Shares, Slo
 from jpd.semi_pd.mode import UNIFIED_SHARE, BreakEven, ModePolicy
 from jpd.semi_pd.paper_controller import PaperController
@@ -86,6 +87,8 @@ def _build_apart(config: EngineConfig) -> Engine:
             owners.append(_owner(config, places, env))
             resources.callback(owners[-1].stop)
         executors = 1 if apart else num_executors(config)
+        if in_shares:
+            collectives.check_executors(owners[0].devices, executors)
         each = _CONTEXT_BYTES + (_NCCL_BYTES if ranks > 1 else 0)
         contexts = executors * each if on_gpu else 0
         sharing = 1 if on_gpu else len(owners) * ranks  # all of a CPU's ranks share its memory

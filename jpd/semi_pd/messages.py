@@ -39,8 +39,8 @@ class WorkerSpec:
     generations: Handle | None
     """`[P]` int64 on the host, how often each page was handed out; None checks nothing."""
     check_kernels: bool
-    """Compare the kernels with their references first; False where an executor with the same share
-    of the SMs has done so for this engine."""
+    """Compare the kernels with their references first; False where an executor of the same phase
+    and share of the SMs has done so on this memory."""
 
     @property
     def fds(self) -> tuple[int, ...]:

@@ -56,8 +56,8 @@ class SharedModel:
         self._config = config.replace(
             topology="unified", semi_pd=SemiPDConfig(), show_progress=False
         )
-        self._started: dict[tuple[int, bool], list[RemoteExecutor]] = defaultdict(list)
-        """Executors that were to compare their kernels, those of prompts too or not."""
+        self._started: dict[tuple[int, bool, bool], list[RemoteExecutor]] = defaultdict(list)
+        """Executors that were to compare their kernels, by share and by phases of their steps."""
         self._load(config.show_progress)
 
     def _load(self, show_progress: bool) -> None:
@@ -91,6 +91,7 @@ class SharedModel:
         """
         self._owner.stop()
         self._owner = StorageOwner.start(self._owner.devices, self._env)
+        self._started.clear()
         self._load(show_progress=False)
 
     @property
@@ -114,7 +115,7 @@ class SharedModel:
           share: percent of the SMs.
         """
         prefill, decode = phases_of(self._prepared.config.topology, phase, share)
-        same = self._started[share, prefill]
+        same = self._started[share, prefill, decode]
         spec = WorkerSpec(
             config=self._config,
             split=self._prepared.split,

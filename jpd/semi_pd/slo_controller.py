@@ -10,14 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from jpd.config import require
-from jpd.semi_pd.controller import (
-    FULL,
-    Observation,
-    Shares,
-    Slo,
-    SwitchInFlight,
-    require_positive,
-)
+from jpd.semi_pd.controller import Observation, Shares, Slo, SwitchInFlight, require_positive
 from jpd.semi_pd.share_models import H200, DecodeTimeModel, Interference, PrefillTimeModel, Work
 
 DEFAULT_SHARES = (
@@ -59,8 +52,9 @@ class SloController:
 
     1. learns the time of a prompt token and of a decode step under the current shares
        (`prefill_model`, `decode_model`) and the prompt tokens that arrive a second;
-    2. gives the whole GPU, (100, 100), to one phase once the other has been idle for
-       `idle_after_s`;
+    2. lends SMs once a phase has been idle for `idle_after_s`: the other one gets the whole GPU,
+       (100, 100), or stays if its own share is as large already. When both work again, the shares
+       before serve again at once, unless that was `memory_s` ago;
     3. forecasts under every allowed share (`forecasts`)
 
        - TPOT: the mean gap between tokens now, times the ratio that the decode model gives, and
@@ -75,14 +69,18 @@ class SloController:
        of them, and where all shares fail, the share whose worse SLO is best. There is no edge
        between the two at which to flap.
 
-    Two switches are `min_dwell_s` apart. A share whose miss is above `act_above` may be left before
-    that, unless another one was left so less than `min_dwell_s` ago: a burst finds no door closed.
-    Going back to shares that were left within `max_dwell_s` doubles that time, so a model that is
-    wrong about a share cannot make it flap.
+    Two such decisions are `min_dwell_s` apart. A share whose miss is above `act_above` may be left
+    before that, unless another one was left so less than `min_dwell_s` ago. Going back to shares
+    that were left within `max_dwell_s` doubles that time, so a model that is wrong about a share
+    cannot make it flap. To lend SMs and to take them back are no decisions: both are done at once,
+    once in an idle time, and count for none of this, so a burst finds no door closed.
 
-    Where requests wait although the prefill executor is idle most of the time, they wait for KV
-    pages or a row of the batch, that is for decode to finish others: then TTFT follows decode's
-    speed.
+    Nothing is decided in the first quarter of `window_s` under new shares, or after a time in which
+    it was not asked: what was seen before does not say what is there now.
+
+    Where requests wait although the prefill executor is idle, they wait for KV pages or a row of
+    the batch, that is for decode to finish others: the more of the time, the more TTFT follows
+    decode's speed.
 
     It asks for no shares but the `allowed` ones: where those are the warm executors of a pool, no
     switch ever waits for a process to start.
@@ -93,7 +91,8 @@ class SloController:
     """Shares to choose from, such as those of the warm executors in a pool; None: DEFAULT_SHARES.
     If (100, 100) is not among them, a lone phase gets the largest share that is."""
     window_s: float = 2.0
-    """How far back step times and decoding requests count."""
+    """How far back step times and decoding requests count; a quarter of it is the least that they
+    are learned from."""
     load_window_s: float = 10.0
     """How far back arrivals, TTFT and waiting requests count: a rate of whole prompts, and a
     percentile, need more time to show."""
@@ -107,13 +106,13 @@ class SloController:
     min_gain: float = 0.05
     """Part, 0..1, by which a switch must lower the cost."""
     min_dwell_s: float = 2.0
-    """Time between two switches, at least; those for an idle phase do not wait."""
+    """Time between two decisions, at least."""
     max_dwell_s: float = 30.0
     """The most that going back and forth can raise it to; it falls back after as long a rest."""
     switch_timeout_s: float = 60.0
     """A switch that does not serve after this long is given up."""
     memory_s: float = 60.0
-    """Age at which what was learned about a share is forgotten."""
+    """Age at which what was learned about a share is forgotten, and for how long SMs are lent."""
     interference: Interference = H200
     """What the phases do to each other on this GPU."""
 
@@ -140,6 +139,7 @@ class SloController:
         self.decode_model = DecodeTimeModel(self.interference, self.memory_s)
         self._sequences = 1.0
         self._prefill_busy = 0.0
+        self._starved = 0.0  # 0..1: how far TTFT follows decode's speed
         # What was seen last, over what the models say of it.
         self._prefill_scale = self._decode_scale = 1.0
         self._switch = SwitchInFlight(self.switch_timeout_s)
@@ -148,7 +148,8 @@ class SloController:
         self._serving: Shares | None = None
         self._since_s = -math.inf  # when the current shares began to serve
         self._prefill_worked_s = self._decode_worked_s = -math.inf
-        self._left_s: dict[Shares, float] = {}  # when each was left
+        self._lent: tuple[Shares, float] | None = None  # what served before, until when
+        self._left_s: dict[Shares, float] = {}  # when each was left by a decision
         self._switched_s = self._urgent_s = -math.inf
         self._dwell_s = self.min_dwell_s
 
@@ -160,12 +161,19 @@ class SloController:
         if under_way is not None:
             self.reason = "switch under way"
             return under_way
-        self._learn(now_s, current)
-        lone = self._for_a_lone_phase(now_s)
+        learned = self._learn(now_s, current)
+        lone = self._for_a_lone_phase(now_s, current)
         if lone is not None:
             self.reason = "a phase is idle"
+            if lone != current and self._lent is None:
+                self._lent = current, now_s
             return self._go(lone, current, now_s)
-        if not self.prefill_model.points or not self.decode_model.points:
+        if self._lent is not None:
+            (before, lent_s), self._lent = self._lent, None
+            if before in self._allowed and now_s - lent_s <= self.memory_s:
+                self.reason = "both phases work again"
+                return self._go(before, current, now_s)
+        if not learned:
             self.reason = "nothing learned yet"
             return current
         self._forecast_all(observation, current)
@@ -188,11 +196,11 @@ class SloController:
             self._dwell_s = self.min_dwell_s
         if now_s - self._left_s.get(best, -math.inf) <= self.max_dwell_s:
             self._dwell_s = min(2 * self._dwell_s, self.max_dwell_s)
+        self._left_s[current] = self._switched_s = now_s
         return self._go(best, current, now_s)
 
     def _go(self, wanted: Shares, current: Shares, now_s: float) -> Shares:
         if wanted != current:
-            self._left_s[current] = self._switched_s = now_s
             self._switch.ask(wanted, now_s)
         return wanted
 
@@ -201,6 +209,8 @@ class SloController:
         away = bool(self._seen) and now_s - self._seen[-1][0].now_s > self.window_s
         if away:  # nobody asked, as while one executor served: that says nothing about two
             self._seen.clear()
+            self._lent = None
+            self._prefill_worked_s = self._decode_worked_s = now_s
         changed = away or current != self._serving
         if changed:
             self._serving, self._since_s = current, now_s
@@ -212,16 +222,18 @@ class SloController:
         if observation.decoding_requests or observation.token_gap_s:
             self._decode_worked_s = now_s
 
-    def _learn(self, now_s: float, current: Shares) -> None:
+    def _learn(self, now_s: float, current: Shares) -> bool:
+        """Whether enough is known of both phases to say what another share would change."""
         under = [o for o, shares in self._seen if shares == current]
         start_s = max(self._since_s, now_s - self.window_s)
         recent = [o for o in under if o.now_s > start_s]
-        self._starved = False
         if now_s - start_s < self.window_s / 4:  # a step or two of each phase say little
-            return
+            return False
         busy_s = sum(o.prefill_busy_s for o in recent)
         self._prefill_busy = min(1.0, busy_s / (now_s - start_s))
-        self._starved = self._prefill_busy < 0.5 and all(o.waiting_requests for o in recent)
+        waited = sum(o.waiting_requests > 0 for o in recent) / len(recent)
+        # Requests waited and prefill did not work: 0 up to a quarter of the time, 1 from three on.
+        self._starved = min(1.0, max(0.0, 2 * (waited - self._prefill_busy) - 0.5))
         tokens = sum(o.prefill_tokens for o in under)
         if tokens and self._prefill_busy >= 0.1:  # with less, a step's fixed cost is most of it
             seconds = sum(o.prefill_busy_s for o in under) / tokens
@@ -236,6 +248,7 @@ class SloController:
             work = self._decoding(current, self._prefill_busy)
             self.decode_model.update(now_s, work, seconds)
             self._decode_scale = seconds / self.decode_model.predict(work)
+        return bool(self.prefill_model.points and self.decode_model.points)
 
     def _decoding(self, shares: Shares, prefill_busy: float) -> Work:
         return Work(shares=shares, other_busy=prefill_busy, sequences=self._sequences)
@@ -275,7 +288,8 @@ class SloController:
 
         def forecast(shares: Shares) -> Forecast:
             each_s, times = token_s(shares), slower(shares)
-            queue = queue_s(current) * times if self._starved else queue_s(shares)
+            starved_s = queue_s(current) * times
+            queue = self._starved * starved_s + (1 - self._starved) * queue_s(shares)
             ttft_s = max(
                 self.slo.percentile * waiting * each_s,
                 (waiting + tokens_per_s * self.horizon_s) * each_s - self.horizon_s,
@@ -298,13 +312,12 @@ class SloController:
         queued = last.waiting_tokens - first.waiting_tokens
         return max(0, computed + queued) / span_s  # aborts can make the sum negative
 
-    def _for_a_lone_phase(self, now_s: float) -> Shares | None:
+    def _for_a_lone_phase(self, now_s: float, current: Shares) -> Shares | None:
+        """The shares for the phase that works alone; None if both work."""
         prefill_idle = now_s - self._prefill_worked_s > self.idle_after_s
         decode_idle = now_s - self._decode_worked_s > self.idle_after_s
         if not prefill_idle and not decode_idle:
             return None
-        if FULL in self._allowed:
-            return FULL
-        if decode_idle:  # also when both are: prefill comes first
-            return max(self._allowed, key=lambda s: (s.prefill, s.decode))
-        return max(self._allowed, key=lambda s: (s.decode, s.prefill))
+        phase = "prefill" if decode_idle else "decode"  # prefill also when both are: it comes first
+        most = max(self._allowed, key=lambda s: (getattr(s, phase), s.prefill, s.decode))
+        return current if getattr(current, phase) >= getattr(most, phase) else most

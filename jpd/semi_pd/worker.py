@@ -81,8 +81,9 @@ def _build(spec: WorkerSpec) -> tuple[_Worker, int]:
     pages = [open_block(handle) for handle in spec.handles.pages]
     params = arrays.params(weights, spec.weights, placement)
     use_cache_dir(spec.config.compilation_cache_dir)
+    shapes = shape_table(spec.config, prefill=spec.prefill, decode=spec.decode)
     if spec.check_kernels:
-        check_ranks(spec.config, spec.split, params, placement, prefill=spec.prefill)
+        check_ranks(spec.config, spec.split, params, placement, shapes)
     pusher = None
     if spec.target_pages:
         from jpd.semi_pd.page_push import PagePusher, PushProgress
@@ -95,7 +96,7 @@ def _build(spec: WorkerSpec) -> tuple[_Worker, int]:
     options = {
         "progress": None if pusher is None else PushProgress(),
         "phi": spec.phi,
-        "shapes": shape_table(spec.config, prefill=spec.prefill, decode=spec.decode),
+        "shapes": shapes,
         "placement": placement,
     }
     model, device = spec.split.model, placement.devices[0]
@@ -110,10 +111,14 @@ def _build(spec: WorkerSpec) -> tuple[_Worker, int]:
         executor = Executor(*common, kv=kv, **options)
         units = min(visible_sms(int(where.removeprefix("cuda:"))) for where in places)
         collectives.check_sms(places, units)
-    before = arrays.addresses(executor.kv)
     executor.compile_ahead()
-    if not on_cpu and arrays.addresses(executor.kv) != before:
-        raise RuntimeError("a step left the KV pages in other memory than all executors share")
+    # Of several GPUs, those that start keep to the collectives of their check. Who sends pages
+    # sends those of announced steps only.
+    if not on_cpu and len(places) == 1 and pusher is None:
+        before = arrays.addresses(executor.kv)
+        executor.run_for_nobody()
+        if arrays.addresses(executor.kv) != before:
+            raise RuntimeError("a step left the KV pages in other memory than all executors share")
     check = None
     if spec.generations is not None:
         counts = open_block(spec.generations).array(0, (spec.config.num_pages,), np.int64)

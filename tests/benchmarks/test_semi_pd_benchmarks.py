@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+import weakref
 from collections.abc import Iterator
 from itertools import islice
 from types import SimpleNamespace
@@ -30,7 +31,8 @@ from benchmarks.engine_load import Load, random_requests, seats
 from benchmarks.report import Report
 from benchmarks.rows import load as load_document
 from jpd import AsyncLLM
-from jpd.bench.slo import Slo
+from jpd.bench import client
+from jpd.bench.slo import RequestRecord, Slo
 from jpd.engine.build import Engine
 from jpd.semi_pd.controller import Observation, Shares, StaticController
 from jpd.semi_pd.slo_controller import SloController
@@ -39,6 +41,7 @@ from jpd.simulate.fit import StepTimes
 SIZES = topologies.SIZES["tiny"]
 PAIRS = semi_pd_parity.PAIRS
 QUESTION = "How fast do the topologies serve, and how much load do they bear within an SLO?"
+SURFACE = "How long do prefill and decode steps take under each SM share, alone and side by side?"
 
 
 def test_a_controller_is_put_in_between_two_points() -> None:
@@ -88,7 +91,10 @@ def test_help(
     module: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_main(module, monkeypatch, "--help") == 0
-    assert "--quick" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "--quick" in out
+    measures_nothing = module in (semi_pd_serving, sm_share_surface)
+    assert ("0 measures nothing" in " ".join(out.split())) == measures_nothing
 
 
 def test_serving_in_two_calls(tmp_path, monkeypatch, capsys) -> None:
@@ -144,6 +150,76 @@ def test_an_engine_that_does_not_start_costs_its_peers_nothing(
         llm.close()
     rows = load_document(tmp_path / "semi_pd_serving.json")["rows"]
     assert [row["status"] for row in rows] == ["ok", "ok", "failed: RuntimeError: no room"]
+    out = capsys.readouterr().out
+    assert "unified is ready" in out
+    assert "semi_pd did not start: no room" in out
+    assert "semi_pd is ready" not in out
+
+
+def serving_arguments(**changes: Any) -> SimpleNamespace:
+    """What `semi_pd_serving.measure` reads of the command line."""
+    arguments = {
+        "quick": True,
+        "seeds": [0],
+        "workloads": ["azure_conv"],
+        "impls": ["chunked"],
+        "loads": [1.0],
+        "rates": None,
+        "missing": False,
+        "break_even": 1.0,
+    }
+    return SimpleNamespace(**arguments | changes)
+
+
+def test_every_workload_is_calibrated_as_chunked(tmp_path, monkeypatch) -> None:
+    recent = SimpleNamespace(decoding_beside=1.0, waiting_beside=1.0)
+    coordinator = SimpleNamespace(prefill_policy="first", recent=lambda: recent)
+    llm = SimpleNamespace(
+        _engine=SimpleNamespace(coordinator=coordinator, topology=None),
+        config=SimpleNamespace(semi_pd=SimpleNamespace(controller=None)),
+        stats=SimpleNamespace(preemptions=0, recompiles=0),
+    )
+    policies = []
+
+    async def run(llm: Any, workload: Any, options: Any) -> list[RequestRecord]:
+        policies.append(coordinator.prefill_policy)
+        times = {"due_s": 0.0, "sent_s": 0.0, "first_token_s": 0.1, "prompt_tokens": 9}
+        tokens = {"wanted_tokens": 5, "output_tokens": 5}
+        return [RequestRecord(finished_s=1.0 + i, **times, **tokens) for i in range(len(workload))]
+
+    monkeypatch.setattr(client, "run", run)
+    monkeypatch.setattr(client, "run_alone", run)
+    semi_pd_serving.measure(
+        serving_arguments(
+            workloads=["azure_conv", "azure_code"], impls=["chunked", "prefill_first"]
+        ),
+        Report("semi_pd_serving", QUESTION, out=tmp_path),
+        SimpleNamespace(of=lambda impl: InThisProcess(llm)),
+        semi_pd_serving.Budget(None),
+        sizes=SIZES,
+        seconds=1.0,
+    )
+    # Alone, at once, and the two points of each workload.
+    assert policies == ["mixed", "mixed", "mixed", "first"] * 2
+
+
+def test_a_calibration_is_written_before_the_first_case(tmp_path, monkeypatch) -> None:
+    def killed(*args: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(semi_pd_serving, "calibrate", lambda *args: {"capacity": 10.0})
+    monkeypatch.setattr(semi_pd_serving, "measure_case", killed)
+    report = Report("semi_pd_serving", QUESTION, out=tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        semi_pd_serving.measure(
+            serving_arguments(),
+            report,
+            SimpleNamespace(of=lambda impl: None),
+            semi_pd_serving.Budget(None),
+            sizes=SIZES,
+            seconds=1.0,
+        )
+    assert [row["capacity"] for row in load_document(report.path)["rows"]] == [10.0]
 
 
 def test_no_case_begins_that_may_not_end_in_time(tmp_path, monkeypatch) -> None:
@@ -158,16 +234,7 @@ def test_no_case_begins_that_may_not_end_in_time(tmp_path, monkeypatch) -> None:
 
     monkeypatch.setattr(semi_pd_serving, "measure_case", measure_case)
     report.summarise = None
-    args = SimpleNamespace(
-        quick=True,
-        seeds=[0],
-        workloads=["azure_conv"],
-        impls=["chunked"],
-        loads=[0.1, 0.2, 0.3, 0.4],
-        rates=None,
-        missing=False,
-        break_even=1.0,
-    )
+    args = serving_arguments(loads=[0.1, 0.2, 0.3, 0.4])
     engines = SimpleNamespace(of=lambda impl: None)
     budget = semi_pd_serving.Budget(45.0, clock=now)
     semi_pd_serving.measure(
@@ -178,14 +245,33 @@ def test_no_case_begins_that_may_not_end_in_time(tmp_path, monkeypatch) -> None:
     assert [row["status"].split(":")[0] for row in rows] == ["ok", "ok", *["not run"] * 3]
 
 
-def test_rows_of_another_model_are_refused(tmp_path, monkeypatch, capsys) -> None:
-    report = Report("semi_pd_serving", QUESTION, out=tmp_path)
-    report.add("azure_conv unloaded", "chunked", capacity=1.0)
-    report.summary["model"] = "llama31-8b"
-    report.save()
-    args = ("--quick", "--merge", str(report.path), "--out", str(tmp_path))
-    assert run_main(semi_pd_serving, monkeypatch, *args) == 2
+@pytest.mark.parametrize(
+    ("module", "name", "question"),
+    [
+        (semi_pd_serving, "semi_pd_serving", QUESTION),
+        (sm_share_surface, "sm_share_surface", SURFACE),
+    ],
+)
+def test_rows_of_another_model_are_refused(
+    module: Any, name: str, question: str, tmp_path, monkeypatch, capsys
+) -> None:
+    def result(**summary: str) -> str:
+        report = Report(name, question, out=tmp_path / summary.get("model", "unnamed"))
+        report.fail("case", "chunked", "it is only about the summary")
+        report.summary |= summary
+        report.save()
+        return str(report.path)
+
+    large, tiny, unnamed = result(model="llama31-8b"), result(model="tiny"), result()
+    out = ("--out", str(tmp_path))
+    assert run_main(module, monkeypatch, "--quick", "--merge", large, *out) == 2
     assert "results of llama31-8b, not of tiny" in capsys.readouterr().err
+    assert run_main(module, monkeypatch, "--seconds", "0", "--merge", tiny, large, *out) == 2
+    assert "results of llama31-8b, not of tiny" in capsys.readouterr().err
+    assert run_main(module, monkeypatch, "--seconds", "0", "--merge", unnamed, *out) == 2
+    assert "does not say of which model" in capsys.readouterr().err
+    assert run_main(module, monkeypatch, "--seconds", "0", *out) == 2
+    assert "--merge what?" in capsys.readouterr().err
 
 
 # --- on an engine ----------------------------------------------------------------------------
@@ -350,6 +436,8 @@ def test_engines_in_processes_of_their_own() -> None:
         assert process.call(io.StringIO.read) == "text"
         with pytest.raises(RuntimeError, match="TypeError"):
             process.call(io.StringIO.seek, None)
+        with pytest.raises(RuntimeError, match=r"TypeError: cannot pickle .*weakref"):
+            process.call(weakref.ref)
         process.call(io.StringIO.seek, 0)
         assert process.call(io.StringIO.read) == "text"
     with (

@@ -31,7 +31,7 @@ from jpd.bench.slo import Goodput, RequestRecord, Slo
 from jpd.engine.lane import Switch
 from jpd.semi_pd.controller import Shares
 from jpd.semi_pd.share_models import H200, decode_curve, overlap_wait, prefill_curve
-from jpd.simulate.fit import MeasuredStep
+from jpd.simulate.fit import MeasuredStep, StepTimes
 
 SURFACE = "How long do prefill and decode steps take under each SM share, alone and side by side?"
 
@@ -232,6 +232,10 @@ def test_break_even_ratio_and_what_auto_makes_of_it() -> None:
 def test_capacity_is_of_the_second_quarter() -> None:
     first, second, others = [9.0, 10.0], [10.5, 11.0], [60.0, 70.0, 80.0, 90.0]
     assert semi_pd_serving.second_quarter_per_s([*others, *second, *first]) == 2.0
+    with pytest.raises(ValueError, match=r"3 requests .* at least 4"):
+        semi_pd_serving.second_quarter_per_s([1.0, 2.0, 3.0])
+    with pytest.raises(ValueError, match=r"both at 1\.5 s"):
+        semi_pd_serving.second_quarter_per_s([1.5] * 8)
 
 
 def test_fields_of_a_point() -> None:
@@ -397,10 +401,11 @@ def test_rows_of_the_surface_say_all_that_is_fitted(tmp_path, monkeypatch, capsy
         of = [measured(seconds, **work) for seconds in (0.03, 0.01, 0.02)]
         steps[key] = share_fits.typical(of)
         report.add(key.case, "jpd", configuration=str(i), **share_fits.fields_of(key, of))
+    report.summary["model"] = "tiny"
     report.save()
     assert share_fits.steps_of(report.all_rows()) == steps
     assert [step.seconds for step in steps.values()] == [0.02] * 3
-    # The chart can be drawn where there is no GPU, and nothing is measured for it.
+    # Files can be written again where there is no GPU, and nothing is measured for them.
     argv = ["surface", "--seconds", "0", "--merge", str(report.path), "--out", str(tmp_path / "b")]
     monkeypatch.setattr(sys, "argv", argv)
     monkeypatch.setattr(sm_share_surface, "measure", None)
@@ -409,8 +414,11 @@ def test_rows_of_the_surface_say_all_that_is_fitted(tmp_path, monkeypatch, capsy
     assert end.value.code == 0
     document = load_document(tmp_path / "b" / "sm_share_surface.json")
     assert document["rows"] == report.rows
-    assert document["summary"] == share_fits.summarise(steps)
+    assert document["summary"] == {"model": "tiny"} | share_fits.summarise(steps)
     assert document["summary"]["decode_max_slowdown_beside"] == 1.0
+    times = StepTimes.read(tmp_path / "b" / "sm_share_surface_steps.json")
+    assert times.steps == list(steps.values())
+    assert times.source.startswith(f"tiny on {report.env['gpu'] or report.env['cpu']}, ")
 
 
 def test_the_part_of_a_step_beside_others() -> None:

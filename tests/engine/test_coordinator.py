@@ -17,7 +17,7 @@ from jpd.engine.coordinator import Coordinator
 from jpd.engine.executor import shape_table
 from jpd.engine.plan import StepPlan, StepResult
 from jpd.engine.sequence import State
-from jpd.errors import PromptTooLongError, RequestError
+from jpd.errors import ConfigError, PromptTooLongError, RequestError
 from jpd.text import Tokenizer
 from jpd.types import Delta, FinishReason, SamplingParams
 from tests.engine.fake_device import VOCAB, FakeDevice, output_alone
@@ -352,10 +352,14 @@ def test_the_next_step_is_launched_before_the_tokens_of_the_last_are_read(
         ("first", [(0, 1), (1, 0), (0, 16), (0, 14), (3, 0)]),
     ],
 )
+@pytest.mark.parametrize("assigned", [False, True])
 def test_prompts_ride_along_with_decoding_rows_or_go_first(
-    policy: str, want: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+    policy: str, want: list[tuple[int, int]], assigned: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    coordinator = make(prefill_policy=policy)
+    other = {"mixed": "first", "first": "mixed"}[policy]
+    coordinator = make(prefill_policy=other if assigned else policy)
+    if assigned:
+        coordinator.prefill_policy = policy
     steps: list[tuple[int, int]] = []
     launch = FakeDevice.launch
 
@@ -373,7 +377,15 @@ def test_prompts_ride_along_with_decoding_rows_or_go_first(
     outputs.append(coordinator.add("c", None, prompt[:2], SamplingParams(max_tokens=2)))
     drain(coordinator)
     assert steps[: len(want)] == want
+    assert coordinator.prefill_policy == policy
     assert outputs[0].outputs[0].token_ids == alone([1], 18)
+
+
+def test_an_unknown_policy_is_refused() -> None:
+    coordinator = make()
+    with pytest.raises(ConfigError, match="prefill_policy='last' is not allowed"):
+        coordinator.prefill_policy = "last"
+    assert coordinator.prefill_policy == "mixed"
 
 
 # ---- order, limits and counters

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jpd import models, ops
 from jpd.config import EngineConfig, KernelConfig
 from jpd.engine import build
+from jpd.engine.executor import shape_table
 from jpd.errors import ConfigError, KernelError
 from jpd.layers.attention import causal_attend
 from jpd.ops import overlap, sum_check
@@ -528,12 +529,14 @@ def checked(gpu_like, monkeypatch):
     lines = []
     monkeypatch.setattr(build.logger, "info", lambda text, what: lines.append(what))
 
-    def check(gemm=counting_gemm, comm=None, plans=plans, **options):
+    def check(gemm=counting_gemm, comm=None, plans=plans, decode=True, **options):
         lines.clear()
         monkeypatch.setattr(signal_gemm, "signal_gemm", gemm)
         table = PlanTable(TOPOLOGY, plans)
         with overlap.using(communicators={"tp": comm or StandIn(2)}, plans=table):
-            build.check_ranks(config.replace(**options), split, params, place, prefill=True)
+            changed = config.replace(**options)
+            steps = shape_table(changed, prefill=True, decode=decode)
+            build.check_ranks(changed, split, params, place, steps)
         return "; ".join(lines).split("; ") if lines else []
 
     return check
@@ -543,12 +546,12 @@ def test_sums_that_hide_behind_products_are_checked_before_anything_is_served(ch
     """Of each layer and plan the largest step; nothing where nothing overlaps."""
     comm = StandIn(2)
     lines = checked(comm=comm)
-    assert [re.search(r"(\w+) bfloat16\[(\d+), (\d+)\]", line).groups() for line in lines] == [
-        ("out", "136", "320"),
-        ("down", "136", "512"),
-    ]
+    products = [re.search(r"(\w+) bfloat16\[(\d+), (\d+)\]", line).groups() for line in lines]
+    assert products == [("out", "136", "320"), ("down", "136", "512")]
     assert all(line.endswith(" on 2 ranks by overlap, xla") for line in lines)
     assert len(comm.transfers) == 2
+    alone = checked(decode=False)  # an executor for prompts has no rows beside them
+    assert [re.search(r"\[(\d+)", line).group(1) for line in alone] == ["128", "128"]
     assert checked(plans=[]) == []
     assert checked(kernels=KernelConfig(matmul_all_reduce="xla")) == []
     assert checked(kernels=KernelConfig(self_check=False)) == []

@@ -231,6 +231,7 @@ def test_ours_lowers_mean_latency_where_both_slos_hold(gap: float) -> None:
     wanted = first_change(lambda s: busy(s, **many_decode))
     assert wanted.prefill < 90
     many_wait = {"gap": gap, "decoding_requests": 2, "waiting_requests": 40}
+    many_wait |= {"prefill_tokens": 800, "prefill_busy_s": 0.08}
     assert first_change(lambda s: busy(s, **many_wait), overlapping).prefill == 100
     assert first_change(lambda s: busy(s, **many_wait)) == FULL
 
@@ -289,18 +290,17 @@ def test_ours_foresees_a_queue_that_will_grow() -> None:
     assert missed_s[0.1] > 9
 
 
-@pytest.mark.parametrize("idle_phase", ["prefill", "decode", "both"])
-def test_ours_gives_a_lone_phase_everything(idle_phase: str) -> None:
-    idle = {
-        "prefill": {
-            "ttft_s": [], "prefill_tokens": 0, "prefill_busy_s": 0.0, "waiting_requests": 0,
-        },
-        "decode": {"token_gap_s": [], "decoding_requests": 0},
-    }  # fmt: skip
-    idle["both"] = idle["prefill"] | idle["decode"]
+IDLE = {
+    "prefill": {"ttft_s": [], "prefill_tokens": 0, "prefill_busy_s": 0.0, "waiting_requests": 0},
+    "decode": {"token_gap_s": [], "decoding_requests": 0},
+}
+IDLE["both"] = IDLE["prefill"] | IDLE["decode"]
 
+
+@pytest.mark.parametrize("idle_phase", IDLE)
+def test_ours_gives_a_lone_phase_everything(idle_phase: str) -> None:
     def observe(now_s: float) -> Observation:
-        return busy(now_s, **(idle[idle_phase] if now_s >= 3 else {}))
+        return busy(now_s, **(IDLE[idle_phase] if now_s >= 3 else {}))
 
     controller = SloController(slo=SLO, idle_after_s=0.5, allowed=[Shares(50, 50), FULL])
     ((when_s, wanted),) = play(controller, observe, Shares(50, 50))
@@ -311,6 +311,14 @@ def test_ours_gives_a_lone_phase_everything(idle_phase: str) -> None:
     allowed = (Shares(10, 70), Shares(50, 50), Shares(95, 80))
     controller = SloController(slo=SLO, idle_after_s=0.5, allowed=allowed)
     assert play(controller, observe, Shares(50, 50))[-1][1] == Shares(95, 80)
+
+
+def test_ours_changes_nothing_where_a_lone_phase_has_everything() -> None:
+    for idle_phase, wanted in (("prefill", []), ("decode", [FULL]), ("both", [FULL])):
+        idle = IDLE[idle_phase]
+        controller = SloController(slo=SLO, allowed=[Shares(80, 100), FULL])
+        changes = play(controller, lambda s, o=idle: busy(s, **o), Shares(80, 100))
+        assert [shares for _, shares in changes] == wanted
 
 
 class Foretold(SloController):
@@ -325,6 +333,56 @@ class Foretold(SloController):
         }
 
 
+@pytest.mark.parametrize("idle_phase", IDLE)
+def test_ours_takes_lent_sms_back_at_once_and_as_often_as_needed(idle_phase: str) -> None:
+    """Bursts of 3 s, 3 s apart: each finds the shares that were decided on, and no dwell."""
+    decided = Shares(50, 50)
+
+    def observe(now_s: float) -> Observation:
+        return busy(now_s, **(IDLE[idle_phase] if now_s % 6 >= 3 else {}))
+
+    controller = Foretold(slo=SLO, allowed=[decided, FULL])
+    controller.told = {decided: (10, 0.5), FULL: (20, 0.5)}
+    ((first_s, first), *changes) = play(controller, observe, until_s=60)
+    assert first_s < 1
+    assert first == decided
+    assert [shares for _, shares in changes] == [FULL, decided] * 9 + [FULL]
+    assert [back_s for back_s, _ in changes[1::2]] == [6.0 * n for n in range(1, 10)]
+    # A miss is left as soon as anything is known, and not later for all the lending.
+    controller.told = {decided: (10, 1.5), FULL: (10, 0.5)}
+    left = play(controller, busy, FULL, from_s=60, until_s=62)
+    assert left == [(60.0, decided), (60.6, FULL)]
+
+
+def test_ours_leaves_lent_sms_where_they_are_after_a_long_time() -> None:
+    def observe(now_s: float) -> Observation:
+        return busy(now_s, **(IDLE["prefill"] if 3 <= now_s < 33 else {}))
+
+    for memory_s, wanted in ((60, [FULL, Shares(50, 50)]), (20, [FULL])):
+        controller = Foretold(slo=SLO, allowed=[Shares(50, 50), FULL], memory_s=memory_s)
+        controller.told = {Shares(50, 50): (10, 0.5), FULL: (10, 0.5)}
+        changes = play(controller, observe, Shares(50, 50), until_s=40)
+        assert [shares for _, shares in changes] == wanted
+
+
+def test_ours_takes_back_what_served_before_one_and_then_both_were_idle() -> None:
+    for_prefill, for_decode = Shares(70, 30), Shares(30, 70)
+
+    def observe(now_s: float) -> Observation:
+        idle = IDLE["prefill"] if now_s < 6 else IDLE["both"] if now_s < 9 else {}
+        return busy(now_s, **(idle if now_s >= 3 else {}))
+
+    for start, wanted in (
+        (Shares(50, 50), [for_decode, for_prefill, Shares(50, 50)]),
+        (Shares(50, 51), [for_decode, for_prefill]),  # not among the allowed ones
+    ):
+        allowed = [for_prefill, Shares(50, 50), for_decode]
+        controller = Foretold(slo=SLO, allowed=allowed)
+        controller.told = dict.fromkeys([*allowed, start], (10, 0.5))
+        changes = play(controller, observe, start, until_s=12)
+        assert [shares for _, shares in changes] == wanted
+
+
 def test_ours_waits_for_a_switch() -> None:
     controller = Foretold(slo=SLO, allowed=[FULL, Shares(50, 50)])
     controller.told = {FULL: (10, 0.5), Shares(50, 50): (5, 0.5)}
@@ -335,7 +393,8 @@ def test_ours_waits_for_a_switch() -> None:
     for tenth in range(10, 30):
         assert controller.decide(busy(tenth / 10), FULL) == Shares(50, 50)
         assert controller.reason == "switch under way"
-    assert controller.decide(busy(3.0), Shares(50, 50)) == FULL
+    # Then it looks at what is there for a quarter of its window.
+    assert play(controller, busy, Shares(50, 50), from_s=3, until_s=4) == [(3.5, FULL)]
 
 
 def test_ours_dwells_but_for_an_slo_in_danger() -> None:
@@ -393,6 +452,22 @@ def test_ours_speeds_decode_up_when_requests_wait_for_a_place_not_for_sms() -> N
     assert first_change(lambda s: busy(s, **much), start).prefill > 60
 
 
+def test_ours_has_no_edge_between_waiting_for_sms_and_for_a_place() -> None:
+    """A little more or less of prefill's time must not turn a forecast round."""
+    allowed = (Shares(50, 50), Shares(60, 40), Shares(80, 100))
+    late = {"ttft_s": [2.0], "waiting_requests": 20, "decoding_requests": 20}
+    ttfts = []
+    for percent in range(20, 81, 2):
+        prefill = {"prefill_tokens": 5 * percent, "prefill_busy_s": percent / 1000}
+        controller = SloController(slo=SLO, allowed=allowed, min_gain=0.99)
+        play(controller, lambda s, o=late | prefill: busy(s, **o), Shares(60, 40), until_s=1)
+        ttfts.append([controller.forecasts[shares].ttft_s for shares in allowed])
+    assert min(ttfts[0]) == ttfts[0][0]
+    assert min(ttfts[-1]) == ttfts[-1][2]
+    for before, after in itertools.pairwise(ttfts):
+        assert after == pytest.approx(before, rel=0.2)
+
+
 def test_ours_knows_that_slower_decode_fills_its_own_batch() -> None:
     """As fast now, but what would slow down a step of many would also make them more."""
     slowdowns = []
@@ -431,6 +506,34 @@ def test_ours_learns_nothing_from_a_time_in_which_it_was_not_asked() -> None:
         assert (controller.decode_model.points, controller.prefill_model.points) == seen
     play(controller, busy, Shares(50, 50), from_s=25.3, until_s=26)
     assert controller._prefill_busy == pytest.approx(0.5, abs=0.06)
+
+
+def test_ours_decides_nothing_before_it_has_looked_again() -> None:
+    """Many wait, which it would not know of in its first look: only of those that decoded then."""
+    prefill = {"prefill_tokens": 800, "prefill_busy_s": 0.08, "queue": 0.5}
+    many = prefill | {"decoding_requests": 20, "waiting_requests": 40}
+    controller = SloController(slo=SLO)
+    assert play(controller, lambda s: busy(s, **many), until_s=30) == []
+    forecasts = controller.forecasts
+    for tenth in range(5):
+        assert controller.decide(busy(45 + tenth / 10, **many), FULL) == FULL
+        assert controller.reason == "nothing learned yet"
+        assert controller.forecasts is forecasts
+    assert play(controller, lambda s: busy(s, **many), from_s=45.5, until_s=60) == []
+
+
+def test_ours_knows_of_no_idle_phase_and_of_no_lent_sms_while_it_was_not_asked() -> None:
+    controller = Foretold(slo=SLO, allowed=[Shares(50, 50), FULL])
+    controller.told = {Shares(50, 50): (10, 0.5), FULL: (10, 0.5)}
+    idle = IDLE["prefill"]
+    play(controller, busy, Shares(50, 50), until_s=3)
+    ((_, lent),) = play(controller, lambda s: busy(s, **idle), Shares(50, 50), from_s=3, until_s=5)
+    assert lent == FULL
+    assert play(controller, busy, FULL, from_s=15, until_s=18) == []
+    (begins_s, _), *_ = play(
+        controller, lambda s: busy(s, **idle), Shares(50, 50), from_s=30, until_s=33
+    )
+    assert begins_s == pytest.approx(30 + controller.idle_after_s, abs=0.11)
 
 
 # -- whatever is seen

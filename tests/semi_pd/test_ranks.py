@@ -167,6 +167,11 @@ def test_what_could_block_collectives_is_refused(monkeypatch: pytest.MonkeyPatch
     collectives.check_sms(["cuda:0"], 12)
     with pytest.raises(ConfigError, match="share of 12 SMs is not allowed with tensor_parallel_s"):
         collectives.check_sms(["cuda:0", "cuda:1"], 12)
+    collectives.check_executors(["cuda:0", "cuda:1"], 7)
+    for devices in (["cuda:0"], ["cpu", "cpu"]):
+        collectives.check_executors(devices, 12)
+    with pytest.raises(ConfigError, match=r"^8 executors, .* are not allowed .*: at most 7"):
+        collectives.check_executors(["cuda:0", "cuda:1"], 8)
     monkeypatch.setenv("NCCL_MIN_NCHANNELS", "32")
     assert collectives.environment(["cuda:0"]) == {}
     with pytest.raises(ConfigError, match="NCCL_MIN_NCHANNELS='32' is not allowed: at most 16"):
