@@ -25,8 +25,8 @@ MatmulAllReduce = Literal["auto", "overlap", "xla"]
 
 MAX_STEP_TOKENS = 65_536
 BREAK_EVEN = 3.0
-"""Default of `SemiPDConfig.break_even`. `jpd simulate`, with latencies that are arithmetic for an
-H200, finds 2 to 9, by shares and workload; for each of them anything near costs 2 % at most."""
+"""Default of `SemiPDConfig.break_even`. A guess, from trials of `jpd simulate` with latencies that
+are arithmetic for an H200, where it depended on shares and workload; their results are not kept."""
 
 _SPLITS = (
     "jpd splits a model by tensor_parallel_size alone (topology='disaggregated' gives each phase a "

@@ -62,10 +62,9 @@ class BreakEven:
     The right side is a property of the GPU, of the shares and of the kernels: p, p', h and h' all
     grow with the prompt. The left side is measured over the prompt tokens of the last `window_s`,
     whoever computes them. It says more than requests/s, or than the part of the time that prompts
-    take: with simulated latencies that part was five times larger at break-even for long prompts
-    with short outputs than for the opposite, since long outputs let more requests decode at once,
-    and n / w two times smaller. Without load nobody is held up. With far too much of it most
-    requests wait, and one executor is better again, since it computes prompts faster.
+    take: for one and the same part, long outputs let more requests decode at once. Without load
+    nobody is held up. With far too much of it most requests wait, and one executor is better again,
+    since it computes prompts faster.
 
     It looks at no SLO: where TPOT has one, a lower `ratio` keeps it sooner.
     """

@@ -39,7 +39,8 @@ H200 = Gpu(
     flops_per_s=650e12,
     # NVLink: a line through what all-reduces of NCCL 2.28 without multicast took between two GPUs:
     # 33, 74, 248 and 887 us for 4, 16, 64 and 256 MiB, within 4 %. 1 MiB took 35 us, for which it
-    # says 23; smaller ones, and more than two GPUs, were not measured.
+    # says 23; smaller ones, and more than two GPUs, were not measured. All these are of early
+    # trials, whose commands are not kept; `benchmarks.overlap --tune` samples such times.
     link_bytes_per_s=300e9,
     link_latency_s=20e-6,
     memory_bytes=int(0.95 * 139 * 2**30),

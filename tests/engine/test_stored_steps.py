@@ -35,7 +35,7 @@ from jpd.types import SamplingParams
 from tests import tiny_models
 from tests.aot import compile_for_h200, needs_wheels
 from tests.engine.test_pallas_step import ONLY, gpu_step, make_executor
-from tests.engine.tiny_engine import MODEL, fresh, greedy, run, tiny_engine, tokens
+from tests.engine.tiny_engine import MODEL, fresh, greedy, run, shapes_traced, tiny_engine, tokens
 
 pytest.importorskip("flatbuffers", reason="jax.export writes no modules without it")
 
@@ -70,16 +70,7 @@ def plain(folder: Path) -> list[list[list[int]]]:
 
 @pytest.fixture
 def traced(monkeypatch: pytest.MonkeyPatch) -> list[StepShape]:
-    """The shapes that this process traces."""
-    shapes: list[StepShape] = []
-    step = lowering.step
-
-    def counted(model: Any, shape: StepShape, *args: Any, **options: Any) -> Any:
-        shapes.append(shape)
-        return step(model, shape, *args, **options)
-
-    monkeypatch.setattr(lowering, "step", counted)
-    return shapes
+    return shapes_traced(monkeypatch)
 
 
 def serve(engine: Engine) -> list[list[list[int]]]:

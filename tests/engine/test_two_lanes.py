@@ -268,12 +268,9 @@ def test_a_request_that_ends_every_executor_is_given_up_and_no_other(
     assert stats.executors_lost == 3
 
 
-@pytest.mark.parametrize("lanes", [((True, False), (False, True)), ((False, False), (True, True))])
-def test_a_suspect_has_its_turn_whatever_the_other_lane_asks_for(
-    lanes: tuple[tuple[bool, bool], ...],
-) -> None:
-    """Phases of two lanes that plan one after the other, beside a sequence that always decodes."""
-    scheduler = Scheduler(
+def small_scheduler(**options: Any) -> Scheduler:
+    """Of two sequences, one prompt a step."""
+    return Scheduler(
         max_num_seqs=2,
         max_model_len=MAX_LEN,
         max_num_batched_tokens=8,
@@ -282,8 +279,16 @@ def test_a_suspect_has_its_turn_whatever_the_other_lane_asks_for(
         page_size=4,
         max_stop_ids=1,
         enable_prefix_caching=False,
-        one_executor=False,
+        **options,
     )
+
+
+@pytest.mark.parametrize("lanes", [((True, False), (False, True)), ((False, False), (True, True))])
+def test_a_suspect_has_its_turn_whatever_the_other_lane_asks_for(
+    lanes: tuple[tuple[bool, bool], ...],
+) -> None:
+    """Phases of two lanes that plan one after the other, beside a sequence that always decodes."""
+    scheduler = small_scheduler(one_executor=False)
 
     def add(name: str, order: int) -> None:
         params = SamplingParams(temperature=0)
@@ -307,15 +312,6 @@ def test_a_suspect_has_its_turn_whatever_the_other_lane_asks_for(
 
 
 def test_the_only_executor_of_an_engine_cannot_be_taken_back() -> None:
-    scheduler = Scheduler(
-        max_num_seqs=1,
-        max_model_len=8,
-        max_num_batched_tokens=8,
-        max_prefills_per_step=1,
-        num_pages=4,
-        page_size=4,
-        max_stop_ids=1,
-        enable_prefix_caching=False,
-    )
+    scheduler = small_scheduler()
     with pytest.raises(AssertionError, match="the only one"):
         scheduler.lost(None, ran=True)

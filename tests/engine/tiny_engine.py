@@ -9,10 +9,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from jpd.config import EngineConfig
+from jpd.engine import lowering
 from jpd.engine.build import Engine, build
 from jpd.engine.coordinator import Coordinator
 from jpd.engine.lane import OneExecutor
+from jpd.engine.shapes import StepShape
 from jpd.types import RequestOutput, SamplingParams
 
 MODEL = "llama32_v5"
@@ -33,6 +37,19 @@ def tiny_engine(folder: Path, **changes: Any) -> Engine:
     """An engine of four shapes: decode and mixed, greedy and sampling."""
     options = {"skip_tokenizer_init": True, "show_progress": False} | SIZES | changes
     return build(EngineConfig(model=str(folder), **options))
+
+
+def shapes_traced(monkeypatch: pytest.MonkeyPatch) -> list[StepShape]:
+    """The shapes of the steps that this process traces from now on; it grows."""
+    shapes: list[StepShape] = []
+    step = lowering.step
+
+    def counted(model: Any, shape: StepShape, *args: Any, **options: Any) -> Any:
+        shapes.append(shape)
+        return step(model, shape, *args, **options)
+
+    monkeypatch.setattr(lowering, "step", counted)
+    return shapes
 
 
 def one_executor(config: EngineConfig, executor: Any) -> OneExecutor:

@@ -37,7 +37,16 @@ from native.memory import allocate
 from pallas_kernels import mosaic
 from tests import tiny_models
 from tests.engine.kernel_model import kernel_config, kernel_model
-from tests.engine.tiny_engine import SIZES, drain, fresh, greedy, run, tiny_engine, tokens
+from tests.engine.tiny_engine import (
+    SIZES,
+    drain,
+    fresh,
+    greedy,
+    run,
+    shapes_traced,
+    tiny_engine,
+    tokens,
+)
 
 CASES = {"llama_bias": (2, 4), "mistral_window": (2,), "qwen2": (4,), "qwen3_bias": (4,)}
 """One of each family, and on how many ranks: untied with every bias, a window, tied with biases of
@@ -280,14 +289,7 @@ def test_lowered_steps_are_kept_and_other_processes_lower_them(
     cache: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    traced: list[StepShape] = []
-    step = lowering.step
-
-    def counted(model: Any, shape: StepShape, *args: Any, **options: Any) -> Any:
-        traced.append(shape)
-        return step(model, shape, *args, **options)
-
-    monkeypatch.setattr(lowering, "step", counted)
+    traced = shapes_traced(monkeypatch)
     monkeypatch.setattr(lowering, "_processes", lambda source, shapes: min(2, shapes))
     for _ in range(2):
         engine = engine_of(folders[LLAMA], 2, compilation_cache_dir=str(cache))
