@@ -297,15 +297,24 @@ def measure(
     rotated: Sequence[Any],
     *,
     samples: int = SAMPLES,
+    launches: int = 1,
 ) -> Timing:
-    """Times all variants; the one with the shortest median counts."""
+    """Times all variants; the one with the shortest median counts.
+
+    Args:
+        compiled: as :class:`CompileAhead` gives it.
+        carried: what all calls share.
+        rotated: the operands of every call.
+        samples: for each variant.
+        launches: kernels that one call launches, at least roughly.
+    """
     args = (carried, list(rotated))
     if jax.default_backend() != "gpu":  # no device time to find: one run shows that it works
         (name, program), *_ = compiled.programs.items()
         return Timing([seconds_of(program, args, 1) * 1e6 / compiled.calls], name)
     best = None
     for name, program in compiled.programs.items():
-        runs = device_us(program, args, compiled.calls, samples=samples)
+        runs = device_us(program, args, launches * compiled.calls, samples=samples)
         timing = Timing([us / compiled.calls for us in runs], name)
         if best is None or timing.us < best.us:
             best = timing

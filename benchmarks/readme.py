@@ -35,6 +35,36 @@ def _over(summary: Summary, key: str) -> str:
     return summary.get(f"{key}_over") or "all"
 
 
+def _gains(summary: Summary) -> str:
+    """The table's gain over the best single implementation, by rows."""
+    return ", ".join(
+        f"{case.split('=')[-1]}: {gain:.2f}×" for case, gain in summary["gain_vs_static"].items()
+    )
+
+
+_BOUNDS = {"=": "", "<": "below ", "<=": "at most ", ">": "above ", ">=": "at least "}
+
+
+def _ratio(found: Summary, key: str) -> str:
+    """A ratio of goodputs, which is a bound where a load was missing to find one of them."""
+    if found.get(key) is None:
+        return "not measured"
+    return f"{_BOUNDS[found['relations'].get(key, '=')]}{found[key]:.2f}×"
+
+
+def _served(summary: Summary) -> str:
+    """Semi-PD on each workload."""
+    return "; ".join(
+        f"{workload}: mean end-to-end time {found['mean_e2e_speedup_max']:.2f}× better than the "
+        f"better unified policy at best, {found['mean_e2e_speedup_at_80pct_load']:.2f}× at 80 % "
+        f"load; goodput {_ratio(found, 'goodput_vs_chunked')} chunked, "
+        f"{_ratio(found, 'goodput_vs_prefill_first')} prefill-first, "
+        f"{_ratio(found, 'goodput_dynamic_vs_100_100')} of (100, 100)"
+        for workload, found in summary.items()
+        if isinstance(found, dict)
+    )
+
+
 LINES = (
     Line(
         "h200/decode_attention.json",
@@ -88,13 +118,84 @@ LINES = (
         "0.95×",
     ),
     Line(
+        "h200/prefill_attention.json",
+        lambda s: (
+            "causal attention of 1k-16k tokens, also after a prefix, "
+            f"{_over(s, 'geomean_vs_best_peer')} cases"
+        ),
+        lambda s: (
+            f"{s['geomean_vs_best_peer']:.2f}× the faster of cuDNN and torch SDPA (best backend) "
+            f"in geometric mean, worst case {s['min_vs_best_peer']:.2f}×"
+        ),
+        "0.95×",
+    ),
+    Line(
+        "h200/dataflow.json",
+        lambda s: (
+            "all products of a layer by the table's choices, against the best of flat GEMM only, "
+            "dense GEMM only, XLA only and cuBLAS (torch) only, Llama-2-7B, by rows"
+        ),
+        _gains,
+        "above 1.0×",
+    ),
+    Line(
         "h200/decode_step.json",
         "decode step of Llama-2-7B, batch 1, context 512, wall time of the engine's own loop",
         lambda s: (
             f"{s['ms_b1']:.2f} ms, {s['pct_of_bound_b1']:.0f} % of reading weights and KV once at "
-            f"a copy's rate; {s['speedup_vs_hf_eager_b1']:.1f}× Hugging Face eager"
+            f"a copy's rate; {s['speedup_vs_hf_eager_b1']:.1f}× Hugging Face eager, "
+            f"{s['speedup_vs_hf_static_b1']:.2f}× its compiled static cache"
         ),
-        "3.5 ms, 88 %, 4.3×",
+        "3.5 ms, 88 %, 4.3×, 1.7×",
+    ),
+    Line(
+        "h200/decode_step.json",
+        "the same, batch 32, context 1024",
+        lambda s: (
+            f"{s['ms_b32']:.2f} ms, {s['pct_of_bound_b32']:.0f} %; "
+            f"{s['speedup_vs_hf_eager_b32']:.1f}× Hugging Face eager, "
+            f"{s['speedup_vs_hf_static_b32']:.2f}× its compiled static cache"
+        ),
+        "85 %",
+    ),
+    Line(
+        "h200/sm_shares.json",
+        lambda s: f"every kernel under MPS shares of the SMs, {s['shares']} shares",
+        lambda s: (
+            f"relative error at most {s['max_rel_err']:.4f}, {s['hangs']} hangs; cuBLAS at the "
+            f"same shares: up to {s['cublas_max_rel_err']:.2f}"
+        ),
+        "0.01",
+    ),
+    Line(
+        "h200/semi_pd_memory.json",
+        "GPU memory of semi-PD beyond one process, Llama-3.1-8B, two executors",
+        lambda s: (
+            f"{s['extra_gb']:.2f} GB; weights ({s['weights_gb']:.1f} GB) held "
+            f"{s['weights_counted']} time"
+        ),
+        "2.5 GB",
+    ),
+    Line(
+        "h200/semi_pd_switch.json",
+        lambda s: (
+            "pause of running requests at a change of shares, p99, 64 running and prompts "
+            "arriving, Llama-3.1-8B"
+        ),
+        lambda s: (
+            f"{s['pool_pause_p99_ms']:.0f} ms to kept executors ({s['pool_switches']} switches), "
+            f"{s['background_pause_p99_ms']:.0f} ms to ones started in the background "
+            f"({s['background_switches']}); hand-over of a request to decode p50 "
+            f"{s['hand_over_p50_ms']:.0f} ms, p99 {s['hand_over_p99_ms']:.0f} ms, "
+            f"{s['hand_over_kv_bytes_copied']} bytes of KV copied"
+        ),
+        "15 ms, 15 ms",
+    ),
+    Line(
+        "h200/semi_pd_serving.json",
+        "serving Llama-3.1-8B by semi-PD",
+        _served,
+        "1.27× on two workloads; 1.55×, 1.72×, 1.11×",
     ),
     Line(
         "h200/offline_throughput.json",
