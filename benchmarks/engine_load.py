@@ -186,13 +186,19 @@ class LoggedStep:
 class StepLog:
     """Records the steps of all executors in other processes while the block runs.
 
-    `steps` is in the order of their launches.
+    `steps` is in the order of their launches, less those that `take` took.
     """
 
     def __init__(self) -> None:
         self.steps: list[LoggedStep] = []
         self._running: dict[int, LoggedStep] = {}
         self._report: StepReport | None = None
+
+    def take(self) -> list[LoggedStep]:
+        """The steps that have ended; the log does not keep them, since plans are large."""
+        ended = [step for step in self.steps if step.ended_s is not None]
+        self.steps = [step for step in self.steps if step.ended_s is None]
+        return ended
 
     def __enter__(self) -> StepLog:
         launch, next_report, result = self._originals = (

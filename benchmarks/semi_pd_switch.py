@@ -28,6 +28,20 @@ switch, less the median gap of the case. For `background` that includes what the
 costs those that run, and the end of the old ones. `at_switch_*` looks at the gaps around the
 hand-over of the decode lane alone (`at_switch_n`: how often a request was decoded there), and
 `serve_*` is the time from asking until both phases run on their new shares.
+
+A pause has other causes than the switch: decode steps are slow beside a long prefill step, and the
+largest of many gaps is above their median whatever happens. So each switch is followed by a
+control: as long a time on the shares that it led to, without a switch, under the same load. The
+rows `pool control` and `background control` hold the same numbers of these (`at_switch_*`: of as
+long a time, as long after the beginning, as the hand-over took in the switch), and the rows
+`... control X,Y` those of them on one pair of shares. `..._added_p50_ms` and `..._added_p99_ms` in
+the summary are what a switch adds: the quantile over switches less the same quantile over controls.
+That is not the quantile of a difference, since a switch and its control see other prompts, and it
+can be negative; of few switches a p99 is the longest one, and the difference mostly chance.
+
+`gap_beside_prefill_*` and `gap_alone_*` divide all gaps in the time of a row by whether a prefill
+step ran on the device meanwhile, if only for a part of the gap; `beside_prefill_part` is how many
+of them, 0..1. They are whole gaps: no median is taken off.
 """
 
 from __future__ import annotations
@@ -55,6 +69,9 @@ POOL = (Shares(100, 100), Shares(50, 50))
 BACKGROUND = (Shares(60, 60), Shares(70, 70))
 SETTLE_STEPS = 50
 """Engine steps after a switch before the next one is asked for."""
+
+Gaps = tuple[np.ndarray, np.ndarray]
+"""Times of neighbouring tokens of a request, `[n]` each: the earlier and the later."""
 
 
 class HandOver(NamedTuple):
@@ -128,6 +145,27 @@ def measure_hand_overs(engine: Engine, load: Load, count: int, *, on_gpu: bool) 
     }
 
 
+class Span(NamedTuple):
+    """Times of `time.monotonic`."""
+
+    begun_s: float
+    ended_s: float
+
+    def later(self, seconds: float) -> Span:
+        """As long, but so much later."""
+        return Span(self.begun_s + seconds, self.ended_s + seconds)
+
+
+class Window(NamedTuple):
+    """A time in which the gaps of running requests are looked at."""
+
+    shares: Shares
+    """At its end."""
+    whole: Span
+    hand_over: Span
+    """Part of it: the hand-over of the decode lane, or what a control has in its place."""
+
+
 class Switched(NamedTuple):
     """A change of both shares."""
 
@@ -143,6 +181,13 @@ class Switched(NamedTuple):
     @property
     def done_s(self) -> float:
         return max(self.prefill.done_s, self.decode.done_s)
+
+    @property
+    def window(self) -> Window:
+        """From asking until some steps after the switch."""
+        hand_over = Span(self.decode.held_s, self.decode.done_s)
+        shares = Shares(self.prefill.share, self.decode.share)
+        return Window(shares, Span(self.asked_s, self.settled_s), hand_over)
 
 
 def switch(engine: Engine, load: Load, shares: Shares) -> Switched:
@@ -164,9 +209,16 @@ def switch(engine: Engine, load: Load, shares: Shares) -> Switched:
     return Switched(*(of[0] for of in new), time.monotonic())
 
 
-def largest_gaps_s(
-    gaps: tuple[np.ndarray, np.ndarray], spans: Iterable[tuple[float, float]]
-) -> np.ndarray:
+def control(load: Load, like: Window) -> Window:
+    """Goes on for as long as a switch took, without one, with the shares that it led to."""
+    later_s = time.monotonic() - like.whole.begun_s
+    found = Window(like.shares, like.whole.later(later_s), like.hand_over.later(later_s))
+    while time.monotonic() < found.whole.ended_s:
+        load.step()
+    return found
+
+
+def largest_gaps_s(gaps: Gaps, spans: Iterable[Span]) -> np.ndarray:
     """For each span, of the gaps between two tokens of a request that have a moment in common with
     it, the largest; spans in which no request was decoded have none."""
     before, after = gaps
@@ -174,36 +226,65 @@ def largest_gaps_s(
     return np.array([(after - before)[some].max() for some in inside if some.any()])
 
 
-def switch_fields(switches: Sequence[Switched], gaps: tuple[np.ndarray, np.ndarray]) -> dict:
-    """Fields of a row from its switches and all gaps of its case, in seconds."""
+def touching(gaps: Gaps, spans: Sequence[Span]) -> np.ndarray:
+    """`[n]` bool: which gaps have a moment in common with some span; those come one after the
+    other."""
+    before, after = gaps
+    following = np.searchsorted([span.ended_s for span in spans], before)
+    return np.array([*(span.begun_s for span in spans), np.inf])[following] <= after
+
+
+def prefill_spans(steps: Iterable[LoggedStep]) -> list[Span]:
+    """When steps with prompt chunks ran on the device."""
+    return [Span(step.begun_s, step.ended_s) for step in steps if step.plan.chunks]
+
+
+def quantiles_ms(name: str, values_ms: np.ndarray) -> dict[str, float | None]:
+    """Median and p99 as fields of a row; None where there are no values."""
+    return {
+        f"{name}_p{q}_ms": float(np.percentile(values_ms, q)) if len(values_ms) else None
+        for q in (50, 99)
+    }
+
+
+def window_fields(windows: Sequence[Window], gaps: Gaps, prefills: Sequence[Span]) -> dict:
+    """Fields of a row.
+
+    Args:
+        windows: of the row, in their order.
+        gaps: all of the case.
+        prefills: when prefill steps ran during the windows, in their order.
+
+    Raises:
+        ValueError: no request was decoded in one of the windows.
+    """
     median_s = float(np.median(gaps[1] - gaps[0]))
     pause_ms, at_switch_ms = (
         1e3 * (largest_gaps_s(gaps, spans) - median_s)
-        for spans in (
-            [(s.asked_s, s.settled_s) for s in switches],
-            [(s.decode.held_s, s.decode.done_s) for s in switches],
-        )
+        for spans in ([w.whole for w in windows], [w.hand_over for w in windows])
     )
-    if len(pause_ms) < len(switches):
-        raise ValueError(f"no request was decoded during {len(switches) - len(pause_ms)} switches")
-    serve_ms = 1e3 * np.array([s.done_s - s.asked_s for s in switches])
+    if len(pause_ms) < len(windows):
+        raise ValueError(f"no request was decoded in {len(windows) - len(pause_ms)} windows")
+    gap_ms = 1e3 * (gaps[1] - gaps[0])
+    inside = touching(gaps, [w.whole for w in windows])
+    beside = touching(gaps, prefills)
     return {
         "samples": pause_ms,
         "p99_ms": float(np.percentile(pause_ms, 99)),
         "max_ms": float(pause_ms.max()),
         "at_switch_n": len(at_switch_ms),
-        "at_switch_p50_ms": float(np.percentile(at_switch_ms, 50)) if len(at_switch_ms) else None,
-        "at_switch_p99_ms": float(np.percentile(at_switch_ms, 99)) if len(at_switch_ms) else None,
-        "serve_p50_ms": float(np.percentile(serve_ms, 50)),
-        "serve_p99_ms": float(np.percentile(serve_ms, 99)),
+        **quantiles_ms("at_switch", at_switch_ms),
         "median_gap_ms": 1e3 * median_s,
+        "beside_prefill_part": float(beside[inside].mean()),
+        **quantiles_ms("gap_beside_prefill", gap_ms[inside & beside]),
+        **quantiles_ms("gap_alone", gap_ms[inside & ~beside]),
     }
 
 
 def measure_switches(
     engine: Engine, load: Load, pairs: Sequence[Shares], count: int, budget: Budget, *, kept: bool
-) -> dict[str, Any]:
-    """Switches between the pairs, `count` times or as long as there is time; the row's fields.
+) -> dict[str, dict[str, Any]]:
+    """Switches between the pairs, `count` times or as long as there is time, each with a control.
 
     Args:
         engine: serves the load.
@@ -212,16 +293,38 @@ def measure_switches(
         count: how often, at most.
         budget: of the run.
         kept: executors of the pairs are ready.
+
+    Returns:
+        The fields of rows: "" of switches, "control" of controls, "control X,Y" of those with one
+        pair of shares.
     """
     first = {} if kept else {"first_serve_ms": max(_first_serve_ms(engine, load, pairs))}
-    begun_s = time.monotonic()
-    for _ in range(SETTLE_STEPS):
-        load.step()
     switches: list[Switched] = []
-    while len(switches) < count and (budget.enough() or not switches):
-        with budget.case():
-            switches.append(switch(engine, load, pairs[len(switches) % len(pairs)]))
-    return switch_fields(switches, load.gaps(begun_s)) | first
+    controls: list[Window] = []
+    prefills: list[Span] = []
+
+    def settle() -> None:
+        for _ in range(SETTLE_STEPS):
+            load.step()
+
+    with StepLog() as log:
+        begun_s = time.monotonic()
+        settle()
+        while len(switches) < count and (budget.enough() or not switches):
+            with budget.case():
+                switches.append(switch(engine, load, pairs[len(switches) % len(pairs)]))
+                controls.append(control(load, switches[-1].window))
+            prefills += prefill_spans(log.take())
+        settle()  # until it is known what ran beside the last gaps
+        prefills += prefill_spans(log.take())
+    gaps = load.gaps(begun_s)
+    serve_ms = 1e3 * np.array([s.done_s - s.asked_s for s in switches])
+    windows = {"": [s.window for s in switches], "control": controls}
+    for pair in pairs:
+        windows[f"control {pair.prefill},{pair.decode}"] = [w for w in controls if w.shares == pair]
+    fields = {name: window_fields(of, gaps, prefills) for name, of in windows.items() if of}
+    fields[""] |= quantiles_ms("serve", serve_ms) | first
+    return fields
 
 
 def _first_serve_ms(engine: Engine, load: Load, pairs: Sequence[Shares]) -> Iterator[float]:
@@ -234,14 +337,26 @@ def _first_serve_ms(engine: Engine, load: Load, pairs: Sequence[Shares]) -> Iter
 def summarise(report: Report, case: str) -> None:
     """Fills the summary from the rows."""
     for impl in ("pool", "background"):
-        row = report.find(case, impl)
-        if row is not None:
-            report.summary |= {
-                f"{impl}_pause_p99_ms": row["p99_ms"],
-                f"{impl}_at_switch_p99_ms": row["at_switch_p99_ms"],
-                f"{impl}_serve_p99_ms": row["serve_p99_ms"],
-                f"{impl}_switches": row["n"],
-            }
+        row, still = report.find(case, impl), report.find(case, f"{impl} control")
+        if row is None or still is None:
+            continue
+        report.summary |= {
+            f"{impl}_pause_p99_ms": row["p99_ms"],
+            f"{impl}_control_pause_p50_ms": still["ms"],
+            f"{impl}_control_pause_p99_ms": still["p99_ms"],
+            f"{impl}_added_p50_ms": row["ms"] - still["ms"],
+            f"{impl}_added_p99_ms": row["p99_ms"] - still["p99_ms"],
+            f"{impl}_at_switch_p99_ms": row["at_switch_p99_ms"],
+            f"{impl}_serve_p99_ms": row["serve_p99_ms"],
+            f"{impl}_switches": row["n"],
+        }
+        for key in ("at_switch_p50_ms", "at_switch_p99_ms"):
+            if row[key] is not None and still[key] is not None:
+                report.summary[f"{impl}_added_{key}"] = row[key] - still[key]
+        for kind in ("gap_alone", "gap_beside_prefill"):
+            for quantile in ("p50_ms", "p99_ms"):
+                name = f"{kind}_{quantile}"
+                report.summary[f"{impl}_control_{name}"] = still[name]
     row = report.find(case, "hand-over")
     if row is not None:
         report.summary |= {
@@ -295,7 +410,7 @@ def main() -> None:
     switches = args.switches or (10 if args.quick else 100)
     more = args.background_switches or (2 if args.quick else 100)
     cases = {
-        "hand-over": lambda: measure_hand_overs(engine, load, few, on_gpu=on_gpu),
+        "hand-over": lambda: {"": measure_hand_overs(engine, load, few, on_gpu=on_gpu)},
         "pool": lambda: measure_switches(engine, load, POOL[::-1], switches, budget, kept=True),
         "background": lambda: measure_switches(engine, load, BACKGROUND, more, budget, kept=False),
     }
@@ -304,11 +419,13 @@ def main() -> None:
             load.step()
         for impl, measure in cases.items():
             try:
-                fields = measure()
+                rows = measure()
             except Exception as error:  # one case must not cost the others
                 report.fail(case, impl, error)
             else:
-                report.add(case, impl, fields.pop("samples"), "ms", **fields)
+                for name, fields in rows.items():
+                    row_name = f"{impl} {name}".rstrip()
+                    report.add(case, row_name, fields.pop("samples"), "ms", **fields)
             summarise(report, case)
             report.save()
             say(f"{impl}: {report.rows[-1]['status']}")

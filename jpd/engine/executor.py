@@ -19,7 +19,7 @@ from jpd.config import EngineConfig
 from jpd.engine import batch as batches
 from jpd.engine.compile import CompiledSteps, step_options, step_store
 from jpd.engine.lowering import StepLowering, source_of
-from jpd.engine.plan import Chunk, StepPlan, StepResult, TokenLogprobs
+from jpd.engine.plan import Admission, Chunk, StepPlan, StepResult, TokenLogprobs
 from jpd.engine.rank_lowering import RankLowering
 from jpd.engine.sampler import Sampled
 from jpd.engine.sampler_inputs import SamplingInputs, SamplingTable
@@ -269,13 +269,17 @@ class Executor:
         ids, values = self._unbiased[size]
         return replace(inputs, bias_ids=ids, bias_values=values)
 
-    def launch(self, plan: StepPlan) -> InFlight:
-        """Starts a step on the device and returns without waiting for it."""
-        for new in plan.admissions:
+    def admit(self, admissions: list[Admission]) -> None:
+        """Takes in rows that the next steps may hold."""
+        for new in admissions:
             self._sampling.set(new.row, new.params, new.key, self._eos_token_ids)
             self._prompt_lengths[new.row] = new.prompt_length
             if new.tokens is not None:
                 self.load_history(new.row, new.tokens)
+
+    def launch(self, plan: StepPlan) -> InFlight:
+        """Starts a step on the device and returns without waiting for it."""
+        self.admit(plan.admissions)
         shape = self.shapes.pick(
             len(plan.rows),
             sum(len(c.tokens) for c in plan.chunks),

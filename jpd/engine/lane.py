@@ -44,6 +44,9 @@ class StepExecutor(Protocol):
     recompiles: int
     """Step shapes that were compiled while requests waited."""
 
+    def admit(self, admissions: list[Admission]) -> None:
+        """Takes in rows that the next steps may hold, and returns without waiting for that."""
+
     def launch(self, plan: StepPlan) -> StepInFlight:
         """Starts a step and returns without waiting for it."""
 
@@ -101,10 +104,12 @@ class Lane:
         self.prefill = prefill
         self.decode = decode
         self.depth = depth
-        self.held = False
-        """No step is launched, so that those in flight come to an end."""
         self.in_flight: deque[StepInFlight] = deque()
         self._num_rows = num_rows
+        self._admissions: dict[int, Admission] = {}
+        """Newest of each row."""
+        self._following: StepExecutor | None = None
+        self._told: list[Admission] = []
         self.executor = executor
 
     @property
@@ -117,12 +122,34 @@ class Lane:
         assert not self.in_flight, "the old executor has steps in flight"
         self._executor = executor
         self._known = np.zeros(self._num_rows, np.int64)
+        if executor is not None and executor is self._following:
+            for admission in self._told:
+                self._known[admission.row] = admission.serial
+        self.release()
+
+    def hold(self, following: StepExecutor) -> None:
+        """Launches no step, so that those in flight come to an end and `following` can take over.
+
+        It learns of the rows in flight meanwhile, which is most of what its first step would have
+        to tell it. Rows whose tokens the sampler looks at will have more of them by then.
+        """
+        if following is self._following:
+            return
+        rows = self.in_flight[-1].plan.rows.tolist()
+        self._told = [a for row in rows if (a := self._admissions[row]).tokens is None]
+        self._following = following
+        following.admit(self._told)
+
+    def release(self) -> None:
+        """Launches steps again."""
+        self._following = None
+        self._told = []
 
     @property
     def may_launch(self) -> bool:
         """There is somebody to run another step."""
         room = len(self.in_flight) < self.depth
-        return self._executor is not None and room and not self.held
+        return self._executor is not None and room and self._following is None
 
     @property
     def has_chunks(self) -> bool:
@@ -148,6 +175,7 @@ class Lane:
         """Starts a step; `admissions` are those of `unknown_rows`."""
         for admission in admissions:
             self._known[admission.row] = admission.serial
+            self._admissions[admission.row] = admission
         plan.admissions = admissions
         self.in_flight.append(self._executor.launch(plan))
 

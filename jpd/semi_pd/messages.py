@@ -17,7 +17,8 @@ from native.memory import Handle
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerSpec:
-    """The first message to an executor's process; then come `StepPlan`s until the end."""
+    """The first message to an executor's process; until the end come `StepPlan`s, and lists of
+    `Admission` of rows in plans to come."""
 
     config: EngineConfig
     """Resolved."""

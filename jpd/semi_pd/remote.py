@@ -8,7 +8,7 @@ from multiprocessing.connection import Connection
 
 from jpd.child import Child
 from jpd.engine.lane import ExecutorLostError
-from jpd.engine.plan import StepPlan, StepResult
+from jpd.engine.plan import Admission, StepPlan, StepResult
 from jpd.semi_pd.messages import Failure, Ready, StepReport
 
 
@@ -77,6 +77,13 @@ class RemoteExecutor:
     def has_report(self) -> bool:
         """A report has come that nobody has taken."""
         return bool(self._reports)
+
+    def admit(self, admissions: list[Admission]) -> None:
+        """Tells it of rows; if the process is gone, `failure` says so."""
+        try:
+            self._child.connection.send(admissions)
+        except OSError:
+            self._receive_all()
 
     def launch(self, plan: StepPlan) -> RemoteStep:
         """Sends a step.

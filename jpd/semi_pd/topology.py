@@ -77,13 +77,13 @@ class Seat:
             # Anybody is better than nobody, until the wanted one is there.
             wanted = wanted or self.pool.nearest(self._share)
         if wanted is None or wanted is self.executor:
-            self.lane.held = False
+            self.lane.release()
             self._held_s = None
             return
         if self._held_s is None:
             self._held_s = self._clock()
         if self.lane.in_flight:
-            self.lane.held = True
+            self.lane.hold(wanted)
             return
         old = None if self.executor is None else self.executor.share
         now_s = self._clock()
@@ -92,7 +92,6 @@ class Seat:
             Switch(self.pool.phase, old, wanted.share, since_s, self._held_s, now_s)
         )
         self.lane.executor = wanted
-        self.lane.held = False
         self._held_s = None
 
     def lost(self, reason: str) -> None:

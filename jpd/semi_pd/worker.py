@@ -25,7 +25,7 @@ from native import affinity
 
 if TYPE_CHECKING:
     from jpd.engine.executor import Executor, InFlight
-    from jpd.engine.plan import StepPlan, StepResult
+    from jpd.engine.plan import Admission, StepPlan, StepResult
     from jpd.semi_pd.messages import WorkerSpec
     from jpd.semi_pd.page_push import PagePusher
     from native.kv_push import Arrival
@@ -40,6 +40,10 @@ class _Worker:
         self.executor = executor
         self._pusher = pusher
         self._check = check
+
+    def admit(self, admissions: list[Admission]) -> None:
+        """Takes in rows before the steps that hold them."""
+        self.executor.admit(admissions)
 
     def launch(self, plan: StepPlan) -> tuple[InFlight, list[int]]:
         """The launched step, and the numbers of what it sends to another device."""
@@ -147,9 +151,11 @@ def _report(
             _give_up(out, error)
 
 
-def _receive(connection: Connection, plans: queue.SimpleQueue[StepPlan | None]) -> None:
-    """Takes plans in as they come, also while a step is being launched: a coordinator that sends
-    must not wait for that."""
+def _receive(
+    connection: Connection, plans: queue.SimpleQueue[StepPlan | list[Admission] | None]
+) -> None:
+    """Takes in what comes, also while a step is being launched: a coordinator that sends must not
+    wait for that."""
     while True:
         try:
             plans.put(connection.recv())
@@ -193,7 +199,7 @@ def _main() -> None:
         out.send(Ready(units))
     except BaseException as error:
         _give_up(out, error)
-    plans: queue.SimpleQueue[StepPlan | None] = queue.SimpleQueue()
+    plans: queue.SimpleQueue[StepPlan | list[Admission] | None] = queue.SimpleQueue()
     threading.Thread(
         target=_receive, args=(connection, plans), name="jpd-receive", daemon=True
     ).start()
@@ -205,7 +211,10 @@ def _main() -> None:
     while (plan := plans.get()) is not None:
         launched_s = time.monotonic()
         try:
-            steps.put((*worker.launch(plan), launched_s))
+            if isinstance(plan, list):
+                worker.admit(plan)
+            else:
+                steps.put((*worker.launch(plan), launched_s))
         except BaseException as error:
             _give_up(out, error)
     steps.put(None)

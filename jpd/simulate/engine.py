@@ -126,6 +126,7 @@ def _two_phases(config: EngineConfig, gpu: VirtualGpu) -> _TwoPhases:
                 place=place,
                 ready_s=gpu.now_s + model.start_s,
                 message_s=model.overheads.message_s,
+                process_s=model.overheads.process_s,
             )
 
         kept = semi_pd_build.kept_shares(config, phase)

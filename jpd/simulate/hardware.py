@@ -23,6 +23,10 @@ class Gpu:
     """That kernels get from its memory."""
     flops_per_s: float
     """That matrix products get."""
+    attention_flops_per_s: float
+    """That attention of prompts gets."""
+    exposed_rows: float
+    """Part, 0..1, of the products of decoding rows that takes longer than to read their weights."""
     link_bytes_per_s: float
     """From the memory of another of the same host."""
     link_latency_s: float
@@ -35,8 +39,13 @@ H200 = Gpu(
     name="H200",
     # Of 4.8e12 in the data sheet; a copy gets 4.3e12, products of few rows 3.0 to 4.0e12.
     bytes_per_s=3.6e12,
-    # Of 989e12 in the data sheet; large products got 700e12 to 800e12.
-    flops_per_s=650e12,
+    # Of 989e12 in the data sheet; products of 2048 rows get 670e12 to 720e12, of 256 rows 390e12 to
+    # 670e12.
+    flops_per_s=620e12,
+    # 380e12 for 1024 tokens and 470e12 for 2048, 340e12 in eight chunks.
+    attention_flops_per_s=400e12,
+    # Products of a layer of Llama-3.1-8B: 108, 120, 143 us with 1, 32, 128 rows.
+    exposed_rows=1 / 3,
     # NVLink: a line through what all-reduces of NCCL 2.28 without multicast took between two GPUs:
     # 33, 74, 248 and 887 us for 4, 16, 64 and 256 MiB, within 4 %. 1 MiB took 35 us, for which it
     # says 23; smaller ones, and more than two GPUs, were not measured. All these are of early
@@ -65,7 +74,11 @@ def arithmetic(
     costs two operations for each weight and four for each key and channel; what could overlap is
     added up, the sums over ranks too. Those, one after each row-parallel layer and one for the
     embeddings, send each number 2 (n - 1) / n times over each of n ranks' links, as rings do, and
-    logits are gathered. Times of the host are guesses of the size seen with such engines.
+    logits are gathered. Times of the host are guesses of the size seen with such engines, but for
+    `process_s`: without it no interference gives the times of an H200 that served Llama-3.1-8B on
+    two executors under (100, 100), azure_conv at three rates, where requests decode slower than on
+    one executor even when no prompt is left. With it and these constants means of TTFT and TPOT are
+    within 6 % of those of both policies on one executor at all three rates.
 
     Args:
       split: of the model over ranks; windows are not looked at.
@@ -94,16 +107,22 @@ def arithmetic(
         tensor_parallel_size=split.ranks,
         decode=DecodeTime(
             step_s=step_s,
-            row_s=read / gpu.flops_per_s + sums_s + logits_s,
+            row_s=gpu.exposed_rows * read / gpu.flops_per_s + sums_s + logits_s,
             context_token_s=kv_s,
         ),
         prompt=PromptTime(
             step_s=step_s,
             token_s=2 * weights / gpu.flops_per_s + sums_s,
-            pair_s=4 * channels / gpu.flops_per_s,
+            pair_s=4 * channels / gpu.attention_flops_per_s,
             context_token_s=kv_s,
         ),
-        overheads=Overheads(launch_s=4e-4, deliver_s=2e-4, deliver_token_s=4e-6, message_s=1e-4),
+        overheads=Overheads(
+            launch_s=4e-4,
+            deliver_s=2e-4,
+            deliver_token_s=4e-6,
+            message_s=1e-4,
+            process_s=3.1e-3,
+        ),
         page_copy_s=page_size * kv_bytes / gpu.link_bytes_per_s,
         **({} if sm_shares else {"interference": TIME_SLICES}),
     )

@@ -134,6 +134,8 @@ class Overheads:
     """More for each token of the step."""
     message_s: float = 0.0
     """From the coordinator to an executor in another process, or back."""
+    process_s: float = 0.0
+    """A step takes longer there than on an executor of the coordinator's process."""
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):

@@ -362,9 +362,21 @@ def test_switches(shared_engine: Engine, tmp_path, monkeypatch) -> None:
     args = ("--quick", "--switches", "4", "--background-switches", "2", "--hand-overs", "8")
     assert run_main(semi_pd_switch, monkeypatch, *args, "--out", str(tmp_path)) == 0
     document = load_document(tmp_path / "semi_pd_switch.json")
-    hand_over, pool, background = document["rows"]
+    rows = {row["impl"]: row for row in document["rows"]}
+    hand_over, pool, background = (rows[name] for name in ("hand-over", "pool", "background"))
     assert hand_over["n"] >= 8
-    assert (pool["n"], background["n"]) == (4, 2)
+    assert {name: row["n"] for name, row in rows.items() if name != "hand-over"} == {
+        "pool": 4,
+        "pool control": 4,
+        "pool control 50,50": 2,
+        "pool control 100,100": 2,
+        "background": 2,
+        "background control": 2,
+        "background control 50,50": 1,
+        "background control 100,100": 1,
+    }
+    # No request is so long that no other prompt came.
+    assert 0 < pool["beside_prefill_part"] + rows["pool control"]["beside_prefill_part"] <= 2
     assert document["summary"]["pool_switches"] == 4
     assert 0 <= hand_over["p50_ms"] <= hand_over["to_start_p50_ms"]
     # Pages are handed over, not what is in them.
@@ -375,6 +387,8 @@ def test_switches(shared_engine: Engine, tmp_path, monkeypatch) -> None:
     assert background["first_serve_ms"] > 0
     assert pool["serve_p99_ms"] > 0
     assert document["summary"]["pool_pause_p99_ms"] == pool["p99_ms"]
+    added_ms = pool["ms"] - rows["pool control"]["ms"]
+    assert document["summary"]["pool_added_p50_ms"] == added_ms
     check_idle(shared_engine)
 
 

@@ -293,28 +293,79 @@ def test_a_pause_is_the_largest_gap_around_a_switch() -> None:
     def of(phase: str, asked_s: float) -> Switch:
         return Switch(phase, 100, 50, asked_s, held_s, held_s + 0.01)
 
+    def fields_of(*switches: semi_pd_switch.Switched) -> dict[str, Any]:
+        return semi_pd_switch.window_fields([s.window for s in switches], gaps, [])
+
     settled_s = held_s + 0.01
     early = semi_pd_switch.Switched(of("prefill", times[15]), of("decode", times[15]), settled_s)
-    fields = semi_pd_switch.switch_fields([early], gaps)
+    fields = fields_of(early)
     assert fields["p99_ms"] == pytest.approx(50)
     assert fields["at_switch_p50_ms"] == pytest.approx(40)
     assert fields["median_gap_ms"] == pytest.approx(10)
-    assert fields["serve_p50_ms"] == pytest.approx(1e3 * (held_s + 0.01 - times[15]))
+    assert early.window.shares == Shares(50, 50)
+    assert early.done_s - early.asked_s == pytest.approx(held_s + 0.01 - times[15])
     shares = dataclasses.replace(early.decode, held_s=times[5] + 0.001, done_s=times[5] + 0.002)
     quick = semi_pd_switch.Switched(early.prefill, shares, settled_s)
-    fields = semi_pd_switch.switch_fields([quick], gaps)
-    assert fields["at_switch_p99_ms"] == pytest.approx(0, abs=1e-6)
+    assert fields_of(quick)["at_switch_p99_ms"] == pytest.approx(0, abs=1e-6)
     # What comes right after it counts too: the gap of 60 ms.
     begun = semi_pd_switch.Switched(of("prefill", times[5]), shares, float(times[22]))
-    assert semi_pd_switch.switch_fields([begun], gaps)["p99_ms"] == pytest.approx(50)
+    assert fields_of(begun)["p99_ms"] == pytest.approx(50)
     # Nobody was decoded at the hand-over, or at all.
     late = dataclasses.replace(early.decode, held_s=100.0, done_s=101.0)
-    fields = semi_pd_switch.switch_fields([early, early._replace(decode=late)], gaps)
+    fields = fields_of(early, early._replace(decode=late))
     assert fields["at_switch_n"] == 1
     assert fields["at_switch_p99_ms"] == pytest.approx(40)
     never = semi_pd_switch.Switched(of("prefill", 100.0), of("decode", 100.0), 101.0)
-    with pytest.raises(ValueError, match="during 1 switches"):
-        semi_pd_switch.switch_fields([early, never], gaps)
+    with pytest.raises(ValueError, match="in 1 windows"):
+        fields_of(early, never)
+
+
+def test_gaps_beside_prefill_are_told_from_others() -> None:
+    # Tokens every 10 ms; of two requests, and one gap of 40 ms from 0.1 on, in each.
+    one = np.cumsum([0.0, *[0.01] * 10, 0.04, *[0.01] * 10])
+    two = one + 0.005
+    gaps = np.concatenate([one[:-1], two[:-1]]), np.concatenate([one[1:], two[1:]])
+    span = semi_pd_switch.Span
+    # One ends in the large gaps and touches a small one, the other lies within two small ones.
+    prefills = [span(0.102, 0.12), span(0.178, 0.179)]
+    window = semi_pd_switch.Window(Shares(50, 50), span(0.051, 0.239), span(0.051, 0.052))
+    fields = semi_pd_switch.window_fields([window], gaps, prefills)
+    # One: the gaps from 0.05 to 0.24. Two: those from 0.045 to 0.245.
+    assert fields["beside_prefill_part"] == pytest.approx(5 / (16 + 17))
+    assert fields["gap_beside_prefill_p50_ms"] == pytest.approx(10)
+    assert fields["gap_beside_prefill_p99_ms"] == pytest.approx(40)
+    assert fields["gap_alone_p99_ms"] == pytest.approx(10)
+    fields = semi_pd_switch.window_fields([window], gaps, [])
+    assert (fields["beside_prefill_part"], fields["gap_beside_prefill_p99_ms"]) == (0, None)
+    assert fields["gap_alone_p99_ms"] == pytest.approx(40)
+
+
+def test_a_switch_adds_what_a_control_has_not(tmp_path) -> None:
+    report = Report("semi_pd_switch", "?", out=tmp_path)
+    semi_pd_switch.summarise(report, "c")
+    assert report.summary == {}
+    common = {"gap_alone_p50_ms": 5.0, "gap_alone_p99_ms": 6.0}
+    common |= {"gap_beside_prefill_p50_ms": 20.0, "gap_beside_prefill_p99_ms": 50.0}
+    of_switch = {"p99_ms": 40.0, "at_switch_p50_ms": 9.0, "at_switch_p99_ms": 30.0}
+    report.add("c", "pool", [10.0, 30.0, 20.0], serve_p99_ms=80.0, **of_switch, **common)
+    of_control = {"p99_ms": 42.0, "at_switch_p50_ms": 4.0, "at_switch_p99_ms": None}
+    report.add("c", "pool control", [9.0, 8.0, 7.0], **of_control, **common)
+    semi_pd_switch.summarise(report, "c")
+    assert report.summary == {
+        "pool_pause_p99_ms": 40.0,
+        "pool_control_pause_p50_ms": 8.0,
+        "pool_control_pause_p99_ms": 42.0,
+        "pool_added_p50_ms": 12.0,
+        "pool_added_p99_ms": -2.0,
+        "pool_at_switch_p99_ms": 30.0,
+        "pool_added_at_switch_p50_ms": 5.0,
+        "pool_serve_p99_ms": 80.0,
+        "pool_switches": 3,
+        "pool_control_gap_alone_p50_ms": 5.0,
+        "pool_control_gap_alone_p99_ms": 6.0,
+        "pool_control_gap_beside_prefill_p50_ms": 20.0,
+        "pool_control_gap_beside_prefill_p99_ms": 50.0,
+    }
 
 
 # --- memory ----------------------------------------------------------------------------------

@@ -92,12 +92,12 @@ class FakeDevice:
 
     def launch(self, plan: StepPlan) -> FakeStep:
         """Runs the step from its packed form."""
-        self.admit(plan)
+        self.remember(plan)
         batch, work = self.unpack(plan)
         self.write(work)
         return FakeStep(plan, self.sample(plan, batch, work))
 
-    def admit(self, plan: StepPlan) -> None:
+    def remember(self, plan: StepPlan) -> None:
         """Remembers by which parameters the KV of a new row is made."""
         for sequence in plan.admitted:
             self.admitted_at[sequence] = self.params_version

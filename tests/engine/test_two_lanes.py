@@ -187,7 +187,7 @@ def test_any_order_of_events_gives_every_request_its_own_tokens() -> None:
     expected_failures.clear()
     play_many(500)
     rare = ["preempted", "requeued", "cached", "aborted", "switched", "lost decode", "lost prefill"]
-    rare += ["fault", "copied", "mode", "decodes on"]
+    rare += ["handed over", "stayed", "fault", "copied", "mode", "decodes on"]
     assert min(seen[name] for name in rare) >= 10, seen
     # Now and then deaths as frequent as here hit a sequence three times in a row, after which it is
     # given up. Chunks and lost work give it more steps than tokens; two in a row would be five

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from jpd.engine.lane import ExecutorLostError, Lane, PagesLostError
-from jpd.engine.plan import StepPlan, StepResult
+from jpd.engine.plan import Admission, StepPlan, StepResult
 from jpd.engine.recent import Recent
 from tests.engine.fake_device import GARBAGE, FakeDevice, run_alone, sequence_prompt
 
@@ -52,18 +52,23 @@ class LateExecutor(FakeDevice):
         )
         return self
 
+    def admit(self, admissions: list[Admission]) -> None:
+        """Takes rows in, before steps that hold them."""
+        self.serials |= {a.row: a.serial for a in admissions}
+        self.load_history(admissions)
+
     def launch(self, plan: StepPlan) -> LateStep:
         """Takes a step in."""
         if self.dead:
             raise ExecutorLostError("killed before the launch")
-        self.admit(plan)
+        self.remember(plan)
         self.serials |= {a.row: a.serial for a in plan.admissions}
         rows = [*zip(plan.rows.tolist(), plan.serials.tolist(), strict=True)]
         for row, serial in rows + [(c.row, c.serial) for c in plan.chunks]:
             assert self.serials[row] == serial, "a row that the executor was not told of"
         self.queue.append(plan)
         if self.queue[0] is plan and self.random.random() < 0.5:
-            self.load_history(plan)
+            self.load_history(plan.admissions)
             self.write(self.unpack(plan)[1])
             self.send(plan)
         return LateStep(plan, self)
@@ -77,9 +82,9 @@ class LateExecutor(FakeDevice):
                 self.target.chains[to] = self.chains[of]
                 self.target.versions[to] = self.versions[of]
 
-    def load_history(self, plan: StepPlan) -> None:
+    def load_history(self, admissions: list[Admission]) -> None:
         """Tokens of new rows, after the steps before it."""
-        for new in plan.admissions:
+        for new in admissions:
             self.history[new.row] = GARBAGE
             if new.tokens is not None:
                 self.history[new.row, : len(new.tokens)] = new.tokens
@@ -87,7 +92,7 @@ class LateExecutor(FakeDevice):
     def run(self, plan: StepPlan):
         """All of a step."""
         assert self.queue.pop(0) is plan, "steps run in the order of their launch"
-        self.load_history(plan)
+        self.load_history(plan.admissions)
         batch, work = self.unpack(plan)
         self.write(work)
         self.send(plan)
@@ -103,7 +108,7 @@ class LateExecutor(FakeDevice):
     def die(self) -> None:
         """Its kernels may have done anything up to now, and do nothing from now on."""
         if self.queue and self.random.random() < 0.5:
-            self.load_history(self.queue[0])
+            self.load_history(self.queue[0].admissions)
             self.write(self.unpack(self.queue[0])[1])
             self.send(self.queue[0])
         self.queue.clear()
@@ -139,6 +144,7 @@ class TwoLanes:
             Lane(self._start(0), rows, depth=2, decode=False),
             Lane(self._start(1), rows, depth=2, prefill=False),
         ]
+        self._following: list[LateExecutor | None] = [None, None]
 
     def _start(self, lane: int) -> LateExecutor:
         executor = LateExecutor(**self._sizes, random=self._random, target=self._decode_memory)
@@ -153,11 +159,7 @@ class TwoLanes:
                     lane.executor.die()
             raise PagesLostError
         for i, lane in enumerate(self.lanes):
-            if lane.executor is None and self._random.random() < 0.3:
-                lane.executor = self._start(i)
-            elif not lane.in_flight and self._random.random() < self._switches:
-                lane.executor = self._start(i)
-                self.seen["switched"] += 1
+            self._tend(i, lane)
         if self._decode_memory is not self._memory:
             return
         if self._random.random() < self._mode_changes:
@@ -167,6 +169,27 @@ class TwoLanes:
         unified = self._unified and decode.executor is not None
         prefill.prefill, prefill.decode = not unified, decode.executor is None
         decode.prefill = unified or prefill.executor is None
+
+    def _tend(self, i: int, lane: Lane) -> None:
+        following = self._following[i]
+        if lane.executor is None and self._random.random() < 0.3:
+            lane.executor, self._following[i] = following or self._start(i), None
+        elif lane.executor is None:
+            return
+        elif following is not None and not lane.in_flight:
+            lane.executor, self._following[i] = following, None
+            self.seen["handed over"] += 1
+        elif following is not None and self._random.random() < 0.3:
+            lane.release()
+            self._following[i] = None
+            self.seen["stayed"] += 1
+        elif not lane.in_flight:
+            if self._random.random() < self._switches:
+                lane.executor = self._start(i)
+                self.seen["switched"] += 1
+        elif self._switches and self._random.random() < self._switches:
+            self._following[i] = self._start(i)
+            lane.hold(self._following[i])
 
     def wait(self) -> Lane | None:
         """Any lane may be first."""
@@ -195,6 +218,7 @@ class TwoLanes:
     def renew(self) -> None:
         """All pages hold garbage."""
         self._memory.chains[:] = self._decode_memory.chains[:] = GARBAGE
+        self._following = [None, None]
         for i, lane in enumerate(self.lanes):
             lane.executor = self._start(i)
 

@@ -156,7 +156,7 @@ class Counted:
 
 @pytest.mark.parametrize(
     ("rate", "prompt", "output", "slo"),
-    [(8, 2048, 200, SLO), (40, 251, 338, Slo(ttft_s=0.3, tpot_s=0.03))],
+    [(8.5, 2048, 200, SLO), (40, 251, 338, Slo(ttft_s=0.3, tpot_s=0.03))],
 )
 @pytest.mark.parametrize("delay_s", [0.05, 3.0])
 def test_ours_comes_to_meet_slos_that_full_shares_miss(

@@ -54,6 +54,14 @@ def test_two_phases_in_processes_of_their_own(folder):
     assert [1e3 * seat.pool.busy_s for seat in seats] == pytest.approx([10, 15])
 
 
+def test_steps_may_take_longer_in_a_process_of_their_own(folder):
+    model = latencies(overheads=Overheads(process_s=3e-3))
+    (record,) = run(folder, model, (0, 5, 4), **SEMI_PD)
+    assert times_ms(record) == pytest.approx((13, 13 + 3 * 8))
+    (record,) = run(folder, model, (0, 5, 4))
+    assert times_ms(record) == pytest.approx((10, 10 + 3 * 5))
+
+
 def test_what_steps_compute_makes_their_time(folder):
     model = dataclasses.replace(
         latencies(),

@@ -91,6 +91,24 @@ def test_each_rank_computes_its_part(model, work):
     assert sent_s(model, 1, work) == 0
 
 
+def test_decoding_rows_hide_behind_the_weights_as_they_did_on_the_gpu(tmp_path):
+    sizes = {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": VOCAB,
+        "tie_word_embeddings": False,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(CASES["llama3"] | sizes))
+    found = arithmetic(checkpoint.read_config(tmp_path), 1)
+    more_s = found.full_s(decode(128, 0)) - found.full_s(decode(32, 0))
+    # The four products of a layer: benchmarks/results/h200/flat_gemm.json.
+    assert more_s == pytest.approx(32 * (142.7e-6 - 119.9e-6), rel=0.1)
+
+
 def test_kv_heads_that_several_ranks_have(model):
     """A rank has one KV head at least, of keys and of what is sent between GPUs."""
     eight, sixteen = (arithmetic(model, ranks) for ranks in (8, 16))
