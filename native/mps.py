@@ -41,8 +41,9 @@ _LOCK_TIMEOUT_S = 60.0
 CONNECTIONS_VARIABLE = "CUDA_DEVICE_MAX_CONNECTIONS"
 _CONNECTIONS = 8
 """Hardware queues of a client on each GPU, as many as without MPS. Under MPS CUDA's default is 2
-(NVIDIA's MPS documentation, limits of connections), and streams of a process that share a queue
-wait for each other: the copy of a step's tokens to the host for the kernels of the next step."""
+(NVIDIA's MPS documentation, limits of connections), and streams of a process that share a queue may
+wait for each other: a copy of a step's tokens to the host for the next step's kernels. That it
+matters here is a suspicion; not measured."""
 _SERVER_CONNECTIONS = 120
 """Of all clients on a GPU: 60 clients with 2 each (there)."""
 _FAILED = re.compile(r"error|fail|cannot|denied|^\s*[1-9]\d*\s*$", re.IGNORECASE)

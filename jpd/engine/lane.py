@@ -130,8 +130,9 @@ class Lane:
     def hold(self, following: StepExecutor) -> None:
         """Launches no step, so that those in flight come to an end and `following` can take over.
 
-        It learns of the rows in flight meanwhile, which is most of what its first step would have
-        to tell it. Rows whose tokens the sampler looks at will have more of them by then.
+        There are some. It learns of the rows in flight meanwhile, which is most of what its first
+        step would have to tell it. Rows whose tokens the sampler looks at will have more of them by
+        then.
         """
         if following is self._following:
             return

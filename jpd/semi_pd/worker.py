@@ -152,15 +152,15 @@ def _report(
 
 
 def _receive(
-    connection: Connection, plans: queue.SimpleQueue[StepPlan | list[Admission] | None]
+    connection: Connection, messages: queue.SimpleQueue[StepPlan | list[Admission] | None]
 ) -> None:
     """Takes in what comes, also while a step is being launched: a coordinator that sends must not
     wait for that."""
     while True:
         try:
-            plans.put(connection.recv())
+            messages.put(connection.recv())
         except (EOFError, OSError):
-            plans.put(None)
+            messages.put(None)
             return
 
 
@@ -199,22 +199,22 @@ def _main() -> None:
         out.send(Ready(units))
     except BaseException as error:
         _give_up(out, error)
-    plans: queue.SimpleQueue[StepPlan | list[Admission] | None] = queue.SimpleQueue()
+    messages: queue.SimpleQueue[StepPlan | list[Admission] | None] = queue.SimpleQueue()
     threading.Thread(
-        target=_receive, args=(connection, plans), name="jpd-receive", daemon=True
+        target=_receive, args=(connection, messages), name="jpd-receive", daemon=True
     ).start()
     steps: queue.SimpleQueue[tuple[InFlight, list[int], float] | None] = queue.SimpleQueue()
     reporter = threading.Thread(
         target=_report, args=(worker, steps, out), name="jpd-report", daemon=True
     )
     reporter.start()
-    while (plan := plans.get()) is not None:
+    while (message := messages.get()) is not None:
         launched_s = time.monotonic()
         try:
-            if isinstance(plan, list):
-                worker.admit(plan)
+            if isinstance(message, list):
+                worker.admit(message)
             else:
-                steps.put((*worker.launch(plan), launched_s))
+                steps.put((*worker.launch(message), launched_s))
         except BaseException as error:
             _give_up(out, error)
     steps.put(None)

@@ -39,6 +39,7 @@ H200 = Gpu(
     name="H200",
     # Of 4.8e12 in the data sheet; a copy gets 4.3e12, products of few rows 3.0 to 4.0e12.
     bytes_per_s=3.6e12,
+    # The next three are of dense_gemm, prefill_attention and flat_gemm in benchmarks/results/h200.
     # Of 989e12 in the data sheet; products of 2048 rows get 670e12 to 720e12, of 256 rows 390e12 to
     # 670e12.
     flops_per_s=620e12,
@@ -78,7 +79,10 @@ def arithmetic(
     `process_s`: without it no interference gives the times of an H200 that served Llama-3.1-8B on
     two executors under (100, 100), azure_conv at three rates, where requests decode slower than on
     one executor even when no prompt is left. With it and these constants means of TTFT and TPOT are
-    within 6 % of those of both policies on one executor at all three rates.
+    within 6 % of those of both policies on one executor at all three rates
+    (`benchmarks/results/h200/semi_pd_serving.json` against trials that are not kept). That engine's
+    processes had two hardware queues each; they ask for eight now, and `process_s` was not measured
+    again. It is taken for all topologies with executors of their own.
 
     Args:
       split: of the model over ranks; windows are not looked at.
