@@ -39,6 +39,9 @@ ALIGNMENT_BYTES = 256
 """Offsets of arrays are multiples of this: what XLA, TMA and cudaMalloc want, or more."""
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+_GPU_PAGE_BYTES = 2 << 20
+"""What a GPU block's memory is a multiple of. Another process maps one that is not by smaller
+pages, and reads it at half the rate: 1.95 in place of 4.0 TB/s on an H200 (driver 580)."""
 
 
 @dataclass(frozen=True)
@@ -211,7 +214,8 @@ def allocate(nbytes: int, device: str) -> Block:
     with cupy.cuda.Device(ordinal) as gpu:
         try:
             # Not from CuPy's pool, whose handles would be of an arena, and past its own limit.
-            pointer = cupy.cuda.MemoryPointer(cupy.cuda.Memory(nbytes), 0)
+            whole_pages = -(-nbytes // _GPU_PAGE_BYTES) * _GPU_PAGE_BYTES
+            pointer = cupy.cuda.MemoryPointer(cupy.cuda.Memory(whole_pages), 0)
         except cupy.cuda.runtime.CUDARuntimeError as error:
             free, total = cupy.cuda.runtime.memGetInfo()
             raise MemoryError(
