@@ -192,6 +192,8 @@ def curves_of(args: argparse.Namespace) -> Callable[[Case], Any]:
     known: dict[tuple[str, str, int], list[Any]] = {}
     for path in sorted(args.tuned.glob("*.curves.json")):
         for key, curve in load_curves(path).items():
+            if key.beside_gemm:
+                continue
             known.setdefault((key.topology.link, key.op, key.ranks), []).append(curve)
     best = {key: envelope(curves) for key, curves in known.items()}
     return lambda case: best.get((case.link, case.op, case.ranks))

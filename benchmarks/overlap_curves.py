@@ -1,9 +1,10 @@
-"""What the search for plans must know of a machine: collectives alone, and waves of the GEMM.
+"""What the search for plans must know of a machine: collectives, and waves of the GEMM.
 
-Both are measured once for a topology. Bandwidth curves come from one program for each collective
-and number of NCCL's blocks: a product of depth 64, whose result is as large as all messages
-together, in one group for each size, the largest first. The product is complete long before the
-first collective is, so that the rest of them run alone, and the trace has the time of each.
+All is measured once for a topology. Bandwidth curves come from two programs for each collective and
+number of NCCL's blocks, whose product has one group for each size of message, the largest first,
+and whose trace has the time of each. For the collective alone the product is of depth 64: it is
+complete long before the first collective is. For the collective beside the GEMM it is deep, and has
+rows enough behind the messages to last longer than these.
 """
 
 from __future__ import annotations
@@ -22,14 +23,18 @@ from jax.sharding import Mesh
 from benchmarks import overlap_impls, overlap_time
 from benchmarks.overlap_cases import GEMM, Case, Shape
 from benchmarks.overlap_time import Operation
-from jpd.overlap import BandwidthCurve, Contention, Trace, sample_sizes
+from jpd.overlap import BandwidthCurve, Trace, sample_sizes
 
-LARGEST = 512 << 20
-_COLUMNS, _DEPTH = 8192, 64
+LARGEST, LARGEST_BESIDE = 512 << 20, 64 << 20
+"""Bytes of the largest message."""
+_COLUMNS, _DEPTH, _DEPTH_BESIDE = 8192, 64, 8192
 _RUNS = 7
 _WAVE_DEPTHS = (1024, 8192)
 _WAVES = 8
-_MOST_FACTOR = 3.0
+_MOST_SLOWED = 3.0
+"""More than GEMM and collective slow each other down."""
+_FLOPS_PER_S = 700e12
+"""A GEMM is not faster."""
 
 
 def message_tiles(tile_bytes: int, largest: int = LARGEST) -> list[int]:
@@ -42,18 +47,59 @@ def sample_curve(
     mesh: Mesh, communicator: Any, op: str, *, largest: int = LARGEST
 ) -> BandwidthCurve:
     """How long NCCL alone takes for messages of 64 KiB to `largest`."""
+    from pallas_kernels import signal_gemm as gemms
+
+    config = gemms.SignalConfig()
+    sizes = message_tiles(config.tile_m * config.tile_n * 2, largest)
+    # The first group is thrown away: all GPUs meet in it, and the product ends.
+    groups = (_whole_rows(sizes[0], sizes, config), *sizes)
+    return curve_of(_traced_groups(mesh, communicator, op, config, groups, _DEPTH))
+
+
+def sample_curve_beside_gemm(
+    mesh: Mesh, communicator: Any, op: str, alone: BandwidthCurve, *, largest: int = LARGEST_BESIDE
+) -> BandwidthCurve:
+    """How long NCCL takes while a GEMM runs on all other SMs.
+
+    Raises:
+        RuntimeError: the GEMM was over before two sizes were measured.
+    """
+    from pallas_kernels import mosaic
+    from pallas_kernels import signal_gemm as gemms
+
+    sms = mosaic.sm_count() - communicator.max_ctas
+    shares = 1 if op == "all_reduce" else mesh.size
+    config = next(
+        c
+        for c in gemms.candidates(8192, _COLUMNS, _DEPTH_BESIDE, sms, ranks=shares)
+        if _COLUMNS % c.tile_n == 0
+    )
+    tile_bytes = config.tile_m * config.tile_n * 2
+    sizes = message_tiles(tile_bytes, largest)
+    # Rows behind the messages, so that the GEMM takes as long as they do at `_MOST_SLOWED`.
+    messages_s = _MOST_SLOWED * sum(float(alone(size * tile_bytes)) for size in sizes)
+    tile_s = 2 * config.tile_m * config.tile_n * _DEPTH_BESIDE / _FLOPS_PER_S
+    last = max(sms, round(messages_s / tile_s) - sum(sizes))
+    groups = (sms, *sizes, _whole_rows(last, (sms, *sizes), config))
+    calls = _traced_groups(mesh, communicator, op, config, groups, _DEPTH_BESIDE)
+    return curve_of(calls, beside_gemm=True)
+
+
+def _whole_rows(tiles: int, others: Sequence[int], config: Any) -> int:
+    """So many tiles, or a few more, that with the others they fill rows of tiles."""
+    return tiles + -(sum(others) + tiles) % (_COLUMNS // config.tile_n)
+
+
+def _traced_groups(
+    mesh: Mesh, communicator: Any, op: str, config: Any, groups: tuple[int, ...], k: int
+) -> list[Any]:
+    """Traced calls of a product whose tiles are sent in these groups."""
     from native.overlap import Transfer, groups_of
     from pallas_kernels import mosaic
     from pallas_kernels import signal_gemm as gemms
 
-    config = gemms.SignalConfig()
     shares = 1 if op == "all_reduce" else mesh.size
-    sizes = message_tiles(config.tile_m * config.tile_n * 2, largest)
-    columns = _COLUMNS // config.tile_n
-    # The first group is thrown away: all GPUs meet in it, and the product ends.
-    ahead = sizes[0] + -(sum(sizes) + sizes[0]) % columns
-    groups = (ahead, *sizes)
-    m = sum(groups) // columns * config.tile_m
+    m = sum(groups) // (_COLUMNS // config.tile_n) * config.tile_m
     sms = mosaic.sm_count() - communicator.max_ctas
     spans = groups_of(gemms.group_spans(groups, config), groups)
     shape = gemms.packed_shape(m, _COLUMNS, config, shares)
@@ -66,26 +112,36 @@ def sample_curve(
 
         return communicator.run(transfer, gemm, after=[x, w])
 
-    xs, ws = overlap_time.operands(mesh, m, _COLUMNS, _DEPTH, 1)
+    xs, ws = overlap_time.operands(mesh, m, _COLUMNS, k, 1)
     lowered = overlap_time.lower(Operation(call), mesh, xs, ws)
     program = lowered.compile(compiler_options=overlap_time.GPU_OPTIONS)
     jax.block_until_ready(program(xs, ws))
     communicator.trace()
     for _ in range(_RUNS):
         jax.block_until_ready(program(xs, ws))
-    return curve_of(communicator.trace())
+    return communicator.trace()
 
 
-def curve_of(calls: Sequence[Any]) -> BandwidthCurve:
+def curve_of(calls: Sequence[Any], *, beside_gemm: bool = False) -> BandwidthCurve:
     """The median time of each size over traced calls (`native.overlap.CallTrace`) and GPUs.
 
     The first group of each call is left out.
+
+    Args:
+        calls: traced.
+        beside_gemm: only collectives that ended before the GEMM did.
+
+    Raises:
+        RuntimeError: fewer than two sizes are left.
     """
     times: dict[int, list[float]] = defaultdict(list)
     for call in calls:
         for group in call.groups[1:]:
-            times[group.nbytes].append((group.end_us - group.start_us) * 1e-6)
+            if not beside_gemm or group.end_us <= call.gemm_end_us:
+                times[group.nbytes].append((group.end_us - group.start_us) * 1e-6)
     sizes = sorted(times)
+    if len(sizes) < 2:
+        raise RuntimeError(f"collectives of {len(sizes)} sizes were measured; a curve needs two")
     seconds = [max(1e-7, statistics.median(times[size])) for size in sizes]
     return BandwidthCurve(tuple(sizes), tuple(seconds))
 
@@ -145,23 +201,15 @@ def gemm_seconds(mesh: Mesh, operands: Any, gemm: Any, program: Any, samples: in
     return statistics.median(times) * 1e-6 / operands.calls
 
 
-def contention_of(trace: Trace, gemm_s: float, curve: Any) -> Contention:
-    """How much GEMM and collectives slowed each other down in a traced call.
+def gemm_slowdown(trace: Trace, gemm_s: float) -> float:
+    """How much longer a wave took while a collective ran in a traced call; at least 1.
 
     Args:
         trace: of the call.
         gemm_s: seconds of the same GEMM alone.
-        curve: seconds of a collective alone by bytes.
     """
-    took = trace.gemm_end_s - trace.gemm_start_s
-    gemm = 1.0
-    if trace.hidden_s > 0:
-        # Of the hidden time, this share was lost.
-        lost = (took - gemm_s) / trace.hidden_s
-        gemm = 1 / (1 - min(max(lost, 0.0), 1 - 1 / _MOST_FACTOR))
-    behind = [group for group in trace.groups if group.end_s <= trace.gemm_end_s]
-    collective = 1.0
-    if behind:
-        alone = sum(float(curve(group.size_bytes)) for group in behind)
-        collective = sum(group.end_s - group.start_s for group in behind) / alone
-    return Contention(min(max(gemm, 1.0), _MOST_FACTOR), min(max(collective, 1.0), _MOST_FACTOR))
+    if trace.hidden_s <= 0:
+        return 1.0
+    # Of the hidden time, this share was lost.
+    lost = (trace.gemm_end_s - trace.gemm_start_s - gemm_s) / trace.hidden_s
+    return 1 / (1 - min(max(lost, 0.0), 1 - 1 / _MOST_SLOWED))

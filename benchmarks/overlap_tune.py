@@ -16,14 +16,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks import overlap_impls
 from benchmarks.budget import Budget
 from benchmarks.overlap_cases import Case
 from benchmarks.overlap_curves import (
     WaveTimes,
-    contention_of,
     gemm_seconds,
+    gemm_slowdown,
     sample_curve,
+    sample_curve_beside_gemm,
     sample_waves,
 )
 from benchmarks.overlap_runs import (
@@ -53,13 +56,15 @@ from jpd.overlap import (
 
 TILES = ((256, 192), (128, 256), (256, 128), (128, 192))
 """Rows and columns of the tiles whose waves are measured."""
-CTAS = {"nvlink": (8, 16, 24), "no_p2p": (2, 4, 8)}
-"""NCCL's blocks that are tried."""
+CTAS = {"nvlink": (16, 24, 32), "no_p2p": (2, 4, 8)}
+"""NCCL's blocks that are tried. On four H200 alone 16 are as fast as 24, but slowed down more by a
+GEMM beside them; with 8 no plan won."""
 MIN_GAIN = 0.01
 """What a plan must gain where it was timed; less may be noise."""
 EXHAUSTIVE_WAVES = 6
 """At most so many waves (32 partitions) are timed one by one."""
 _SEQUENTIAL = "xla"
+_MOST_PARTS = 64
 _SAMPLES = 3
 
 
@@ -74,9 +79,14 @@ def plans_path(folder: Path, topology: Topology) -> Path:
 
 
 def envelope(curves: Sequence[BandwidthCurve]) -> BandwidthCurve:
-    """The least time at every size of the first, whatever the number of blocks."""
+    """The least time at every size of the first, whatever the number of blocks, whole or in parts.
+
+    Without P2P large messages take longer than the same bytes in small ones.
+    """
     sizes = curves[0].bytes
-    return BandwidthCurve(sizes, tuple(min(c(size) for c in curves) for size in sizes))
+    whole = BandwidthCurve(sizes, tuple(min(c(size) for c in curves) for size in sizes))
+    parts = np.arange(1, _MOST_PARTS + 1)
+    return BandwidthCurve(sizes, tuple((parts * whole(size / parts)).min() for size in sizes))
 
 
 @dataclass
@@ -90,8 +100,8 @@ class Tuner:
     table: PlanTable = field(init=False)
     curves: dict[CurveKey, BandwidthCurve] = field(init=False)
     waves: WaveTimes = field(default_factory=lambda: WaveTimes({}))
-    contention: dict[tuple[str, int], Contention] = field(default_factory=dict)
-    """By op and blocks, from the first case that was timed with them."""
+    slowdown: dict[tuple[str, int], float] = field(default_factory=dict)
+    """Of a GEMM by collectives, by op and blocks, from the first case that was timed with them."""
     fixed_s: float = 0.0
 
     def __post_init__(self) -> None:
@@ -110,21 +120,43 @@ class Tuner:
         mesh = self.machine.mesh
         for op in ops:
             for communicator in self.machine.communicators:
-                key = CurveKey(self.topology, op, mesh.size, communicator.max_ctas)
-                if key in self.curves or budget.left_s <= 0:
-                    continue
-                curve = self.curves[key] = sample_curve(mesh, communicator, op)
-                best = curve.bus_bandwidth(op, mesh.size).max() / 1e9
-                print(f"{op} with {key.ctas} CTAs: up to {best:.0f} GB/s of bus bandwidth")
+                key = self._key(op, mesh.size, communicator.max_ctas)
+                beside = dataclasses.replace(key, beside_gemm=True)
+                if key not in self.curves and budget.left_s > 0:
+                    self._keep(key, sample_curve(mesh, communicator, op))
+                if key in self.curves and beside not in self.curves and budget.left_s > 0:
+                    alone = self.curves[key]
+                    try:
+                        curve = sample_curve_beside_gemm(mesh, communicator, op, alone)
+                    except Exception as error:  # it is predicted as alone, then
+                        print(f"{op} with {key.ctas} CTAs beside a GEMM: {error}")
+                    else:
+                        self._keep(beside, curve)
         self.save()
         most = max(communicator.max_ctas for communicator in self.machine.communicators)
         self.waves = sample_waves(mesh, _sms(most), TILES)
+
+    def _key(self, op: str, ranks: int, ctas: int) -> CurveKey:
+        """Of the collective alone."""
+        return CurveKey(self.topology, op, ranks, ctas)
+
+    def _keep(self, key: CurveKey, curve: BandwidthCurve) -> None:
+        self.curves[key] = curve
+        best = curve.bus_bandwidth(key.op, key.ranks).max() / 1e9
+        where = "beside a GEMM" if key.beside_gemm else "alone"
+        print(f"{key.op} with {key.ctas} CTAs {where}: up to {best:.0f} GB/s of bus bandwidth")
+
+    def _contention(self, case: Case, ctas: int) -> Contention:
+        """What is known of it."""
+        key = dataclasses.replace(self._key(case.op, case.ranks, ctas), beside_gemm=True)
+        slowdown = self.slowdown.get((case.op, ctas), 1.0)
+        return Contention(slowdown, self.curves.get(key))
 
     def options(self, case: Case, ctas: int) -> list[Option]:
         """Ways to run a case with so many blocks of NCCL, by the times of waves."""
         from pallas_kernels import signal_gemm as gemms
 
-        if CurveKey(self.topology, case.op, case.ranks, ctas) not in self.curves:
+        if self._key(case.op, case.ranks, ctas) not in self.curves:
             return []  # there was no time to measure it
         shares, sms = 1 if case.op == "all_reduce" else case.ranks, _sms(ctas)
         found = []
@@ -145,7 +177,7 @@ class Tuner:
         gemm_s: float,
         contention: Contention | None = None,
     ) -> Option:
-        """One of them; by default with the contention that was measured."""
+        """One of them; by default with the contention that is known."""
         return option_of(
             case.op,
             case.ranks,
@@ -154,9 +186,9 @@ class Tuner:
             sms=_sms(ctas),
             ctas=ctas,
             gemm_s=gemm_s,
-            curve=self.curves[CurveKey(self.topology, case.op, case.ranks, ctas)],
+            curve=self.curves[self._key(case.op, case.ranks, ctas)],
             fixed_s=self.fixed_s,
-            contention=contention or self.contention.get((case.op, ctas)),
+            contention=contention or self._contention(case, ctas),
         )
 
     def tune(self, case: Case, operands: Operands, *, tried: int, exhaustive: bool) -> bool:
@@ -232,7 +264,7 @@ class Tuner:
 
     def _with_contention(self, case: Case, plan: Plan, option: Option) -> float:
         """Seconds of a plan that was searched without contention, which is much faster."""
-        known = self.contention.get((case.op, plan.ctas), Contention())
+        known = self._contention(case, plan.ctas)
         return simulate(dataclasses.replace(option.work, contention=known), plan.waves).end_s
 
     def _time(
@@ -272,11 +304,11 @@ class Tuner:
             except Exception as error:  # one plan must not cost the others
                 self.report.fail(case.name, name, error)
                 continue
-            if (case.op, plan.ctas) not in self.contention:
+            if (case.op, plan.ctas) not in self.slowdown:
                 try:
                     self._calibrate(case, operands, plan, option, measured_s)
                 except Exception as error:  # it is predicted without, then
-                    print(f"{case.name}, {plan.ctas} CTAs: no contention known: {error}")
+                    print(f"{case.name}, {plan.ctas} CTAs: no slowdown known: {error}")
         return found
 
     def _calibrate(
@@ -284,10 +316,11 @@ class Tuner:
     ) -> None:
         """Learns from one traced call what the predictor does not know yet."""
         _, trace = traced_call(self.machine, case, plan, operands)
-        found = contention_of(trace, option.work.gemm_s, option.work.collective_s)
-        self.contention[case.op, plan.ctas] = found
+        found = self.slowdown[case.op, plan.ctas] = gemm_slowdown(trace, option.work.gemm_s)
         self.fixed_s = self.fixed_s or max(0.0, min(measured_s - trace.end_s, 5e-5))
-        print(f"{case.name}, {plan.ctas} CTAs: {found}, {self.fixed_s * 1e6:.1f} us fixed")
+        print(
+            f"{case.name}, {plan.ctas} CTAs: GEMM x {found:.3f}, {self.fixed_s * 1e6:.1f} us fixed"
+        )
 
     def _exhaustive(
         self,

@@ -30,6 +30,8 @@ class CurveKey:
     ranks: int
     ctas: int
     """Thread blocks that NCCL was given."""
+    beside_gemm: bool = False
+    """While a GEMM ran on all other SMs; else alone."""
 
     def __post_init__(self) -> None:
         check_op(self.op)
@@ -65,10 +67,11 @@ class BandwidthCurve:
                 raise ValueError(f"{name} {values.tolist()}: positive finite numbers expected")
         if not (np.diff(sizes) > 0).all():
             raise ValueError(f"bytes {sizes.tolist()}: they must ascend")
+        object.__setattr__(self, "_samples", (sizes, np.maximum.accumulate(times)))
 
     def __call__(self, size: Any) -> Any:
         """Seconds for `size` bytes, a number or an array of them; nothing takes no time."""
-        sizes, times = np.asarray(self.bytes), np.maximum.accumulate(self.seconds)
+        sizes, times = self._samples
         size = np.asarray(size, float)
         slope = (times[-1] - times[-2]) / (sizes[-1] - sizes[-2])
         # A flat end (noise) must not make all larger messages free.

@@ -19,20 +19,20 @@ from jpd.overlap.trace import GroupEvents, Trace
 
 @dataclass(frozen=True)
 class Contention:
-    """How much the two slow each other down where they run at the same time (1: not at all).
+    """How much the two slow each other down where they run at the same time.
 
-    The paper has no such term: its GEMM merely loses the SMs of the collective. They share memory
-    bandwidth and power too.
+    The paper has no such term: its GEMM merely loses the SMs of the collective. They share caches,
+    memory bandwidth and power too.
     """
 
     gemm: float = 1.0
-    """Time of a wave while a collective runs, over its time alone."""
-    collective: float = 1.0
-    """Time of a collective while the GEMM runs, over its time alone."""
+    """Time of a wave while a collective runs, over its time alone; at least 1."""
+    collective_s: Callable[[Any], Any] | None = None
+    """Seconds of a collective by bytes while the GEMM runs: a `BandwidthCurve`; None: as alone."""
 
     def __post_init__(self) -> None:
-        if self.gemm < 1 or self.collective < 1:
-            raise ValueError(f"{self}: factors of at least 1 are expected")
+        if self.gemm < 1:
+            raise ValueError(f"gemm={self.gemm} is not allowed: a factor of at least 1")
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,10 @@ class Work:
         """Bytes of all tiles."""
         return self.tiles * self.tile_bytes
 
+    def beside_s(self, size: int) -> float:
+        """Seconds of a collective of so many bytes while the GEMM runs."""
+        return float((self.contention.collective_s or self.collective_s)(size))
+
     def sent_by(self, waves: Any) -> Any:
         """Bytes that the first `waves` waves hold, for a number or an array."""
         return np.minimum(np.asarray(waves) * self.sms, self.tiles) * self.tile_bytes
@@ -114,6 +118,7 @@ def simulate(work: Work, groups: Sequence[int]) -> Trace:
     """
     sizes = work.group_bytes(groups)
     left = [float(work.collective_s(size)) for size in sizes]
+    paces = [min(1.0, alone / work.beside_s(size)) for alone, size in zip(left, sizes, strict=True)]
     until = list(accumulate(waves * work.wave_s for waves in groups))  # of undisturbed computing
     signals: list[float] = []
     starts: list[float] = []
@@ -125,7 +130,7 @@ def simulate(work: Work, groups: Sequence[int]) -> Trace:
         if sending and len(starts) == len(ends):
             starts.append(now)
         gemm_pace = 1 / (work.contention.gemm if sending else 1)
-        link_pace = 1 / (work.contention.collective if computing else 1)
+        link_pace = paces[len(ends)] if computing else 1.0
         to_signal = (until[len(signals)] - computed) / gemm_pace if computing else np.inf
         to_end = left[len(ends)] / link_pace if sending else np.inf
         step = min(to_signal, to_end)

@@ -42,8 +42,10 @@ from jpd.overlap import (
     Topology,
     Trace,
     sample_sizes,
+    simulate,
 )
 from native.overlap import CallTrace, GroupTrace
+from pallas_kernels.signal_gemm import SignalConfig
 from tests.host_devices import run_module
 
 SHAPE = Shape(8192, 8192, 4096)
@@ -215,6 +217,19 @@ def test_curves_are_medians_over_calls_without_the_first_group():
     assert curve.seconds == pytest.approx((5e-6, 10e-6))
 
 
+def test_beside_a_gemm_only_what_ended_before_it_counts():
+    def call(gemm_end_us):
+        groups = [GroupTrace(0.0, 0.0, 1.0, 999), GroupTrace(0.0, 1.0, 9.0, 4096)]
+        groups += [GroupTrace(0.0, 9.0, 11.0, 2048), GroupTrace(0.0, 11.0, 12.0, 1024)]
+        return CallTrace(0, 0, 0, "all_reduce", 0.0, gemm_end_us, 100.0, tuple(groups))
+
+    curve = overlap_curves.curve_of([call(11.5)], beside_gemm=True)
+    assert curve.bytes == (2048.0, 4096.0)
+    assert curve.seconds == pytest.approx((2e-6, 8e-6))
+    with pytest.raises(RuntimeError, match="1 sizes"):
+        overlap_curves.curve_of([call(10.0)], beside_gemm=True)
+
+
 def test_messages_are_whole_tiles_largest_first():
     tiles = overlap_curves.message_tiles(65536)
     assert tiles[0] * 65536 == overlap_curves.LARGEST
@@ -229,13 +244,12 @@ def test_waves_are_straight_lines_in_k():
     assert waves.seconds(SimpleNamespace(tile_m=64, tile_n=64), 2000) is None
 
 
-def test_contention_is_what_both_lost():
+def test_a_gemm_is_slowed_down_by_what_it_lost():
     groups = (GroupEvents(2.0, 2.0, 4.0, 10), GroupEvents(6.0, 6.0, 7.0, 10))
     trace = Trace(groups, 0.0, 6.0, 7.0)
-    # The GEMM took 6 instead of 5, and 2 of these were shared; the collective 2 instead of 1.6.
-    found = overlap_curves.contention_of(trace, 5.0, lambda size: 1.6)
-    assert (found.gemm, found.collective) == (pytest.approx(2.0), pytest.approx(1.25))
-    assert overlap_curves.contention_of(trace, 7.0, lambda size: 3.0) == Contention()
+    # It took 6 instead of 5, and 2 of these were shared.
+    assert overlap_curves.gemm_slowdown(trace, 5.0) == pytest.approx(2.0)
+    assert overlap_curves.gemm_slowdown(trace, 7.0) == 1.0
 
 
 # --- tuning ---------------------------------------------------------------------------------
@@ -307,9 +321,36 @@ def test_no_overlap_is_stored_where_nothing_is_faster(tmp_path, monkeypatch):
     assert overlap_runs.describe(plan) == "not to overlap (measured)"
 
 
+def test_a_collective_is_predicted_as_it_was_beside_a_gemm(tmp_path):
+    tuner, _ = a_tuner(tmp_path)
+    case = case_of("all_reduce", Shape(2048, 8192, 8192))
+    alone = tuner.options(case, 16)[0]
+    config = SignalConfig(**vars(alone.tiling))
+    option = tuner.option(case, 16, config, alone.work.gemm_s)
+    assert option.work.contention == Contention()
+    key = CurveKey(TOPOLOGY, "all_reduce", 2, 16)
+    slowed = BandwidthCurve(
+        (1 << 16, 1 << 30), tuple(2 * tuner.curves[key](b) for b in (65536, 1 << 30))
+    )
+    tuner.curves[dataclasses.replace(key, beside_gemm=True)] = slowed
+    tuner.save()
+    again = overlap_tune.Tuner(tuner.machine, TOPOLOGY, tuner.folder, tuner.report)
+    option = again.option(case, 16, config, alone.work.gemm_s)
+    assert option.work.contention.collective_s == slowed
+    groups = (1,) * option.work.waves
+    first = [simulate(work, groups).groups[0] for work in (alone.work, option.work)]
+    before, after = (group.end_s - group.start_s for group in first)
+    assert after == pytest.approx(2 * before)
+
+
 def test_the_envelope_is_the_best_of_all_blocks():
     curves = [BandwidthCurve((1, 10), (1.0, 20.0)), BandwidthCurve((1, 10), (2.0, 10.0))]
     assert overlap_tune.envelope(curves).seconds == (1.0, 10.0)
+
+
+def test_the_envelope_may_send_in_parts():
+    curve = BandwidthCurve((1, 10, 40), (1.0, 2.0, 100.0))
+    assert overlap_tune.envelope([curve]).seconds == pytest.approx((1.0, 2.0, 8.0))
 
 
 # --- running --------------------------------------------------------------------------------

@@ -67,6 +67,7 @@ def works(draw, most_waves=8, contention=False):
     tiles = sms * waves - draw(st.integers(0, sms - 1))
     curve = affine(draw(st.floats(0, 1e-4)), draw(st.floats(1e9, 4e11)))
     factors = st.floats(1, 2) if contention else st.just(1.0)
+    slowed = draw(factors)
     return Work(
         tiles=tiles,
         sms=sms,
@@ -74,7 +75,7 @@ def works(draw, most_waves=8, contention=False):
         gemm_s=draw(st.floats(1e-5, 1e-2)),
         collective_s=curve,
         fixed_s=draw(st.floats(0, 1e-5)),
-        contention=Contention(draw(factors), draw(factors)),
+        contention=Contention(draw(factors), (lambda b: slowed * curve(b)) if contention else None),
     )
 
 
@@ -197,7 +198,7 @@ def test_contention_only_costs(one, data):
     groups = data.draw(st.sampled_from(list(partitions(one.waves))))
     alone = dataclasses.replace(one, contention=Contention())
     slowed, undisturbed = simulate(one, groups).end_s, predict(alone, groups)
-    most = max(one.contention.gemm, one.contention.collective)
+    most = max(one.contention.gemm, one.beside_s(1 << 20) / one.collective_s(1 << 20))
     assert undisturbed * (1 - 1e-9) <= slowed <= most * undisturbed * (1 + 1e-9)
 
 
@@ -210,7 +211,7 @@ def test_contention_by_hand():
         tile_bytes=1,
         gemm_s=2.0,
         collective_s=lambda b: b * 2.0,
-        contention=Contention(gemm=1.5, collective=2.0),
+        contention=Contention(gemm=1.5, collective_s=lambda b: b * 4.0),
     )
     first, second = simulate(one, (1, 1)).groups
     assert (first.signal_s, first.start_s) == (1, 1)
@@ -261,7 +262,7 @@ def test_measured_curves_too(curve, gemm_s):
     one = work(tiles=130, sms=13, gemm_s=gemm_s, curve=curve)
     best = exhaustive(one)[1]
     assert best_partition(one)[1] == pytest.approx(best)
-    slowed = dataclasses.replace(one, contention=Contention(1.15, 1.3))
+    slowed = dataclasses.replace(one, contention=Contention(1.15, lambda b: 1.3 * curve(b)))
     assert best_partition(slowed, exhaustive_waves=0)[1] <= exhaustive(slowed)[1] / 0.99
     if gemm_s == 2e-4:  # the collectives' latencies add up: a wave a group is not the answer
         assert predict(one, (1,) * one.waves) > 1.2 * best
@@ -274,7 +275,7 @@ def test_the_number_of_groups_can_be_limited():
         groups, seconds = best_partition(one, max_groups=most)
         assert len(groups) <= most < len(unlimited[0])
         assert seconds == pytest.approx(exhaustive(one, max_groups=most)[1])
-        slowed = dataclasses.replace(one, contention=Contention(1.2, 1.2))
+        slowed = dataclasses.replace(one, contention=Contention(1.2, affine(0, 8e10)))
         assert len(best_partition(slowed, max_groups=most, exhaustive_waves=0)[0]) <= most
 
 
