@@ -31,18 +31,21 @@ def bound_us(case: Case, gemm_us: float, collective_us: float, curve: Curve | No
     """The paper's bound (section 6.4) of one case, from the product and the collective alone.
 
     Both as fast as they are alone on the whole GPU: neither gives the other SMs, which is stricter
-    than what an overlapped GEMM could reach.
+    than what an overlapped GEMM could reach. The paper takes the time for everything at once,
+    which is a bound only if parts take no less together; without P2P they do: theirs is taken.
 
     Args:
         case: which.
         gemm_us: of the fastest GEMM.
         collective_us: of everything at once.
-        curve: seconds of the collective by bytes, for the last wave; None: in proportion.
+        curve: least seconds of the collective by bytes, in any parts; None: in proportion.
     """
     m, n, _ = case.shape
     tile_m, tile_n = _TILE
     tiles = -(-m // tile_m) * -(-n // tile_n)
     whole, total = collective_us * 1e-6, tiles * tile_m * tile_n * 2
+    if curve is not None:
+        whole = min(whole, float(curve(total)))
 
     def collective_s(size: float) -> float:
         if size >= total or curve is None:

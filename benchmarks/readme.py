@@ -65,6 +65,35 @@ def _served(summary: Summary) -> str:
     )
 
 
+def _overlapped(link: str) -> Callable[[Summary], str]:
+    """FlashOverlap on one kind of link."""
+
+    def text(s: Summary) -> str:
+        of_bound = s[f"{link}_pct_of_bound_median"]
+        found = (
+            f"{s[f'{link}_geomean_speedup']:.2f}× the fastest measured of cuBLAS and then NCCL by "
+            f"XLA, cupy and torch in geometric mean, {s[f'{link}_min_speedup']:.2f}× at worst, "
+            f"{s[f'{link}_max_speedup']:.2f}× at best; median {of_bound:.0f} % of the paper's bound"
+        )
+        peer = s.get(f"{link}_geomean_vs_torch_async_tp")
+        if peer is not None:
+            found += f"; {peer:.2f}× PyTorch's async TP, which has reduce-scatter only"
+        return found
+
+    return text
+
+
+def _prefills(summary: Summary) -> str:
+    """Speed-ups of whole prefills by the number of GPUs and tokens."""
+    found = []
+    for key, gain in sorted(summary.items()):
+        ranks, _, tokens = key.partition("_speedup_at_")
+        if tokens:
+            text = f"{gain:.2f}× for {int(tokens):,} tokens on {ranks[2:]} GPUs"
+            found.append((int(tokens), text))
+    return ", ".join(text for _, text in sorted(found))
+
+
 LINES = (
     Line(
         "h200/decode_attention.json",
@@ -197,6 +226,45 @@ LINES = (
         "serving Llama-3.1-8B by semi-PD",
         _served,
         "1.27× on two workloads; 1.55×, 1.72×, 1.11×",
+    ),
+    Line(
+        "h200/overlap.json",
+        lambda s: (
+            f"product and collective overlapped, NVLink, {_over(s, 'nvlink_geomean_speedup')}"
+        ),
+        _overlapped("nvlink"),
+        "never < 0.98×, 1.30× at best, 85 %",
+    ),
+    Line(
+        "h200/overlap.json",
+        lambda s: f"the same without P2P, {_over(s, 'no_p2p_geomean_speedup')} cases",
+        _overlapped("no_p2p"),
+        "never < 0.98×, 1.45× at best, 85 %",
+    ),
+    Line(
+        "h200/overlap.json",
+        lambda s: f"its GEMM, which signals, alone, {_over(s, 'gemm_vs_cublas_geomean')} shapes",
+        lambda s: (
+            f"{s['gemm_vs_cublas_geomean']:.2f}× cuBLAS in geometric mean, worst "
+            f"{s['gemm_vs_cublas_min']:.2f}×; signals cost {s['signal_cost_pct']:.1f} %"
+        ),
+        "0.97×, 1 %",
+    ),
+    Line(
+        "h200/overlap_tune.json",
+        "time of an overlapped product, predicted against measured, mean error",
+        lambda s: "; ".join(
+            f"{s[f'{link}_tune_predictor_error_pct']:.1f} % {name} "
+            f"({s[f'{link}_tune_plans_timed']} plans)"
+            for link, name in (("nvlink", "with NVLink"), ("no_p2p", "without P2P"))
+        ),
+        "5 %",
+    ),
+    Line(
+        "h200/overlap_model.json",
+        lambda s: f"prefill of Llama-3-70B's shape, {s['tp4_layers']} layers, sums overlapped",
+        lambda s: f"{_prefills(s)}, against the faster of XLA's products and ours, then the sum",
+        "1.05× on 4 GPUs",
     ),
     Line(
         "h200/offline_throughput.json",

@@ -128,6 +128,8 @@ def test_the_bound_is_the_papers():
     # By a curve, but never more than all at once.
     assert bound_us(case, 400.0, 100.0, lambda size: 3e-5) == pytest.approx(430)
     assert bound_us(case, 400.0, 100.0, lambda size: 3e-3) == pytest.approx(500)
+    # In parts it may take less than at once.
+    assert bound_us(case, 100.0, 400.0, lambda size: 3e-4) == pytest.approx(100 / waves + 300)
 
 
 def test_bounds_are_filled_where_both_parts_were_measured():
