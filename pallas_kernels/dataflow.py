@@ -25,13 +25,14 @@ from pallas_kernels.flat_gemm import FlatConfig, flat_gemm
 from pallas_kernels.flat_gemm import default as default_flat
 
 TUNED = Path(__file__).parent / "tuned"
-ROWS = (8, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+ROWS = (8, 32, 64, 128, 256, 512, 1024, 2048, 4096, 16384)
 """Numbers of rows that a table may have entries for; each speaks for those down to the one before
 it, the last one also for more."""
 FLAT_ROWS = 64
 """The rule's M2: most rows that go to the flat GEMM where no table says otherwise."""
-XLA_GAIN = 1.1
-"""XLA is chosen where it is this much faster: it starts no kernel early, and none after it does."""
+XLA_GAIN, XLA_GAIN_US = 1.1, 10.0
+"""XLA is chosen where it is this much faster, or so many microseconds: it starts no kernel early,
+and none after it does, which costs a long product no more than a short one."""
 _CONFIGS = {"flat_gemm": FlatConfig, "dense_gemm": DenseConfig}
 
 
@@ -113,9 +114,13 @@ def choose(
     if entry is None:
         return rule(m, n, k, gated)
     xla_us = entry.get("xla_us")
-    if not pallas_only and xla_us is not None and xla_us * XLA_GAIN < entry["us"]:
+    if not pallas_only and xla_us is not None and _with_gaps(xla_us) < entry["us"]:
         return Choice("xla", None, "table")
     return Choice(entry["kernel"], _CONFIGS[entry["kernel"]](**entry["config"]), "table")
+
+
+def _with_gaps(xla_us: float) -> float:
+    return min(xla_us * XLA_GAIN, xla_us + XLA_GAIN_US)
 
 
 def linear(

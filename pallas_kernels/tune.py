@@ -50,6 +50,8 @@ _AGAIN = 3
 _TIE = 1.01
 """The rule's choice is taken if it is at most this much slower than the fastest."""
 _MOST_DENSE = 5
+_MOST_OUTPUTS = 2**28
+"""Of a product of more than 256 rows; logits have few rows."""
 
 
 def _xla(x, w, gated):
@@ -129,8 +131,7 @@ class Product:
             outputs = self.n // (1 + self.gated)
             for config in flat_gemm.candidates(rows, outputs, self.gated):
                 yield "flat_gemm", config
-        if rows <= 1024:
-            yield "xla", None
+        yield "xla", None
 
     def lower(self, rows: int, kernel: str, config: Any) -> tuple[Any, dict[str, Any]]:
         """A program that runs the product on all weights in turn, and its compile options."""
@@ -314,7 +315,7 @@ def _tune_shape(
     end: float,
 ) -> dict[str, Any]:
     n, k, gated = shape
-    few = [rows for rows in row_counts if rows <= 256 or n * rows <= 2**27]
+    few = [rows for rows in row_counts if rows <= 256 or n * rows <= _MOST_OUTPUTS]
     if time.monotonic() >= end:
         few = []
         print(f"{n}x{k}{' gated' if gated else ''}: out of time; no new entry", flush=True)

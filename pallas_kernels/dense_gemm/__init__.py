@@ -8,7 +8,7 @@ import jax
 
 from pallas_kernels import mosaic
 from pallas_kernels.dense_gemm import kernel
-from pallas_kernels.dense_gemm.config import TILE_K, DenseConfig, candidates, default, unsuited
+from pallas_kernels.dense_gemm.config import TILE_K, DenseConfig, candidates, default, suits
 from pallas_kernels.products import checked_shape
 
 __all__ = ["DenseConfig", "candidates", "default", "dense_gemm"]
@@ -61,9 +61,11 @@ def dense_gemm(
         raise NotImplementedError(f"gated with w_layout {w_layout!r}; supported is 'nk'")
     sms = mosaic.sm_count()
     if config is None:
-        config = default(m, n, k, sms, gated=gated, w_layout=w_layout)
-    if reason := unsuited(config, gated=gated, w_layout=w_layout):
-        raise NotImplementedError(f"{reason}: {config}")
+        config = default(m, n, k, sms, gated=gated)
+    if not suits(config, gated=gated):
+        raise NotImplementedError(
+            f"gated with {config}: needs wg_dimension 'm' and tile_n a multiple of 128"
+        )
     if config.split_k > 1 and k < 2 * TILE_K * config.split_k:
         raise NotImplementedError(
             f"split_k = {config.split_k} of K = {k}: a part needs {2 * TILE_K} at least"

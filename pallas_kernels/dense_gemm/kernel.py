@@ -34,14 +34,10 @@ def _next(slot, stages: int):
 
 
 class _Work:
-    """How the work items of one GEMM map to parts of its operands (all static but the item).
+    """How the work items of one GEMM map to parts of its operands (all static but the item)."""
 
-    Those of a last wave that is cut into smaller tiles are `_Pieces`.
-    """
-
-    def __init__(self, config: DenseConfig, m: int, n: int, k: int, gated: bool, sms: int):
+    def __init__(self, config: DenseConfig, m: int, n: int, k: int, gated: bool):
         self.config = config
-        self.problem = m, n, k, gated, sms
         self.gated = gated
         self.columns = config.tile_n // 2 if gated else config.tile_n
         pair = {axis: 2 if config.cluster == axis else 1 for axis in ("m", "n")}
@@ -51,9 +47,7 @@ class _Work:
         self.steps = k // TILE_K
         # Every item fills the pipeline: the slots filled first are all of one item.
         self.stages = min(config.stages, self.steps // config.split_k)
-        tiles = self.tiles_m * self.tiles_n
-        self.cut = config.cut(tiles, sms)
-        self.items = (tiles - self.cut) * config.split_k
+        self.items = self.tiles_m * self.tiles_n * config.split_k
         """Items that blocks (pairs of blocks, with a cluster) take turns to work on."""
 
     @property
@@ -80,40 +74,22 @@ class _Work:
         return m, n, part, first, lax.div((part + 1) * self.steps, config.split_k) - first
 
 
-class _Pieces(_Work):
-    """The last tiles of a GEMM, cut into smaller ones; indices are those of the smaller ones."""
-
-    def __init__(self, whole: _Work):
-        super().__init__(whole.config.piece, *whole.problem)
-        self.whole = whole
-        self.items = whole.cut * whole.config.pieces
-
-    def locate(self, item, member):
-        """As for whole tiles."""
-        down = self.whole.config.tile_m // self.config.tile_m
-        across = self.whole.config.tile_n // self.config.tile_n
-        tile, piece = lax.div(item, down * across), lax.rem(item, down * across)
-        m, n, *steps = self.whole.locate(self.whole.items + tile, member)
-        return m * down + lax.div(piece, across), n * across + lax.rem(piece, across), *steps
-
-
-def _load(
-    g: dict, passes: list[_Work], each_item, member, *, k_major: bool, interpret: Any
-) -> None:
+def _load(g: dict, work: _Work, each_item, member, *, k_major: bool, interpret: Any) -> None:
     """The loading warpgroup: fills operand slots, running ahead of the others across tiles.
 
     The first slots get their weights before the kernel before this one is complete.
     """
-    config, stages = passes[0].config, passes[0].stages
+    config, stages = work.config, work.stages
     across_m = {"collective_axes": "pair"} if config.cluster == "m" else {}
     across_n = {"collective_axes": "pair"} if config.cluster == "n" else {}
+    halves = 1 + work.gated
     outputs = g["y"].shape[1]
 
-    def load_w(work, n, step, slot):
+    def load_w(n, step, slot):
         k = pl.ds(step * TILE_K, TILE_K)
-        for part in range(1 + work.gated):
-            source = pl.ds(part * outputs + n * work.columns, work.columns)
-            target = pl.ds(part * work.columns, work.columns)
+        for half in range(halves):
+            source = pl.ds(half * outputs + n * work.columns, work.columns)
+            target = pl.ds(half * work.columns, work.columns)
             plgpu.copy_gmem_to_smem(
                 g["w"].at[source, k] if k_major else g["w"].at[k, source],
                 g["w_s"].at[slot, target] if k_major else g["w_s"].at[slot],
@@ -121,21 +97,20 @@ def _load(
                 **across_m,
             )
 
-    def load_x(work, m, step, slot):
-        rows = work.config.tile_m
+    def load_x(m, step, slot):
         plgpu.copy_gmem_to_smem(
-            g["x"].at[pl.ds(m * rows, rows), pl.ds(step * TILE_K, TILE_K)],
-            g["x_s"].at[slot, pl.ds(0, rows)],
+            g["x"].at[pl.ds(m * config.tile_m, config.tile_m), pl.ds(step * TILE_K, TILE_K)],
+            g["x_s"].at[slot],
             g["loaded"].at[slot],
             **across_n,
         )
 
-    _, n, _, first, _ = passes[0].locate(lax.axis_index("block"), member)
+    _, n, _, first, _ = work.locate(lax.axis_index("block"), member)
     for slot in range(stages):
-        load_w(passes[0], n, first + slot, slot)
+        load_w(n, first + slot, slot)
     mosaic.wait_for_previous(interpret)
 
-    def load_item(work, item, carry):
+    def load_item(item, carry):
         m, n, _, first, count = work.locate(item, member)
 
         def load_step(i, carry):
@@ -144,15 +119,14 @@ def _load(
             @pl.when(done >= stages)
             def _():
                 plgpu.barrier_wait(g["freed"].at[slot])
-                load_w(work, n, first + i, slot)
+                load_w(n, first + i, slot)
 
-            load_x(work, m, first + i, slot)
+            load_x(m, first + i, slot)
             return _next(slot, stages), done + 1
 
         return lax.fori_loop(0, count, load_step, carry)
 
-    visits = [functools.partial(load_item, work) for work in passes]
-    slot, _ = each_item(visits, (jnp.int32(0), jnp.int32(0)))
+    slot, _ = each_item(load_item, (jnp.int32(0), jnp.int32(0)))
 
     # The other block of a pair writes into this one's shared memory and barriers: stay until all
     # slots were given back.
@@ -163,19 +137,8 @@ def _load(
     lax.fori_loop(0, stages, drain, slot)
 
 
-def _compute(
-    g: dict, passes: list[_Work], each_item, member, *, k_major: bool, interpret: Any
-) -> None:
+def _compute(g: dict, work: _Work, each_item, member, *, k_major: bool, interpret: Any) -> None:
     """A computing warpgroup: products of its part of each tile, then the epilogue."""
-    rest = {"k_major": k_major, "interpret": interpret}
-    visits = [_computing(g, work, member, **rest) for work in passes]
-    mosaic.wait_for_previous(interpret)
-    each_item(visits, jnp.int32(0))
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-
-def _computing(g: dict, work: _Work, member, *, k_major: bool, interpret: Any):
-    """What a computing warpgroup does with an item, given the first slot; returns the next."""
     config, stages, split_k = work.config, work.stages, work.config.split_k
     rows, columns = config.wg_shape
     warpgroup = lax.axis_index("wg")
@@ -185,8 +148,12 @@ def _computing(g: dict, work: _Work, member, *, k_major: bool, interpret: Any):
     def multiply(acc, slot):
         plgpu.barrier_wait(g["loaded"].at[slot])
         x_s, w_s = g["x_s"].at[slot], g["w_s"].at[slot]
-        x_s = x_s.at[pl.ds(row, rows)]
-        w_s = w_s.at[pl.ds(column, columns)] if k_major else w_s.at[:, pl.ds(column, columns)]
+        if config.wg_dimension == "m":
+            x_s = x_s.at[pl.ds(row, rows)]
+        elif k_major:
+            w_s = w_s.at[pl.ds(column, columns)]
+        else:
+            w_s = w_s.at[:, pl.ds(column, columns)]
         plgpu.wgmma(acc, x_s, w_s.transpose((1, 0)) if k_major else w_s)
 
     def compute_item(item, slot):
@@ -241,7 +208,9 @@ def _computing(g: dict, work: _Work, member, *, k_major: bool, interpret: Any):
 
         return after
 
-    return compute_item
+    mosaic.wait_for_previous(interpret)
+    each_item(compute_item, jnp.int32(0))
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 def _chunks(work: _Work) -> list[tuple[int, int]]:
@@ -325,16 +294,14 @@ def _finish(g: dict, work: _Work, top, left, bias: list[jax.Array], sums) -> Non
             _load_residual(g, i % _SLOTS, _at(top, left, chunks[i + _SLOTS]))
 
 
-def _body(*refs: Any, names: list[str], passes: list[_Work], k_major: bool, interpret: Any) -> None:
+def _body(*refs: Any, names: list[str], work: _Work, k_major: bool, interpret: Any) -> None:
     """One block: each of its three warpgroups walks the same items."""
     g = dict(zip(names, refs, strict=True))
-    member = lax.axis_index("pair") if passes[0].config.cluster else 0
+    member = lax.axis_index("pair") if work.config.cluster else 0
 
-    def each_item(visits, carry):
-        for work, visit in zip(passes, visits, strict=True):
-            loop = plgpu.nd_loop((work.items,), collective_axes="block", init_carry=carry)
-            carry = loop(lambda info, carry, visit=visit: visit(info.index[0], carry))
-        return carry
+    def each_item(visit, carry):
+        loop = plgpu.nd_loop((work.items,), collective_axes="block", init_carry=carry)
+        return loop(lambda info, carry: visit(info.index[0], carry))
 
     mosaic.let_next_start(interpret)
     rest = {"k_major": k_major, "interpret": interpret}
@@ -342,12 +309,12 @@ def _body(*refs: Any, names: list[str], passes: list[_Work], k_major: bool, inte
     @pl.when(lax.axis_index("wg") == _LOADER)
     def _():
         plgpu.set_max_registers(_LOADER_REGISTERS, action="decrease")
-        _load(g, passes, each_item, member, **rest)
+        _load(g, work, each_item, member, **rest)
 
     @pl.when(lax.axis_index("wg") != _LOADER)
     def _():
         plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
-        _compute(g, passes, each_item, member, **rest)
+        _compute(g, work, each_item, member, **rest)
 
 
 @functools.partial(jax.jit, static_argnames=("gated", "w_layout", "config", "sms", "interpret"))
@@ -355,10 +322,7 @@ def _call(x, w, bias, residual, arrivals, *, gated, w_layout, config, sms, inter
     m, k = x.shape
     k_major = w_layout == "nk"
     outputs = w.shape[0 if k_major else 1] // (1 + gated)
-    work = _Work(config, m, outputs, k, gated, sms)
-    passes = [work] if work.items else []
-    if work.cut:
-        passes.append(_Pieces(work))
+    work = _Work(config, m, outputs, k, gated)
     dtype, split, stages = x.dtype, config.split_k > 1, work.stages
     pairs = bool(config.cluster)
     w_tile = (config.tile_n, TILE_K) if k_major else (TILE_K, config.tile_n)
@@ -394,10 +358,10 @@ def _call(x, w, bias, residual, arrivals, *, gated, w_layout, config, sms, inter
     outs = [name for name in ("y", "partial") if name in named]
     operands = [named[name] for name in order[: order.index("y")]]
     out = plgpu.kernel(
-        functools.partial(_body, names=order, passes=passes, k_major=k_major, interpret=interpret),
+        functools.partial(_body, names=order, work=work, k_major=k_major, interpret=interpret),
         out_type=[named[name] for name in outs],
         scratch_types=[named[name] for name in order[order.index("x_s") :]],
-        grid=(min(max(sms // (1 + pairs), 1), sum(work.items for work in passes)),),
+        grid=(min(max(sms // (1 + pairs), 1), work.items),),
         grid_names=("block",),
         num_threads=3,
         thread_name="wg",
@@ -416,7 +380,7 @@ def run(x, w, bias, residual, *, config: DenseConfig, gated, w_layout, sms, inte
     if over:
         x, residual = pad_rows(x), None if residual is None else pad_rows(residual)
     outputs = w.shape[0 if w_layout == "nk" else 1] // (1 + gated)
-    tiles_m, tiles_n, parts = _Work(config, m + over, outputs, k, gated, sms).padded
+    tiles_m, tiles_n, parts = _Work(config, m + over, outputs, k, gated).padded
     arrivals = counters(tiles_m * tiles_n * parts) if config.split_k > 1 else None
     static = {"gated": gated, "w_layout": w_layout, "config": config, "sms": sms}
     y = _call(x, w, bias, residual, arrivals, **static, interpret=interpret)

@@ -59,6 +59,14 @@ def test_likely_candidates_come_first_and_xla_stays():
     assert tune.ranked([*OURS, xla], [OURS[2]], 2) == [OURS[2], OURS[0], xla]
 
 
+@pytest.mark.parametrize("rows", [8, 4096, 16384])
+def test_xla_is_timed_for_any_number_of_rows(rows):
+    product = SimpleNamespace(n=2560, k=8192, gated=False)
+    kernels = [kernel for kernel, _ in tune.Product.candidates(product, rows)]
+    assert kernels[-1] == "xla"
+    assert {*kernels[:-1]} == {"flat_gemm" if rows == 8 else "dense_gemm"}
+
+
 class FakeProduct:
     """Candidates take the times that they are given, and the clock runs on with each."""
 
