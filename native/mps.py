@@ -38,14 +38,6 @@ _START_TIMEOUT_S = 30.0
 _QUIT_PATIENCE_S = 10
 # Somebody else may be starting or stopping the daemon, or waiting for an answer that never comes.
 _LOCK_TIMEOUT_S = 60.0
-CONNECTIONS_VARIABLE = "CUDA_DEVICE_MAX_CONNECTIONS"
-_CONNECTIONS = 8
-"""Hardware queues of a client on each GPU, as many as without MPS. Under MPS CUDA's default is 2
-(NVIDIA's MPS documentation, limits of connections), and streams of a process that share a queue may
-wait for each other: a copy of a step's tokens to the host for the next step's kernels. That it
-matters here is a suspicion; not measured."""
-_SERVER_CONNECTIONS = 120
-"""Of all clients on a GPU: 60 clients with 2 each (there)."""
 _FAILED = re.compile(r"error|fail|cannot|denied|^\s*[1-9]\d*\s*$", re.IGNORECASE)
 
 
@@ -118,8 +110,7 @@ class Mps:
         CUDA reads them when it starts, so they cannot be set later. CUDA_VISIBLE_DEVICES is among
         them where it must differ from this process's: a client counts, from 0, the GPUs that the
         daemon serves. CUDA_MPS_ENABLE_PER_CTX_DEVICE_MULTIPROCESSOR_PARTITIONING is not: it lets
-        contexts of one process have different shares, and here a process has one. A value of
-        CUDA_DEVICE_MAX_CONNECTIONS in this process's environment is left as it is.
+        contexts of one process have different shares, and here a process has one.
 
         Raises:
             ValueError: `share` is not from 1 to 100.
@@ -131,7 +122,6 @@ class Mps:
             PIPE_VARIABLE: str(self._directory.pipe),
             LOG_VARIABLE: str(self._directory.log),
             SHARE_VARIABLE: str(share),
-            CONNECTIONS_VARIABLE: str(_connections()),
             **mps_checks.client_devices(self._environment),
         }
 
@@ -281,19 +271,3 @@ def visible_sms(device: int = 0) -> int:
     with cupy.cuda.Device(device) as chip:
         cupy.cuda.runtime.free(0)  # the share is certain once there is a context
         return int(chip.attributes["MultiProcessorCount"])
-
-
-def most_clients() -> int:
-    """Processes that may use a GPU through one daemon at the same time.
-
-    Raises:
-        ValueError: CUDA_DEVICE_MAX_CONNECTIONS is no number from 1 to 32.
-    """
-    return _SERVER_CONNECTIONS // _connections()
-
-
-def _connections() -> int:
-    value = os.environ.get(CONNECTIONS_VARIABLE, str(_CONNECTIONS))
-    if not value.isdecimal() or not 1 <= int(value) <= 32:
-        raise ValueError(f"{CONNECTIONS_VARIABLE} must be from 1 to 32, not {value!r}")
-    return int(value)

@@ -27,7 +27,7 @@ from jpd.semi_pd.storage import StorageOwner
 from jpd.semi_pd.topology import TwoPhases
 from native.affinity import CpuShares
 from native.memory import allocate
-from native.mps import Mps, MpsError, most_clients
+from native.mps import Mps, MpsError
 from native.shares import SmShares
 
 logger = logging.getLogger(__name__)
@@ -89,8 +89,6 @@ def _build_apart(config: EngineConfig) -> Engine:
         executors = 1 if apart else num_executors(config)
         if in_shares:
             collectives.check_executors(owners[0].devices, executors)
-            if on_gpu:
-                check_clients(executors)
         each = _CONTEXT_BYTES + (_NCCL_BYTES if ranks > 1 else 0)
         contexts = executors * each if on_gpu else 0
         sharing = 1 if on_gpu else len(owners) * ranks  # all of a CPU's ranks share its memory
@@ -191,16 +189,6 @@ def num_executors(config: EngineConfig) -> int:
         begun = getattr(options, f"{phase}_share")
         count += len(kept) + 2 if starts else len(kept | {begun})
     return count
-
-
-def check_clients(executors: int) -> None:
-    """Raises `ConfigError` if so many executors are too many for MPS."""
-    most = most_clients() - 2  # the storage owner and a loader
-    if executors > most:
-        raise ConfigError(
-            f"{executors} executors, those for kept_shares and for switches included, are not "
-            f"allowed: at most {most} with this CUDA_DEVICE_MAX_CONNECTIONS"
-        )
 
 
 def make_controller(options: SemiPDConfig) -> Controller | None:

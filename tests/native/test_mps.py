@@ -356,31 +356,16 @@ def test_which_processes_are_alive(world):
 # --- what clients are told ------------------------------------------------------------------
 
 
-def test_environment_of_a_client(world, monkeypatch):
-    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+def test_environment_of_a_client(world):
     with Mps.start(world.directory) as daemon:
         assert daemon.environment(40) == {
             "CUDA_MPS_PIPE_DIRECTORY": str(world.pipe),
             "CUDA_MPS_LOG_DIRECTORY": str(world.directory / "log"),
             "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": "40",
-            "CUDA_DEVICE_MAX_CONNECTIONS": "8",
         }
         for share in (0, 101, -5, 50.0, "50"):
             with pytest.raises(ValueError, match="from 1 to 100"):
                 daemon.environment(share)
-
-
-def test_queues_of_a_client_are_those_that_the_user_asks_for(world, monkeypatch):
-    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
-    assert mps.most_clients() == 15
-    with Mps.start(world.directory) as daemon:
-        monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "2")
-        assert daemon.environment(40)["CUDA_DEVICE_MAX_CONNECTIONS"] == "2"
-        assert mps.most_clients() == 60
-        for value in ("0", "33", "many", ""):
-            monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", value)
-            with pytest.raises(ValueError, match=f"from 1 to 32, not '{value}'"):
-                daemon.environment(40)
 
 
 def test_a_share_of_this_process_does_not_limit_the_daemon(world, monkeypatch):

@@ -128,15 +128,6 @@ def test_who_decides() -> None:
         EngineConfig(model="none", topology="semi_pd", semi_pd=SemiPDConfig(break_even=9))
 
 
-def test_mps_has_room_for_so_many_executors(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
-    build.check_clients(13)
-    with pytest.raises(ConfigError, match=r"14 executors.* at most 13"):
-        build.check_clients(14)
-    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "4")
-    build.check_clients(28)
-
-
 def test_who_is_kept_ready_and_what_for() -> None:
     pairs = ((60, 40), (80, 100))
     config = auto(prefill_share=70, decode_share=50, kept_shares=pairs)
