@@ -3,14 +3,14 @@
 Open loop (`jpd/bench/client.py`), greedy, lengths and arrivals of `jpd/bench/traces.py`, prefix
 cache off, the same number of KV pages and the same kernels for all. Every point is one rate, one
 seed and one implementation; those of one rate and seed, a case, come one after the other. Their
-engines are there from the beginning, each in a process of its own: one that waits for its turn
-takes memory and nothing else.
+engines are started side by side before anything is measured, each in a process of its own: one that
+waits for its turn takes memory and nothing else.
 
 1. On `chunked`, the reference, requests alone give the SLOs: 7.5 times (tight) and 10 times (loose)
    their mean TTFT and TPOT. Their outputs are cut at 64 tokens: the next one does not take longer.
    Requests that come all at once, twice as many as run at a time, give its `capacity`: how many a
-   second it finishes of the second quarter, while one takes the place of another. `load` is a rate
-   over that, and may be above 1.
+   second it finishes of the second quarter, while one takes the place of another; the others are
+   aborted then. `load` is a rate over that, and may be above 1.
 2. Each point sends rate times `--point-seconds` requests, and waits for the last one. A row has
    `slo.summarize`'s numbers (`..._lateness_ms`: how late they were sent), and the part of the
    requests within the SLOs (`tight`, `loose`: both latencies; `tight_ttft` ...: one of them).
@@ -23,9 +23,10 @@ takes memory and nothing else.
    two executors.
 
 A run too long for one call is cut into several: with `--seconds N` no case begins that may not end
-in time, `--merge` keeps the rows of earlier runs, with their SLOs and capacities, and `--missing`
-measures what they lack. The file is written after every case, and a case is whole or missing.
-`--seconds 0 --merge FILE ...` measures nothing: it merges files and draws the chart.
+in time, `--merge` keeps the rows of earlier runs, with their SLOs and capacities, so that a load is
+one and the same rate in all of them, and `--missing` measures the cases that they lack. The file is
+written after every case, and a case is whole or missing. `--seconds 0 --merge FILE ...` measures
+nothing: it merges files and draws the chart.
 
 The summary has for each workload, over the means of its seeds:
 
@@ -51,8 +52,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import functools
+import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
@@ -76,7 +79,7 @@ from benchmarks.stopping import end_on_sigterm, say
 from jpd import AsyncLLM
 from jpd.bench import client, slo, traces
 from jpd.bench.slo import RequestRecord, Slo
-from jpd.bench.workload import Workload, retime
+from jpd.bench.workload import Workload
 from jpd.config import BREAK_EVEN
 from jpd.semi_pd import controller as controllers
 from jpd.semi_pd.controller import Observation, Shares
@@ -104,6 +107,13 @@ KEPT = {
     "tiny": ((100, 100), (50, 50)),
 }
 """Shares that the controller may choose, for each model."""
+LOADS = {
+    "azure_conv": (0.6, 0.8, 1.0, 1.2),
+    "azure_code": (0.1, 0.2, 0.4, 0.8),
+    "sharegpt_like": (0.8, 1.0, 1.2, 1.4),
+    "arxiv": (0.6, 0.8, 1.0, 1.4),
+}
+"""Of each workload, so that by `jpd simulate` all but `disaggregated` cross 90 % in between."""
 SHOWN = ("case", "impl", "load", "num_prompts", "failed", "tight", "loose", "switches", "mode")
 LATENESS = "p99_lateness_ms"
 
@@ -161,14 +171,17 @@ def make_llm(steered: bool, **args: Any) -> AsyncLLM:
 
 
 def send(
-    llm: AsyncLLM, impl: str, workload: Workload, seed: int, alone: bool = False
+    llm: AsyncLLM,
+    impl: str,
+    workload: Workload,
+    seed: int,
+    run: Callable[..., Coroutine[Any, Any, list[RequestRecord]]],
 ) -> list[RequestRecord]:
-    """Sends the requests at their times, or one at a time, to the engine as an implementation."""
+    """Sends the requests to the engine as an implementation, in the way of a client's function."""
     if ENGINES[impl] == "unified":  # two of them have one engine
         policy = topologies.TOPOLOGIES[impl]["prefill_policy"]
         llm._engine.coordinator.prefill_policy = policy
     options = client.ClientOptions(num_warmups=min(2, len(workload)), seed=seed)
-    run = client.run_alone if alone else client.run
     return asyncio.run(run(llm, workload, options))
 
 
@@ -202,7 +215,7 @@ def run_point(
     before = _counts(llm)
     if not steered:
         coordinator.recent()  # of earlier points
-    records = send(llm, impl, workload, seed)
+    records = send(llm, impl, workload, seed, client.run)
     fields = {name: count - before[name] for name, count in _counts(llm).items()}
     if steered:  # whoever steers takes what is recent
         return records, fields | {"mode": llm.stats.mode}
@@ -234,36 +247,38 @@ def calibrate(
     limit, at_once = sizes["max_model_len"], 2 * sizes["max_num_seqs"]
     requests = traces.make(name, rate=1.0, n=alone, seed=0, max_total_tokens=limit)
     short = np.minimum(requests.output_tokens, UNLOADED_TOKENS)
-    records = process.call(send, REFERENCE, replace(requests, output_tokens=short), 0, True)
+    requests = replace(requests, output_tokens=short)
+    records = process.call(send, REFERENCE, requests, 0, client.run_alone)
     fields: dict[str, float] = {}
     for scale, factor in SLOS.items():
         limits = slo.slo_from_unloaded(records, factor)
         fields |= {f"{scale}_{key}": value for key, value in asdict(limits).items()}
     requests = traces.make(name, rate=1.0, n=at_once, seed=1, max_total_tokens=limit)
-    records = process.call(send, REFERENCE, retime(requests, np.zeros(at_once)), 1)
+    half = functools.partial(client.run_at_once, until=at_once // 2)
+    records = process.call(send, REFERENCE, requests, 1, half)
     failed = sum(not record.ok for record in records)
     if failed:
-        raise RuntimeError(f"{failed} of {at_once} requests at once failed")
+        raise RuntimeError(f"{failed} of {len(records)} requests at once failed")
     return fields | {
-        "capacity": second_quarter_per_s([record.finished_s for record in records]),
+        "capacity": second_half_per_s([record.finished_s for record in records]),
         "mean_prompt_tokens": float(requests.prompt_tokens.mean()),
         "mean_output_tokens": float(requests.output_tokens.mean()),
     }
 
 
-def second_quarter_per_s(finished_s: Sequence[float]) -> float:
-    """Requests/s between the ends of a quarter and of half of the requests.
+def second_half_per_s(finished_s: Sequence[float]) -> float:
+    """Requests/s between the ends of half and of all of the requests.
 
     Raises:
-        ValueError: there are fewer than four, or those of the second quarter ended at one time.
+        ValueError: there are fewer than two, or those of the second half ended at one time.
     """
-    times, quarter = sorted(finished_s), len(finished_s) // 4
-    if quarter == 0:
-        raise ValueError(f"{len(times)} requests have no second quarter: at least 4")
-    begin_s, end_s = times[quarter - 1], times[2 * quarter - 1]
+    times, half = sorted(finished_s), len(finished_s) // 2
+    if half == 0:
+        raise ValueError(f"{len(times)} requests have no second half: at least 2")
+    begin_s, end_s = times[half - 1], times[2 * half - 1]
     if begin_s == end_s:
-        raise ValueError(f"no time between a quarter and half of the requests: both at {end_s} s")
-    return quarter / (end_s - begin_s)
+        raise ValueError(f"no time between half and all of the requests: both at {end_s} s")
+    return half / (end_s - begin_s)
 
 
 def slos_of(unloaded: Mapping[str, Any]) -> dict[str, Slo]:
@@ -333,38 +348,49 @@ def measure_case(
 
 
 class Engines(contextlib.ExitStack):
-    """The engines of a run, started when they are first asked for.
+    """The engines of a run, started side by side when one of them is first asked for.
 
     Args:
         model: an entry of `topologies.SIZES`.
         sizes: of each engine.
+        impls: that are measured.
     """
 
-    def __init__(self, model: str, sizes: Mapping[str, Any]) -> None:
+    def __init__(self, model: str, sizes: Mapping[str, Any], impls: Iterable[str]) -> None:
         super().__init__()
         self._model, self._sizes = model, sizes
+        self._wanted = [ENGINES[impl] for impl in impls]
         self._started: dict[str, topologies.EngineProcess | Exception] = {}
 
     def of(self, impl: str) -> topologies.EngineProcess:
-        """The process of an implementation's engine.
+        """The process of an implementation's engine, when no engine is being started.
 
         Raises:
             Exception: it could not be started, now or before.
         """
         engine = ENGINES[impl]
         if engine not in self._started:
-            say(f"starting {engine}")
-            try:
-                self._started[engine] = self.enter_context(self._process(engine))
-            except Exception as error:  # its peers can be measured without it
-                self._started[engine] = error
-                say(f"{engine} did not start: {error}")
-            else:
-                say(f"{engine} is ready")
+            self._start(dict.fromkeys([engine, *self._wanted]))
         found = self._started[engine]
         if isinstance(found, Exception):
             raise found
         return found
+
+    def _start(self, engines: Iterable[str]) -> None:
+        begun = {name: self._process(name) for name in engines if name not in self._started}
+        say(f"starting {', '.join(begun)}")
+        for process in begun.values():
+            self.push(process)
+            process.begin()
+        for name, process in begun.items():
+            self._started[name] = process
+            try:
+                process.wait()
+            except Exception as error:  # its peers can be measured without it
+                self._started[name] = error
+                say(f"{name} did not start: {error}")
+            else:
+                say(f"{name} is ready")
 
     def _process(self, engine: str) -> topologies.EngineProcess:
         topology = {"unified": REFERENCE, "semi_pd": "auto"}.get(engine, engine)
@@ -395,11 +421,23 @@ def show(report: Report) -> None:
     print(f"wrote {report.path}")
 
 
+def stranger(rows: Iterable[Mapping[str, Any]]) -> str | None:
+    """A case measured by other SLOs and another capacity than its workload's row says, if any."""
+    known = {row["case"]: row for row in rows if row["status"] == "ok"}
+    for workload, points in points_of(rows).items():
+        capacity = known[unloaded_case(workload)]["capacity"]
+        for row in points:
+            if not math.isclose(row["load"], row["rate"] / capacity):
+                return row["case"]
+    return None
+
+
 def cases_of(
     args: argparse.Namespace, report: Report, workload: str, seed: int, capacity: float
 ) -> list[Case]:
     """Those of a workload and seed that are to be measured."""
-    rates = args.rates or [float(f"{capacity * load:.3g}") for load in args.loads]
+    loads = args.loads or LOADS[workload]
+    rates = args.rates or [float(f"{capacity * load:.3g}") for load in loads]
     cases = [Case(workload, rate, seed) for rate in rates]
     return [case for case in cases if not args.missing or report.lacks(case.name)]
 
@@ -467,7 +505,7 @@ def main() -> None:
         "[%(default)s]",
     )
     rates = parser.add_mutually_exclusive_group()
-    rates.add_argument("--loads", nargs="+", type=float, help="of the capacity [0.3 0.6 0.8 1.0]")
+    rates.add_argument("--loads", nargs="+", type=float, help="of the capacity [by the workload]")
     rates.add_argument("--rates", nargs="+", type=float, help="requests/s, for all workloads")
     parser.add_argument("--point-seconds", type=float, help="of sending [20; 2 with --quick]")
     parser.add_argument(
@@ -480,7 +518,7 @@ def main() -> None:
     end_on_sigterm()
     quick = args.quick
     args.workloads = args.workloads or (["azure_conv"] if quick else [*traces.NAMES])
-    args.loads = args.loads or ([0.5, 1.0] if quick else [0.3, 0.6, 0.8, 1.0])
+    args.loads = args.loads or ([0.5, 1.0] if quick else None)
     args.seeds = args.seeds or ([0] if quick else [0, 1])
     args.impls = [impl for impl in ENGINES if impl in args.impls]
     seconds = args.point_seconds or (2.0 if quick else 20.0)
@@ -492,8 +530,10 @@ def main() -> None:
     report.summarise = summarise
     model, sizes = topologies.sizes(args, report.env)
     options.merge_of_one_model(parser, report, args, model)
+    if (case := stranger(report.all_rows())) is not None:
+        parser.error(f"--merge: {case} was measured by another run's SLOs and capacity")
     if args.seconds != 0:
-        with Engines(model, sizes) as engines:
+        with Engines(model, sizes, args.impls) as engines:
             measure(
                 args,
                 report,

@@ -48,7 +48,7 @@ from benchmarks.rows import load
 from benchmarks.share_fits import Key, Size, fields_of, panels, steps_of, summarise
 from benchmarks.stopping import end_on_sigterm, say
 from jpd.engine.build import Engine
-from jpd.engine.executor import shape_table
+from jpd.engine.shapes import shape_table
 from jpd.semi_pd.controller import Shares
 from jpd.semi_pd.slo_controller import DEFAULT_SHARES
 from jpd.simulate.fit import MeasuredStep, StepTimes

@@ -242,16 +242,28 @@ class EngineProcess:
             raise answer
         return answer
 
-    def __enter__(self) -> Self:
-        """Starts the process and waits for the engine.
+    def begin(self) -> None:
+        """Starts the process and does not wait for the engine."""
+        self._process.start()
+        self._theirs.close()
+
+    def wait(self) -> None:
+        """Until the engine of a process that was begun is ready.
 
         Raises:
             RuntimeError: it could not be built.
         """
-        self._process.start()
-        self._theirs.close()
+        self._result()
+
+    def __enter__(self) -> Self:
+        """Begins and waits.
+
+        Raises:
+            RuntimeError: the engine could not be built.
+        """
+        self.begin()
         try:
-            self._result()
+            self.wait()
         except BaseException:
             self.__exit__()
             raise

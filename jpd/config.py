@@ -24,9 +24,13 @@ Controller = Literal["static", "paper", "slo"]
 MatmulAllReduce = Literal["auto", "overlap", "xla"]
 
 MAX_STEP_TOKENS = 65_536
-BREAK_EVEN = 3.0
-"""Default of `SemiPDConfig.break_even`. A guess, from trials of `jpd simulate` with latencies that
-are arithmetic for an H200, where it depended on shares and workload; their results are not kept."""
+BREAK_EVEN = 0.2
+"""Default of `SemiPDConfig.break_even`. In trials of `jpd simulate` with latencies that are
+arithmetic for an H200 one executor was more than 1 % better only with azure_code (long prompts,
+short outputs) from 0.6 times the rate that it keeps up with on: there 0.6 requests decoded for each
+that waited, and 0.2 on two executors. With default buckets, which then padded 9 rows to 256, it was
+not even there. With 0.2 mean end-to-end times were within 6 % of the better one's either way. Four
+workloads at loads of 0.05 to 1.4, means of two seeds; results are not kept."""
 
 _SPLITS = (
     "jpd splits a model by tensor_parallel_size alone (topology='disaggregated' gives each phase a "
@@ -231,8 +235,8 @@ class EngineConfig:
     max_num_seqs: int | None = None
     """Sequences that run at once; 256 on a GPU and 16 on a CPU when not given."""
     max_num_batched_tokens: int | None = None
-    """Prompt tokens plus decoded tokens in one step; longer prompts are prefilled in chunks.
-    2048 on a GPU and 512 on a CPU when not given."""
+    """Prompt tokens plus decoding rows in one step, padded ones included; longer prompts are
+    prefilled in chunks. 2048 on a GPU and 512 on a CPU when not given."""
     max_prefills_per_step: int = 8
     """Sequences that may have a prompt chunk in one step."""
     page_size: int = 16
@@ -252,10 +256,10 @@ class EngineConfig:
     async_scheduling: bool = True
     """Launch the next step before the tokens of the running one are read."""
     batch_buckets: tuple[int, ...] | None = None
-    """Decoding rows that steps are compiled for; powers of two when not given, of which mixed steps
-    know a small one and the largest."""
+    """Decoding rows that steps are compiled for; powers of two when not given, of which steps that
+    hold prompts too know 8, 64 and so on, and the largest."""
     token_buckets: tuple[int, ...] | None = None
-    """Prompt token counts that mixed steps are compiled for."""
+    """Prompt tokens plus padded decoding rows that steps with prompts are compiled for."""
     context_buckets: tuple[int, ...] | None = None
     """Context lengths in tokens that steps are compiled for."""
     compilation_cache_dir: str | None = None

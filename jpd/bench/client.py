@@ -8,6 +8,7 @@ sees, on the event loop; how late each request was sent is recorded, so that a s
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -72,6 +73,29 @@ async def run_alone(
     """
     load = await _Load.prepare(llm, workload, options)
     return [await load.send(i, load.now_s()).follow() for i in range(len(workload))]
+
+
+async def run_at_once(
+    llm: AsyncLLM, workload: Workload, options: ClientOptions, until: int
+) -> list[RequestRecord]:
+    """Sends all requests at once, whatever their arrival times are, and aborts the others when
+    some have ended.
+
+    Args:
+      until: how many are to end.
+
+    Returns:
+      Records of those, in the order in which they ended.
+    """
+    require(1 <= until <= len(workload), "until", until, f"1 to the {len(workload)} requests")
+    load = await _Load.prepare(llm, workload, options)
+    tasks = [asyncio.create_task(load.send(i, 0.0).follow()) for i in range(len(workload))]
+    try:
+        return [await ended for ended in itertools.islice(asyncio.as_completed(tasks), until)]
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 class _Load:

@@ -16,10 +16,10 @@ from jpd.config import EngineConfig, require
 from jpd.engine import memory
 from jpd.engine.compile import use_cache_dir
 from jpd.engine.coordinator import Coordinator
-from jpd.engine.executor import Executor, shape_table
+from jpd.engine.executor import Executor
 from jpd.engine.lane import OneExecutor, Topology
 from jpd.engine.rank_step import overlaps
-from jpd.engine.shapes import ShapeTable
+from jpd.engine.shapes import ShapeTable, shape_table
 from jpd.errors import ConfigError
 from jpd.models import ModelConfig, Params
 from jpd.ops import self_check, sum_check
@@ -184,7 +184,7 @@ def check_kernels(
     shapes = shape_table(config)
     batches = shapes.batches
     decode = sorted({batches[0], batches[len(batches) // 2], batches[-1]})
-    rows = [*decode, shapes.mixed_batches[-1] + shapes.tokens[-1]]
+    rows = [*decode, shapes.most_rows]
     layer = params["layers"][0]
     attention, mlp = layer["attention"], layer["mlp"]
     head = params["embed"] if model.tie_embeddings else params["lm_head"]

@@ -24,6 +24,7 @@ from jpd.engine.recent import Recent, RecentSteps
 from jpd.engine.sampler_inputs import sequence_key
 from jpd.engine.scheduler import Scheduler
 from jpd.engine.sequence import Sequence
+from jpd.engine.shapes import shape_table
 from jpd.errors import EngineDeadError, PromptTooLongError, RequestError
 from jpd.models import ModelConfig
 from jpd.text import Tokenizer
@@ -54,7 +55,7 @@ class Coordinator:
         self.scheduler = Scheduler(
             max_num_seqs=config.max_num_seqs,
             max_model_len=config.max_model_len,
-            max_num_batched_tokens=config.max_num_batched_tokens,
+            most_tokens=shape_table(config).most_tokens,
             max_prefills_per_step=config.max_prefills_per_step,
             num_pages=config.num_pages,
             page_size=config.page_size,

@@ -23,7 +23,7 @@ from jpd.engine.plan import Admission, Chunk, StepPlan, StepResult, TokenLogprob
 from jpd.engine.rank_lowering import RankLowering
 from jpd.engine.sampler import Sampled
 from jpd.engine.sampler_inputs import SamplingInputs, SamplingTable
-from jpd.engine.shapes import ShapeTable, StepShape
+from jpd.engine.shapes import ShapeTable, StepShape, shape_table
 from jpd.engine.step import KVPages, Progress
 from jpd.models import ModelConfig, Params
 from jpd.parallel import ManyDevices, OneDevice, Placement
@@ -62,21 +62,6 @@ class InFlight:
             logprobs = TokenLogprobs(out.logprobs, out.ranks, out.top_tokens, out.top_logprobs)
             return StepResult(out.tokens, logprobs, recomputed)
         return StepResult(used(self._out), None, recomputed)
-
-
-def shape_table(config: EngineConfig, *, prefill: bool = True, decode: bool = True) -> ShapeTable:
-    """The step shapes of a resolved configuration, for executors of one phase or of both."""
-    return ShapeTable(
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        max_model_len=config.max_model_len,
-        page_size=config.page_size,
-        batch_buckets=config.batch_buckets,
-        token_buckets=config.token_buckets,
-        context_buckets=config.context_buckets,
-        prefill=prefill,
-        decode=decode,
-    )
 
 
 def _plan_for_nobody(shape: StepShape, unowned_row: int) -> StepPlan:

@@ -47,7 +47,7 @@ def page_bytes(config: EngineConfig, model: ModelConfig, itemsize: int) -> int:
 
 def work_bytes(config: EngineConfig, model: ModelConfig, shapes: ShapeTable) -> int:
     """Estimated work space of the largest step: activations, gathered pages, logits, histories."""
-    tokens = shapes.tokens[-1] + shapes.batches[-1]
+    tokens = shapes.most_rows
     wide = max(2 * model.ffn_size, (model.num_heads + 2 * model.num_kv_heads) * model.head_dim)
     activations = 4 * tokens * (wide + 4 * model.hidden_size)
     rows = shapes.batches[-1] + config.max_prefills_per_step

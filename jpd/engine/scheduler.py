@@ -9,6 +9,7 @@ when none is free preempts the sequence that is served last; that one is compute
 from __future__ import annotations
 
 import heapq
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,7 +44,7 @@ class Scheduler:
     Args:
       max_num_seqs: rows.
       max_model_len: tokens a row can hold.
-      max_num_batched_tokens: tokens of one step, at least `max_num_seqs`.
+      most_tokens: prompt tokens that a step with so many decoding rows may hold; see `ShapeTable`.
       max_prefills_per_step: chunks of one step.
       num_pages: pages of the pool, page 0 included.
       page_size: tokens a page holds.
@@ -61,7 +62,7 @@ class Scheduler:
         *,
         max_num_seqs: int,
         max_model_len: int,
-        max_num_batched_tokens: int,
+        most_tokens: Callable[[int], int],
         max_prefills_per_step: int,
         num_pages: int,
         page_size: int,
@@ -79,7 +80,7 @@ class Scheduler:
         self.cache = PrefixCache(self.pool) if enable_prefix_caching else None
         self.table = SequenceTable(max_num_seqs, max_model_len, page_size, max_stop_ids)
         self.stats = SchedulerStats()
-        self._max_tokens = max_num_batched_tokens
+        self._most_tokens = most_tokens
         self._max_chunks = max_prefills_per_step
         self._waiting: list[tuple[tuple[int, int], Sequence]] = []
         self._prefilling: list[Sequence] = []
@@ -187,7 +188,7 @@ class Scheduler:
         # What was just preempted must not come back in the same step.
         if prefill and not (alone and len(rows)):
             chunks, admitted = self._chunks(
-                self._max_tokens - len(rows),
+                self._most_tokens(len(rows)),
                 1 if alone else self._max_chunks,
                 decodes_on=decodes_on,
                 alone=alone,

@@ -8,6 +8,8 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
+from jpd.config import EngineConfig
+
 _SMALLEST_CONTEXT = 512
 _SMALLEST_CHUNK = 64
 _SMALLEST_MIXED_BATCH = 8
@@ -49,12 +51,15 @@ class ShapeTable:
 
     Args:
       max_num_seqs: largest batch.
-      max_num_batched_tokens: largest number of prompt tokens.
+      max_num_batched_tokens: most rows and prompt tokens of a step together, padded rows too unless
+        these are more than half of it.
       max_model_len: longest context.
       page_size: contexts are rounded up to whole pages.
-      batch_buckets: replaces the defaults. Mixed steps have those of 8 rows and more; by default
-        they know two sizes.
-      token_buckets, context_buckets: replace the defaults.
+      batch_buckets: replaces the defaults. Mixed steps have those of 8 rows and more, by default
+        only 8, 64 and so on, and the largest.
+      token_buckets, context_buckets: replace the defaults. Of a mixed step the bucket is for its
+        rows and prompt tokens together, so that products have no more rows than of a prompt alone:
+        a few more begin another row of tiles, with which products take up to a sixth longer.
       prefill, decode: the phases that steps hold as a rule; shapes of others are not in `all`.
     """
 
@@ -77,14 +82,18 @@ class ShapeTable:
         self.batches = batch_buckets or powers(1, max_num_seqs, 2)
         most = max_num_batched_tokens
         self.tokens = token_buckets or powers(min(_SMALLEST_CHUNK, most), most, 4)
-        some = self._batch(min(_SMALLEST_MIXED_BATCH, max_num_seqs))
-        mixed = {some, self.batches[-1]}
-        if batch_buckets is not None:
-            mixed |= {batch for batch in batch_buckets if batch > some}
-        # Prompts alone need no rows, where that is the rule.
-        self.mixed_batches = (0,) * (not decode) + tuple(sorted(mixed))
-        self._page_size = page_size
+        few = min(_SMALLEST_MIXED_BATCH, max_num_seqs)
+        mixed = batch_buckets or powers(few, max_num_seqs, 8)
+        mixed = {self._batch(rows) for rows in mixed if rows >= few} | {self.batches[-1]}
+        # Prompts alone need no rows.
+        self.mixed_batches = (0, *sorted(mixed))
+        self._page_size, self._most = page_size, most
         self._prefill, self._decode = prefill, decode
+
+    @property
+    def most_rows(self) -> int:
+        """Rows of the products in the largest step, padding included."""
+        return max(batch + self._tokens_beside(batch)[-1] for batch in self.mixed_batches)
 
     def _batch(self, rows: int) -> int:
         return _round_up(rows, self.batches, 1)
@@ -94,16 +103,47 @@ class ShapeTable:
         context = _round_up(context, self.contexts, self._page_size)
         if tokens == 0:
             return StepShape(self._batch(rows), 0, context, greedy)
-        tokens = _round_up(tokens, self.tokens, 1)
-        batch = _round_up(rows, self.mixed_batches, 1)
+        batch = self._mixed_batch(rows)
+        tokens = _round_up(tokens, self._tokens_beside(batch), 1)
         return StepShape(batch, tokens, context, greedy and batch > 0)
+
+    def most_tokens(self, rows: int) -> int:
+        """Prompt tokens that a step with so many decoding rows may hold."""
+        batch = self._mixed_batch(rows)
+        return self._most - (batch if 2 * batch <= self._most else rows)
+
+    def _mixed_batch(self, rows: int) -> int:
+        return _round_up(rows, self.mixed_batches, 1)
+
+    def _tokens_beside(self, batch: int) -> tuple[int, ...]:
+        """Buckets of prompt tokens in a step with so many padded rows."""
+        return tuple(sorted({t - batch if t >= 2 * batch else t for t in self.tokens}))
 
     def all(self) -> list[StepShape]:
         """Every shape that `pick` gives within the buckets, the largest first."""
         decode = itertools.product(self.batches, (0,), self.contexts, (True, False))
-        # The sampler of a step without rows is short: it has those of the prompts that end only.
-        batches = self.mixed_batches if self._decode else (0,)
-        greedy = (True, False) if self._decode else (False,)
-        mixed = itertools.product(batches, self.tokens, self.contexts, greedy)
-        shapes = [*(decode if self._decode else ()), *(mixed if self._prefill else ())]
+        prefill = [
+            (batch, tokens, context, greedy)
+            for batch in (self.mixed_batches if self._decode else (0,))
+            for tokens in self._tokens_beside(batch)
+            for context in self.contexts
+            # Without rows the sampler has only those of prompts that end: it is short.
+            for greedy in ((True, False) if batch else (False,))
+        ]
+        shapes = [*(decode if self._decode else ()), *(prefill if self._prefill else ())]
         return sorted((StepShape(*s) for s in shapes), reverse=True)
+
+
+def shape_table(config: EngineConfig, *, prefill: bool = True, decode: bool = True) -> ShapeTable:
+    """The step shapes of a resolved configuration, for executors of one phase or of both."""
+    return ShapeTable(
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_model_len=config.max_model_len,
+        page_size=config.page_size,
+        batch_buckets=config.batch_buckets,
+        token_buckets=config.token_buckets,
+        context_buckets=config.context_buckets,
+        prefill=prefill,
+        decode=decode,
+    )

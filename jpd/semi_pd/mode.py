@@ -1,9 +1,9 @@
 """Whether one executor or two serve now: who decides it for `topology="auto"`.
 
 Both phases on one executor ("unified") hold up everybody who decodes while a prompt is computed. On
-two ("semi_pd") decode goes on, but prompts take longer: they have fewer SMs, and less of the memory
-bandwidth. Policies are plain Python that reads no clock, so they run the same on a server, on
-recorded observations and in `jpd simulate`. A user's own policy is any object with `decide`.
+two ("semi_pd") decode goes on, but prompts may take longer: they have fewer SMs, and less of the
+memory bandwidth. Policies are plain Python that reads no clock, so they run the same on a server,
+on recorded observations and in `jpd simulate`. A user's own policy is any object with `decide`.
 """
 
 from __future__ import annotations
@@ -60,11 +60,12 @@ class BreakEven:
         n / w > (p' - p) / (h - h').
 
     The right side is a property of the GPU, of the shares and of the kernels: p, p', h and h' all
-    grow with the prompt. The left side is measured over the prompt tokens of the last `window_s`,
-    whoever computes them. It says more than requests/s, or than the part of the time that prompts
-    take: for one and the same part, long outputs let more requests decode at once. Without load
-    nobody is held up. With far too much of it most requests wait, and one executor is better again,
-    since it computes prompts faster.
+    grow with the prompt. It is small, or below 0, where decoding rows leave a step on one executor
+    less room for prompts, so that p is long too; see `jpd.config.BREAK_EVEN`. The left side is
+    measured over the prompt tokens of the last `window_s`, whoever computes them. It says more than
+    requests/s, or than the part of the time that prompts take: for one and the same part, long
+    outputs let more requests decode at once. Without load nobody is held up. With far too much of
+    it most requests wait, and one executor is better again if it computes prompts faster.
 
     It looks at no SLO: where TPOT has one, a lower `ratio` keeps it sooner.
     """

@@ -135,8 +135,9 @@ class Interference:
 
     The defaults describe one H200. They agree with 12 side-by-side times of 8 layers of a 7B model,
     prefill of 2048 tokens beside decode of 32 x 1024, within 15 %. A simulation with them is within
-    16 % of the mean TTFT and 2 % of the mean TPOT that Llama-3.1-8B had under (100, 100), with
-    azure_conv at three rates (a trial that is not kept). Of other shares that run says little.
+    8 % of the mean TTFT and 4 % of the mean TPOT that Llama-3.1-8B had under (100, 100), azure_conv
+    at 9 requests/s, and within 15 % of both where a controller chose shares (a trial that is not
+    kept). That one rate says little of higher ones.
     """
 
     prefill_slowdown: float = 1.18

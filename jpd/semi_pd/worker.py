@@ -72,7 +72,8 @@ def _build(spec: WorkerSpec) -> tuple[_Worker, int]:
     # Here and not above: jax reads the CPUs that it may use once, when it starts.
     from jpd.engine.build import check_ranks
     from jpd.engine.compile import use_cache_dir
-    from jpd.engine.executor import Executor, shape_table
+    from jpd.engine.executor import Executor
+    from jpd.engine.shapes import shape_table
     from jpd.parallel import place
     from jpd.semi_pd import arrays, collectives
     from jpd.semi_pd.host_pages import HostPagesExecutor

@@ -157,7 +157,6 @@ class SimulatedExecutor:
       place: which GPUs, one for each rank; only executors of one place slow each other down.
       ready_s: when it can serve.
       message_s: to and from the coordinator.
-      process_s: that each step takes longer.
     """
 
     recompiles = 0
@@ -174,7 +173,6 @@ class SimulatedExecutor:
         place: int = 0,
         ready_s: float = 0.0,
         message_s: float = 0.0,
-        process_s: float = 0.0,
     ) -> None:
         self.gpu = gpu
         self.share = share
@@ -187,7 +185,6 @@ class SimulatedExecutor:
         self.busy_s = 0.0
         self._shapes = shapes
         self._message_s = message_s
-        self._process_s = process_s
 
     @property
     def units(self) -> int:
@@ -210,7 +207,7 @@ class SimulatedExecutor:
     def launch(self, plan: StepPlan) -> SimulatedStep:
         """Queues a step."""
         self.gpu.spend(self.gpu.model.overheads.launch_s)
-        full_s = self._process_s + self.gpu.model.full_s(StepWork.of(plan, self._shapes))
+        full_s = self.gpu.model.full_s(StepWork.of(plan, self._shapes))
         sent_s = self.gpu.model.page_copy_s * sum(len(copy.source) for copy in plan.copies)
         full_s = max(full_s, sent_s)  # each layer's beside what comes after it
         step = SimulatedStep(plan, self, full_s, self.gpu.now_s + self._message_s)

@@ -9,8 +9,8 @@ from jpd.config import EngineConfig, require
 from jpd.engine import build as engine_build
 from jpd.engine.build import Prepared
 from jpd.engine.coordinator import Coordinator
-from jpd.engine.executor import shape_table
 from jpd.engine.lane import Lane, OneExecutor, Switch
+from jpd.engine.shapes import shape_table
 from jpd.semi_pd import build as semi_pd_build
 from jpd.semi_pd.controller import Shares
 from jpd.semi_pd.mode import phases_of
@@ -126,7 +126,6 @@ def _two_phases(config: EngineConfig, gpu: VirtualGpu) -> _TwoPhases:
                 place=place,
                 ready_s=gpu.now_s + model.start_s,
                 message_s=model.overheads.message_s,
-                process_s=model.overheads.process_s,
             )
 
         kept = semi_pd_build.kept_shares(config, phase)

@@ -22,7 +22,7 @@ class Gpu:
     bytes_per_s: float
     """That kernels get from its memory."""
     flops_per_s: float
-    """That matrix products get."""
+    """That matrix products of whole tiles get."""
     attention_flops_per_s: float
     """That attention of prompts gets."""
     exposed_rows: float
@@ -40,9 +40,9 @@ H200 = Gpu(
     # Of 4.8e12 in the data sheet; a copy gets 4.3e12, products of few rows 3.0 to 4.0e12.
     bytes_per_s=3.6e12,
     # The next three are of dense_gemm, prefill_attention and flat_gemm in benchmarks/results/h200.
-    # Of 989e12 in the data sheet; products of 2048 rows get 670e12 to 720e12, of 256 rows 390e12 to
-    # 670e12.
-    flops_per_s=620e12,
+    # Of 989e12 in the data sheet; the products of a layer of Llama-3.1-8B get 700e12 with 2048
+    # rows, single ones 670e12 to 720e12, with 256 rows 390e12 to 670e12.
+    flops_per_s=700e12,
     # 380e12 for 1024 tokens and 470e12 for 2048, 340e12 in eight chunks.
     attention_flops_per_s=400e12,
     # Products of a layer of Llama-3.1-8B: 108, 120, 143 us with 1, 32, 128 rows.
@@ -75,14 +75,14 @@ def arithmetic(
     costs two operations for each weight and four for each key and channel; what could overlap is
     added up, the sums over ranks too. Those, one after each row-parallel layer and one for the
     embeddings, send each number 2 (n - 1) / n times over each of n ranks' links, as rings do, and
-    logits are gathered. Times of the host are guesses of the size seen with such engines, but for
-    `process_s`: without it no interference gives the times of an H200 that served Llama-3.1-8B on
-    two executors under (100, 100), azure_conv at three rates, where requests decode slower than on
-    one executor even when no prompt is left. With it and these constants means of TTFT and TPOT are
-    within 6 % of those of both policies on one executor at all three rates
-    (`benchmarks/results/h200/semi_pd_serving.json` against trials that are not kept). That engine's
-    processes had two hardware queues each; they ask for eight now, and `process_s` was not measured
-    again. It is taken for all topologies with executors of their own.
+    logits are gathered. Times of the host are guesses of the size seen with such engines. That a
+    decode step of 16 layers took 3 % longer in a process of its own on an H200 is left out.
+
+    An H200 served Llama-3.1-8B with azure_conv (`benchmarks/results/h200/semi_pd_serving.json`,
+    when decoding rows were added to full steps of prompts). Means of TTFT and TPOT with these
+    constants and those steps are within 6 % of both policies on one executor at 12, 17 and 22
+    requests/s, but for chunked prefill at 22, more than it kept up with: 15 % too short. They are
+    within 8 % of those of two executors under (100, 100) at 9 (trials that are not kept).
 
     Args:
       split: of the model over ranks; windows are not looked at.
@@ -125,7 +125,6 @@ def arithmetic(
             deliver_s=2e-4,
             deliver_token_s=4e-6,
             message_s=1e-4,
-            process_s=3.1e-3,
         ),
         page_copy_s=page_size * kv_bytes / gpu.link_bytes_per_s,
         **({} if sm_shares else {"interference": TIME_SLICES}),

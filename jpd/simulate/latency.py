@@ -22,6 +22,10 @@ from jpd.semi_pd.share_models import (
     prefill_curve,
 )
 
+_TILE_ROWS = 256
+"""Of the tiles that products of more rows are computed in, see `pallas_kernels.dense_gemm`; fewer
+rows have smaller ones."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepWork:
@@ -99,7 +103,8 @@ class PromptTime(_LinearTime):
 
     step_s: float = 0.0
     token_s: float = 0.0
-    """For each padded prompt token and padded row."""
+    """For each padded prompt token and padded row, if more than 256 then filled up to a multiple of
+    256: products compute whole tiles."""
     pair_s: float = 0.0
     """For each prompt token and key that it attends to."""
     padded_pair_s: float = 0.0
@@ -112,9 +117,12 @@ class PromptTime(_LinearTime):
     @staticmethod
     def counts(work: StepWork) -> tuple[float, ...]:
         rows, tokens = work.padded_rows, work.padded_tokens
+        computed = tokens + rows
+        if computed > _TILE_ROWS:
+            computed = -(-computed // _TILE_ROWS) * _TILE_ROWS
         return (
             1.0,
-            tokens + rows,
+            computed,
             work.pairs,
             tokens * work.padded_context,
             work.context_tokens,
@@ -134,8 +142,6 @@ class Overheads:
     """More for each token of the step."""
     message_s: float = 0.0
     """From the coordinator to an executor in another process, or back."""
-    process_s: float = 0.0
-    """A step takes longer there than on an executor of the coordinator's process."""
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):

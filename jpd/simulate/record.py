@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 
 from jpd.engine.build import Engine
-from jpd.engine.executor import shape_table
 from jpd.engine.lane import Lane, StepInFlight
 from jpd.engine.plan import Admission, StepPlan, StepResult
-from jpd.engine.shapes import ShapeTable
+from jpd.engine.shapes import ShapeTable, shape_table
 from jpd.semi_pd.remote import RemoteStep
 from jpd.simulate.fit import MeasuredStep, StepTimes, non_negative_least_squares
 from jpd.simulate.latency import Overheads, StepWork

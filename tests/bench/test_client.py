@@ -14,7 +14,7 @@ import pytest
 import jpd
 from jpd import ConfigError, Delta, EngineDeadError, FinishReason, RequestError
 from jpd.bench import client, slo
-from jpd.bench.client import ClientOptions, run, run_alone
+from jpd.bench.client import ClientOptions, run, run_alone, run_at_once
 from jpd.bench.traces import fixed
 from jpd.bench.workload import Workload, poisson
 from jpd.errors import JpdError
@@ -97,6 +97,22 @@ def test_one_at_a_time_on_a_real_engine(llm):
         assert earlier.finished_s <= later.sent_s
     assert slo.slo_from_unloaded(records, slo.TIGHT).tpot_s > 0
     assert records[0].token_times_s == ()
+
+
+def test_at_once_until_some_have_ended(llm, monkeypatch):
+    in_step(llm, monkeypatch)
+    outputs = [100, 3, 100, 6]
+    workload = Workload("w", [0, 50, 100, 150], [9] * 4, outputs, "here")
+    before = llm.stats
+    records = finish(run_at_once(llm, workload, BARE, until=2))
+    assert [(record.ok, record.output_tokens) for record in records] == [(True, 3), (True, 6)]
+    assert {record.due_s for record in records} == {0.0}
+    # The engine is free for the next run.
+    assert all(record.ok for record in finish(run(llm, fixed(np.zeros(2), 9, 5), BARE)))
+    assert llm.stats.requests_finished - before.requests_finished == 2 + 2
+    assert llm.stats.requests_aborted - before.requests_aborted == 2
+    with pytest.raises(ConfigError, match="until=5 is not allowed: 1 to the 4 requests"):
+        finish(run_at_once(llm, workload, BARE, until=5))
 
 
 def test_a_request_that_can_never_be_served_is_recorded(llm):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
 import os
 import signal
 import sys
@@ -31,7 +32,7 @@ from benchmarks.engine_load import Load, random_requests, seats
 from benchmarks.report import Report
 from benchmarks.rows import load as load_document
 from jpd import AsyncLLM
-from jpd.bench import client
+from jpd.bench import client, traces
 from jpd.bench.slo import RequestRecord, Slo
 from jpd.engine.build import Engine
 from jpd.semi_pd.controller import Observation, Shares, StaticController
@@ -61,8 +62,12 @@ class InThisProcess:
     def call(self, function: Any, *args: Any) -> Any:
         return function(self.engine, *args)
 
-    def __enter__(self) -> InThisProcess:
-        return self
+    def begin(self) -> None:
+        pass
+
+    def wait(self) -> None:
+        if isinstance(self.engine, Exception):
+            raise self.engine
 
     def __exit__(self, *_: object) -> None:
         pass
@@ -129,6 +134,11 @@ def test_serving_in_two_calls(tmp_path, monkeypatch, capsys) -> None:
     assert run_main(semi_pd_serving, monkeypatch, *here) == 0
     again = load_document(tmp_path / "again" / "semi_pd_serving.json")
     assert (again["rows"], again["summary"]) == (after["rows"], after["summary"])
+    # Not what was measured by other SLOs.
+    unloaded["capacity"] *= 1.1
+    file.write_text(json.dumps(after))
+    assert run_main(semi_pd_serving, monkeypatch, *here) == 2
+    assert "another run's SLOs and capacity" in capsys.readouterr().err
 
 
 def test_an_engine_that_does_not_start_costs_its_peers_nothing(
@@ -138,9 +148,8 @@ def test_an_engine_that_does_not_start_costs_its_peers_nothing(
     llm = AsyncLLM(**arguments)
 
     def start(make: Any, args: dict[str, Any], **env: str) -> InThisProcess:
-        if args.get("topology") == "auto":
-            raise RuntimeError("no room")
-        return InThisProcess(llm)
+        no_room = args.get("topology") == "auto"
+        return InThisProcess(RuntimeError("no room") if no_room else llm)
 
     monkeypatch.setattr(topologies, "EngineProcess", start)
     args = ("--quick", "--impls", "chunked", "auto", "--rates", "20", "--point-seconds", "0.2")
@@ -171,6 +180,17 @@ def serving_arguments(**changes: Any) -> SimpleNamespace:
     return SimpleNamespace(**arguments | changes)
 
 
+@pytest.mark.parametrize("name", traces.NAMES)
+def test_default_rates(name: str, tmp_path) -> None:
+    report = Report("semi_pd_serving", QUESTION, out=tmp_path)
+    cases = semi_pd_serving.cases_of(serving_arguments(loads=None), report, name, 7, 100.0)
+    rates = [case.rate for case in cases]
+    assert len(rates) >= 4
+    assert sorted(rates) == rates
+    assert 80.0 in rates  # `mean_e2e_speedup_at_80pct_load` as measured
+    assert {(case.workload, case.seed) for case in cases} == {(name, 7)}
+
+
 def test_every_workload_is_calibrated_as_chunked(tmp_path, monkeypatch) -> None:
     recent = SimpleNamespace(decoding_beside=1.0, waiting_beside=1.0)
     coordinator = SimpleNamespace(prefill_policy="first", recent=lambda: recent)
@@ -181,14 +201,17 @@ def test_every_workload_is_calibrated_as_chunked(tmp_path, monkeypatch) -> None:
     )
     policies = []
 
-    async def run(llm: Any, workload: Any, options: Any) -> list[RequestRecord]:
+    async def run(
+        llm: Any, workload: Any, options: Any, until: int | None = None
+    ) -> list[RequestRecord]:
         policies.append(coordinator.prefill_policy)
         times = {"due_s": 0.0, "sent_s": 0.0, "first_token_s": 0.1, "prompt_tokens": 9}
         tokens = {"wanted_tokens": 5, "output_tokens": 5}
-        return [RequestRecord(finished_s=1.0 + i, **times, **tokens) for i in range(len(workload))]
+        ends = range(until or len(workload))
+        return [RequestRecord(finished_s=1.0 + i, **times, **tokens) for i in ends]
 
-    monkeypatch.setattr(client, "run", run)
-    monkeypatch.setattr(client, "run_alone", run)
+    for name in ("run", "run_alone", "run_at_once"):
+        monkeypatch.setattr(client, name, run)
     semi_pd_serving.measure(
         serving_arguments(
             workloads=["azure_conv", "azure_code"], impls=["chunked", "prefill_first"]

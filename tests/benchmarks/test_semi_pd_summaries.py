@@ -229,13 +229,12 @@ def test_break_even_ratio_and_what_auto_makes_of_it() -> None:
     assert "not counted" in uncounted["null_because"]["break_even_ratio"]
 
 
-def test_capacity_is_of_the_second_quarter() -> None:
-    first, second, others = [9.0, 10.0], [10.5, 11.0], [60.0, 70.0, 80.0, 90.0]
-    assert semi_pd_serving.second_quarter_per_s([*others, *second, *first]) == 2.0
-    with pytest.raises(ValueError, match=r"3 requests .* at least 4"):
-        semi_pd_serving.second_quarter_per_s([1.0, 2.0, 3.0])
+def test_capacity_is_of_the_second_half_of_those_that_ended() -> None:
+    assert semi_pd_serving.second_half_per_s([11.0, 10.5, 10.0, 9.0]) == 2.0
+    with pytest.raises(ValueError, match=r"1 requests .* at least 2"):
+        semi_pd_serving.second_half_per_s([1.0])
     with pytest.raises(ValueError, match=r"both at 1\.5 s"):
-        semi_pd_serving.second_quarter_per_s([1.5] * 8)
+        semi_pd_serving.second_half_per_s([1.5] * 8)
 
 
 def test_fields_of_a_point() -> None:

@@ -52,8 +52,9 @@ SHAPES = pytest.mark.parametrize(
     [
         pytest.param(StepShape(8, 0, 128, True), id="decode"),
         pytest.param(StepShape(8, 0, 128, False), id="decode-sampling"),
-        pytest.param(StepShape(8, 32, 128, True), id="mixed"),
-        pytest.param(StepShape(8, 32, 128, False), id="mixed-sampling"),
+        pytest.param(StepShape(8, 24, 128, True), id="mixed"),
+        pytest.param(StepShape(8, 24, 128, False), id="mixed-sampling"),
+        pytest.param(StepShape(0, 32, 128, False), id="prompts-sampling"),
     ],
 )
 

@@ -14,9 +14,9 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from jpd.config import EngineConfig
 from jpd.engine.coordinator import Coordinator
-from jpd.engine.executor import shape_table
 from jpd.engine.plan import StepPlan, StepResult
 from jpd.engine.sequence import State
+from jpd.engine.shapes import shape_table
 from jpd.errors import ConfigError, PromptTooLongError, RequestError
 from jpd.text import Tokenizer
 from jpd.types import Delta, FinishReason, SamplingParams
@@ -348,7 +348,7 @@ def test_the_next_step_is_launched_before_the_tokens_of_the_last_are_read(
 @pytest.mark.parametrize(
     ("policy", "want"),
     [
-        ("mixed", [(0, 1), (1, 0), (1, 15), (1, 15), (3, 0)]),
+        ("mixed", [(0, 1), (1, 0), (1, 12), (1, 12), (1, 6), (3, 0)]),  # 4 rows, padded
         ("first", [(0, 1), (1, 0), (0, 16), (0, 14), (3, 0)]),
     ],
 )

@@ -13,7 +13,7 @@ from jpd import checkpoint, models
 from jpd.config import EngineConfig
 from jpd.engine import memory
 from jpd.engine.build import resolve
-from jpd.engine.executor import shape_table
+from jpd.engine.shapes import shape_table
 from jpd.errors import ConfigError
 from jpd.models import ModelConfig
 from tests import tiny_models

@@ -58,7 +58,7 @@ def test_every_step_within_the_limits_has_a_shape_that_was_compiled_and_holds_it
         page_size=page_size,
     )
     step_rows = round(rows * seqs)
-    step_tokens = round(tokens * (seqs + extra - step_rows)) or int(step_rows == 0)
+    step_tokens = round(tokens * shapes.most_tokens(step_rows)) or int(step_rows == 0)
     step_context = max(1, round(context * longest))
     shape = shapes.pick(step_rows, step_tokens, step_context, greedy)
     assert shape in shapes.all()
@@ -67,20 +67,37 @@ def test_every_step_within_the_limits_has_a_shape_that_was_compiled_and_holds_it
     assert (shape.tokens == 0) == (step_tokens == 0)
     assert shape.context >= step_context
     assert shape.context % page_size == 0
-    assert shape.greedy == greedy
+    assert shape.greedy == (greedy and shape.batch > 0)
 
 
 def test_the_smallest_shape_is_picked() -> None:
     shapes = table()
     assert shapes.pick(3, 0, 100, True) == StepShape(4, 0, 512, True)
     assert shapes.pick(4, 0, 513, False) == StepShape(4, 0, 2_048, False)
-    assert shapes.pick(0, 65, 2_049, True) == StepShape(8, 256, 4_096, True)
-    assert shapes.pick(9, 1, 1, False) == StepShape(16, 64, 512, False)
+    assert shapes.pick(0, 65, 2_049, True) == StepShape(0, 256, 4_096, False)
+    assert shapes.pick(1, 65, 2_049, True) == StepShape(8, 248, 4_096, True)
+    assert shapes.pick(9, 1, 1, False) == StepShape(16, 48, 512, False)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 9, 16])
+def test_a_full_step_has_no_more_rows_than_its_longest_prompt(rows: int) -> None:
+    shapes = table()
+    shape = shapes.pick(rows, shapes.most_tokens(rows), 1, True)
+    assert shape.batch + shape.tokens == 512
+    assert shapes.pick(0, shapes.most_tokens(0), 1, True) == StepShape(0, 512, 512, False)
+    assert shapes.most_rows == 512
+
+
+def test_a_batch_of_more_than_half_a_step_leaves_prompts_what_its_rows_do() -> None:
+    shapes = table(max_num_seqs=16, max_num_batched_tokens=24, batch_buckets=(16,))
+    assert shapes.most_tokens(10) == 14
+    assert shapes.pick(10, 14, 1, True) == StepShape(16, 24, 512, True)
+    assert shapes.most_rows == 40
 
 
 def test_all_shapes_come_once_and_the_largest_first() -> None:
     shapes = table().all()
-    assert len(set(shapes)) == len(shapes) == 5 * 3 * 2 + 2 * 3 * 3 * 2
+    assert len(set(shapes)) == len(shapes) == 5 * 3 * 2 + 2 * 3 * 3 * 2 + 3 * 3
     assert shapes == sorted(shapes, reverse=True)
 
 
@@ -88,7 +105,7 @@ def test_buckets_of_the_user_replace_the_defaults() -> None:
     shapes = table(batch_buckets=(4, 16), token_buckets=(100,), context_buckets=(1_000, 3_000))
     assert shapes.contexts == (1_008, 3_008)  # whole pages of 16
     assert shapes.pick(1, 0, 1_001, True) == StepShape(4, 0, 1_008, True)
-    assert shapes.pick(5, 7, 1_009, True) == StepShape(16, 100, 3_008, True)
+    assert shapes.pick(5, 7, 1_009, True) == StepShape(16, 84, 3_008, True)
 
 
 def test_beyond_the_buckets_the_next_power_of_two_is_taken() -> None:

@@ -21,10 +21,10 @@ from hypothesis import strategies as st
 
 from jpd.config import EngineConfig
 from jpd.engine.coordinator import Coordinator
-from jpd.engine.executor import shape_table
 from jpd.engine.plan import StepPlan, StepResult
 from jpd.engine.scheduler import Scheduler
 from jpd.engine.sequence import Sequence
+from jpd.engine.shapes import shape_table
 from jpd.types import FinishReason, SamplingParams
 from tests.engine.fake_device import VOCAB, output_alone, run_alone
 from tests.engine.two_lanes import LateStep, TwoLanes
@@ -273,7 +273,7 @@ def small_scheduler(**options: Any) -> Scheduler:
     return Scheduler(
         max_num_seqs=2,
         max_model_len=MAX_LEN,
-        max_num_batched_tokens=8,
+        most_tokens=lambda rows: 8 - rows,
         max_prefills_per_step=1,
         num_pages=40,
         page_size=4,

@@ -19,7 +19,7 @@ def make(num_pages: int = 20, **changes: Any) -> Scheduler:
     options = {
         "max_num_seqs": 4,
         "max_model_len": 64,
-        "max_num_batched_tokens": TOKENS,
+        "most_tokens": lambda rows: TOKENS - rows,
         "max_prefills_per_step": 3,
         "num_pages": num_pages,
         "page_size": PAGE,

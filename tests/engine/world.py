@@ -32,21 +32,21 @@ class World:
     arrivals: int = 0
 
     def __post_init__(self) -> None:
-        self.scheduler = Scheduler(
-            max_num_seqs=self.rows,
-            max_model_len=MAX_LEN,
-            max_num_batched_tokens=self.max_tokens,
-            max_prefills_per_step=self.max_chunks,
-            num_pages=self.num_pages,
-            page_size=self.page_size,
-            max_stop_ids=3,
-            enable_prefix_caching=self.caching,
-        )
         shapes = ShapeTable(
             max_num_seqs=self.rows,
             max_num_batched_tokens=self.max_tokens,
             max_model_len=MAX_LEN,
             page_size=self.page_size,
+        )
+        self.scheduler = Scheduler(
+            max_num_seqs=self.rows,
+            max_model_len=MAX_LEN,
+            most_tokens=shapes.most_tokens,
+            max_prefills_per_step=self.max_chunks,
+            num_pages=self.num_pages,
+            page_size=self.page_size,
+            max_stop_ids=3,
+            enable_prefix_caching=self.caching,
         )
         self.device = FakeDevice(
             self.num_pages, self.page_size, self.rows, MAX_LEN, self.max_chunks, shapes

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jpd import models, ops
 from jpd.config import EngineConfig, KernelConfig
 from jpd.engine import build
-from jpd.engine.executor import shape_table
+from jpd.engine.shapes import shape_table
 from jpd.errors import ConfigError, KernelError
 from jpd.layers.attention import causal_attend
 from jpd.ops import overlap, sum_check

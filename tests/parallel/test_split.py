@@ -11,7 +11,7 @@ import pytest
 import jpd
 from jpd import checkpoint
 from jpd.engine import build, memory
-from jpd.engine.executor import shape_table
+from jpd.engine.shapes import shape_table
 from jpd.errors import ConfigError
 from jpd.models import ModelConfig, abstract_params, config_from_hf
 from jpd.models.family import flatten

@@ -20,11 +20,10 @@ from jpd.async_llm import AsyncLLM
 from jpd.config import EngineConfig
 from jpd.engine.build import Engine, Prepared
 from jpd.engine.coordinator import Coordinator
-from jpd.engine.executor import shape_table
 from jpd.engine.lane import OneExecutor
 from jpd.engine.plan import StepPlan, StepResult
 from jpd.engine.recent import Recent
-from jpd.engine.shapes import ShapeTable
+from jpd.engine.shapes import ShapeTable, shape_table
 from jpd.semi_pd.build import make_mode_policy
 from jpd.semi_pd.controller import FULL
 from jpd.semi_pd.messages import Ready, StepReport

@@ -54,25 +54,21 @@ def test_two_phases_in_processes_of_their_own(folder):
     assert [1e3 * seat.pool.busy_s for seat in seats] == pytest.approx([10, 15])
 
 
-def test_steps_may_take_longer_in_a_process_of_their_own(folder):
-    model = latencies(overheads=Overheads(process_s=3e-3))
-    (record,) = run(folder, model, (0, 5, 4), **SEMI_PD)
-    assert times_ms(record) == pytest.approx((13, 13 + 3 * 8))
-    (record,) = run(folder, model, (0, 5, 4))
-    assert times_ms(record) == pytest.approx((10, 10 + 3 * 5))
-
-
 def test_what_steps_compute_makes_their_time(folder):
     model = dataclasses.replace(
         latencies(),
         decode=DecodeTime(row_s=1e-3, context_token_s=1e-4),
         prompt=PromptTime(token_s=1e-4, pair_s=1e-5),
     )
-    (record,) = run(folder, model, (0, 40, 3), token_buckets=(64,), batch_buckets=(2, 8))
-    # Padded to 64 tokens beside 2 rows of a mixed step, and 40 * 41 / 2 pairs.
-    first = 0.1 * (64 + 8) + 0.01 * 820
+    buckets = {"token_buckets": (64,), "batch_buckets": (2, 8)}
+    (record,) = run(folder, model, (0, 40, 3), **buckets)
+    # 64 prompt tokens and 8 rows of a mixed step, padding included, and 40 * 41 / 2 pairs.
+    first = 0.1 * 64 + 0.01 * 820
     # Two rows although one decodes; 41 and 42 keys.
     assert times_ms(record) == pytest.approx((first, first + 2 + 4.1 + 2 + 4.2))
+    # An executor of prompts alone pads to no rows.
+    (record,) = run(folder, model, (0, 40, 1), **buckets, topology="semi_pd")
+    assert times_ms(record)[0] == pytest.approx(0.1 * 64 + 0.01 * 820)
 
 
 def test_long_prompts_come_in_chunks(folder):
@@ -236,7 +232,7 @@ def test_the_load_decides_between_one_executor_and_two(folder):
             modes.append((observation.now_s, super().decide(observation, current)))
             return modes[-1][1]
 
-    engine.topology._mode_policy = Watched(window_s=2.0)
+    engine.topology._mode_policy = Watched(ratio=3.0, window_s=2.0)
     records = simulate(fixed(arrivals, 20, 60), [engine])
     assert all(record.ok for record in records)
     changes = [b for (_, a), (at_s, b) in pairwise(modes) if a != b]

@@ -7,11 +7,13 @@ import math
 import pytest
 
 from jpd import checkpoint
+from jpd.bench import traces
 from jpd.config import EngineConfig
 from jpd.parallel import Split
 from jpd.simulate import engine, hardware
 from jpd.simulate.hardware import H200
 from jpd.simulate.latency import LatencyModel, StepWork
+from jpd.simulate.run import simulate
 from tests.tiny_models import CASES
 
 FREE_LINK = dataclasses.replace(H200, link_bytes_per_s=math.inf, link_latency_s=0.0)
@@ -49,7 +51,7 @@ def arithmetic(model, ranks: int, gpu=H200) -> LatencyModel:
     return hardware.arithmetic(split, rank_bytes, gpu, page_size=16)
 
 
-def prompt(tokens: int) -> StepWork:
+def prompt(tokens: int, padded_rows: int = 0) -> StepWork:
     """A step with one prompt."""
     pairs = tokens * (tokens + 1) // 2
     return StepWork(
@@ -57,7 +59,7 @@ def prompt(tokens: int) -> StepWork:
         context_tokens=0,
         prompt_tokens=tokens,
         pairs=pairs,
-        padded_rows=0,
+        padded_rows=padded_rows,
         padded_tokens=tokens,
         padded_context=tokens,
     )
@@ -91,7 +93,8 @@ def test_each_rank_computes_its_part(model, work):
     assert sent_s(model, 1, work) == 0
 
 
-def test_decoding_rows_hide_behind_the_weights_as_they_did_on_the_gpu(tmp_path):
+@pytest.fixture
+def llama_8b(tmp_path):
     sizes = {
         "hidden_size": 4096,
         "intermediate_size": 14336,
@@ -100,13 +103,60 @@ def test_decoding_rows_hide_behind_the_weights_as_they_did_on_the_gpu(tmp_path):
         "num_key_value_heads": 8,
         "head_dim": 128,
         "vocab_size": VOCAB,
+        "max_position_embeddings": 8192,
         "tie_word_embeddings": False,
     }
     (tmp_path / "config.json").write_text(json.dumps(CASES["llama3"] | sizes))
-    found = arithmetic(checkpoint.read_config(tmp_path), 1)
-    more_s = found.full_s(decode(128, 0)) - found.full_s(decode(32, 0))
+    return tmp_path
+
+
+@pytest.fixture
+def latencies_8b(llama_8b):
+    return arithmetic(checkpoint.read_config(llama_8b), 1)
+
+
+def test_decoding_rows_hide_behind_the_weights_as_they_did_on_the_gpu(latencies_8b):
+    more_s = latencies_8b.full_s(decode(128, 0)) - latencies_8b.full_s(decode(32, 0))
     # The four products of a layer: benchmarks/results/h200/flat_gemm.json.
     assert more_s == pytest.approx(32 * (142.7e-6 - 119.9e-6), rel=0.1)
+
+
+def test_products_of_prompts_take_what_they_took_on_the_gpu(latencies_8b):
+    products = dataclasses.replace(latencies_8b.prompt, step_s=0.0, pair_s=0.0)
+    # The four products of a layer: benchmarks/results/h200/dense_gemm.json.
+    layer_s = 144.4e-6 + 102.2e-6 + 689.5e-6 + 339.1e-6
+    assert products.seconds(prompt(2048)) == pytest.approx(32 * layer_s, rel=0.02)
+
+
+def test_products_compute_whole_tiles(latencies_8b):
+    products = dataclasses.replace(latencies_8b.prompt, step_s=0.0, pair_s=0.0)
+
+    def tiles(tokens: int, padded_rows: int = 0) -> float:
+        return products.seconds(prompt(tokens, padded_rows)) / products.seconds(prompt(256))
+
+    rows_and_tiles = {64: 1 / 4, 256: 1, 257: 2, 512: 2, 2048: 8, 2049: 9}
+    assert {rows: tiles(rows) for rows in rows_and_tiles} == pytest.approx(rows_and_tiles)
+    assert tiles(2048 - 32, 32) == pytest.approx(8)
+    assert tiles(2048, 32) == pytest.approx(9)
+
+
+@pytest.mark.parametrize(("rate", "n", "better"), [(6.0, 100, "semi_pd"), (20.0, 300, "unified")])
+def test_the_default_break_even_takes_what_is_better(llama_8b, latencies_8b, rate, n, better):
+    """Few decode for each that waits: two executors until most requests wait, one beyond."""
+    requests = traces.make("azure_code", rate=rate, n=n, seed=0, max_total_tokens=8192)
+    buckets = {"batch_buckets": (32, 128, 256), "token_buckets": (256, 512, 1024, 2048)}
+
+    def mean_e2e_s(topology: str) -> float:
+        options = {"topology": topology, "max_model_len": 8192, "num_pages": 18_432, **buckets}
+        config = EngineConfig.from_kwargs(str(llama_8b), **options)
+        one = engine.build(engine.prepare(config, 1 << 37, "a GPU"), latencies_8b)
+        records = simulate(requests, [one])
+        one.close()
+        return sum(record.e2e_s for record in records) / len(records)
+
+    found = {topology: mean_e2e_s(topology) for topology in ("unified", "semi_pd")}
+    assert min(found, key=found.get) == better
+    assert mean_e2e_s("auto") < 1.02 * found[better] < 0.98 * max(found.values())
 
 
 def test_kv_heads_that_several_ranks_have(model):
