@@ -18,8 +18,8 @@ Implementations:
   ``xla_chunks2`` and ``xla_chunks4``: in parts, with that flag and XLA's combiners and its merger
   of products off.
   ``xla_windowed``: XLA's windowed einsum, ``--xla_gpu_threshold_for_windowed_einsum_mib=0
-  --xla_gpu_multi_streamed_windowed_einsum``, with that flag too, and without the search for the
-  fastest product, with which it does not compile.
+  --xla_gpu_multi_streamed_windowed_einsum``, with these flags too, and without the pass
+  ``windowed-einsum-handler``, which computes something else on 4 GPUs (jaxlib 0.11.2).
 - ``torch_async_tp``: torch's symmetric memory, `fused_matmul_reduce_scatter`, no multicast.
 - ``collective``: NCCL alone, by XLA. In the cases `GEMM`, the product alone on all SMs:
   ``cublas``, ``signal_gemm``, and ``dense_gemm``, our kernel without signals.

@@ -46,10 +46,14 @@ CHUNKED = {
 WINDOWED = {
     "xla_gpu_enable_latency_hiding_scheduler": True,
     "xla_gpu_threshold_for_windowed_einsum_mib": 0,
+    # Two sums travel at once, each behind the product that is added to the other.
     "xla_gpu_multi_streamed_windowed_einsum": True,
-    # The search for the fastest product changes the shape of its workspace, which XLA (jaxlib
-    # 0.11.2) does not do where the product is on a stream of its own: it then refuses the program.
-    "xla_gpu_autotune_level": 0,
+    # Unrolls that loop, whose counter goes up by two, as if it went up by one (jaxlib 0.11.2): from
+    # 4 ranks on, parts of other rows are added and the result is wrong.
+    "xla_disable_hlo_passes": "windowed-einsum-handler",
+    # Or the two are sent together, and computed together.
+    "xla_gpu_collective_permute_combine_threshold_bytes": 0,
+    "xla_gpu_dot_merger_threshold_mb": 0,
 }
 LATENCY_HIDING = {"xla_gpu_enable_latency_hiding_scheduler": True}
 
@@ -105,7 +109,8 @@ def chunked(op: str, parts: int) -> Implementation:
 def windowed(op: str, mesh: Mesh) -> Implementation:
     """XLA's own: the partitioner makes a loop of small products and sends of a sharded product.
 
-    It does so for rows of the sum that stay on their rank; an all-reduce is that and a gather.
+    It does so for rows of the sum that stay on their rank; an all-reduce is that and a gather. The
+    pass that puts these products on streams of their own is left out: see `WINDOWED`.
     """
 
     def call(x: jax.Array, w: jax.Array) -> jax.Array:

@@ -9,7 +9,8 @@ makes one result of several. All implementations run in turns in one process, on
 - ``jpd``: FlashOverlap (`jpd.ops.overlap`) by the plans of ``benchmarks.overlap --tune``; the norm
   after a sum reads the tiles where they lie. ``jpd_gather``: XLA puts them in order in its program
   of sum and norm. ``jpd_alone``: they are put in order ahead of the norm.
-- ``jpd_sequential``: the same kernels, each sum after its product.
+- ``jpd_cublas``: as ``jpd``, but cuBLAS computes the products that nothing is summed of.
+- ``jpd_sequential``: the kernels of ``jpd``, each sum after its product.
 - ``xla``: plain tensor parallelism, products by cuBLAS and sums by `psum` or `psum_scatter`.
   ``xla_latency_hiding``: with ``--xla_gpu_enable_latency_hiding_scheduler``.
 
@@ -22,7 +23,11 @@ GPU, under sustained load.
 ``layers`` says how many layers were run, and ``layers_of_model`` how many there are: all of them
 unless they do not fit, or ``--layers`` says so. Nothing is extrapolated: times, and the summary's
 ``tpN_speedup_*``, are of the layers that were run; ``tpN_layers`` names these.
-Speed-ups are against the faster of ``xla`` and ``jpd_sequential``::
+Speed-ups are against the faster of ``xla`` and ``jpd_sequential``. ``tpN_speedup_*`` that name no
+implementation are those of ``jpd``, which is what jpd does where nothing is set; no other stands in
+for it. Two pairs differ in nothing but the products that are summed, and their sums: ``jpd`` and
+``jpd_sequential``, ``jpd_cublas`` and ``xla``. ``tpN_overlap_kernels_geomean`` and
+``tpN_overlap_cublas_geomean`` are what overlapping gains in each::
 
     python -m benchmarks.overlap_model --ranks 4 --seconds 300 --missing
 """
@@ -56,7 +61,9 @@ KINDS = ("prefill", "mlp")
 OPS = {"prefill": "all_reduce", "mlp": "reduce_scatter"}
 SEQUENTIAL = ("xla", "jpd_sequential")
 """Product, then collective: the faster of these is what speed-ups are against."""
-OVERLAPPED = ("jpd", "jpd_gather", "jpd_alone")
+OVERLAPPED = ("jpd", "jpd_cublas", "jpd_gather", "jpd_alone")
+SAME_BUT_SUMS = {"kernels": ("jpd", "jpd_sequential"), "cublas": ("jpd_cublas", "xla")}
+"""By what computes the products that nothing is summed of: with and without overlap."""
 SAMPLES = 4
 SAMPLE_S, MOST_RUNS = 0.15, 12
 """XLA lets the host run ahead by 32 programs."""
@@ -114,6 +121,7 @@ def variants(kind: str, on_gpu: bool) -> dict[str, Any]:
         "xla": Variant("xla", "xla"),
         "jpd_sequential": Variant(sums="xla"),
         "jpd": Variant(),
+        "jpd_cublas": Variant("xla"),
         "xla_latency_hiding": Variant("xla", "xla", options=LATENCY_HIDING),
     }
     if kind == "prefill":
@@ -416,10 +424,14 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             some = [row for row in rows if row["case"].startswith(f"{start} prefill ")]
             ratios = speedups(some, "jpd", SEQUENTIAL)
             summary |= _extremes(f"{prefix}_speedup", ratios)
+            cublas = speedups(some, "jpd_cublas", SEQUENTIAL)
+            summary |= _extremes(f"{prefix}_speedup_jpd_cublas", cublas)
             for name in ("jpd_gather", "jpd_alone"):
                 put(summary, f"{prefix}_speedup_{name}_geomean", speedups(some, name, SEQUENTIAL))
-            peer = speedups(some, "jpd", ["xla_latency_hiding"])
-            put(summary, f"{prefix}_vs_xla_latency_hiding_geomean", peer)
+            for products, (name, peer) in SAME_BUT_SUMS.items():
+                put(summary, f"{prefix}_overlap_{products}_geomean", speedups(some, name, [peer]))
+            hiding = speedups(some, "jpd", ["xla_latency_hiding"])
+            put(summary, f"{prefix}_vs_xla_latency_hiding_geomean", hiding)
             layers = {
                 f"{row['layers']} of {row['layers_of_model']}"
                 for row in some

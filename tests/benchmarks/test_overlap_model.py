@@ -57,9 +57,11 @@ def test_speedups_are_against_the_faster_of_one_after_the_other():
         row("nvlink", 4, "prefill", 4096, "jpd_sequential", 110.0),
         row("nvlink", 4, "prefill", 4096, "jpd", 100.0),
         row("nvlink", 4, "prefill", 4096, "jpd_alone", 105.0),
+        row("nvlink", 4, "prefill", 4096, "jpd_cublas", 96.0),
         row("nvlink", 4, "prefill", 4096, "xla_latency_hiding", 130.0),
         row("nvlink", 4, "prefill", 8192, "xla", 240.0),
         row("nvlink", 4, "prefill", 8192, "jpd", 200.0, layers=40),
+        row("nvlink", 4, "prefill", 8192, "jpd_cublas", 250.0),
         row("nvlink", 4, "mlp", 8192, "xla", 90.0),
         row("nvlink", 4, "mlp", 8192, "jpd", 100.0),
         row("no_p2p", 2, "prefill", 4096, "xla", 150.0),
@@ -71,7 +73,13 @@ def test_speedups_are_against_the_faster_of_one_after_the_other():
         "tp4_speedup_min": pytest.approx(1.1),
         "tp4_speedup_at_4096": pytest.approx(1.1),
         "tp4_speedup_at_8192": pytest.approx(1.2),
+        "tp4_speedup_jpd_cublas_max": pytest.approx(110 / 96),
+        "tp4_speedup_jpd_cublas_min": pytest.approx(0.96),
+        "tp4_speedup_jpd_cublas_at_4096": pytest.approx(110 / 96),
+        "tp4_speedup_jpd_cublas_at_8192": pytest.approx(0.96),
         "tp4_speedup_jpd_alone_geomean": pytest.approx(110 / 105),
+        "tp4_overlap_kernels_geomean": pytest.approx(1.1),
+        "tp4_overlap_cublas_geomean": pytest.approx((1.25 * 0.96) ** 0.5),
         "tp4_vs_xla_latency_hiding_geomean": pytest.approx(1.3),
         "tp4_layers": "40 of 80, 80 of 80",
         "tp4_mlp_speedup_max": pytest.approx(0.9),
@@ -159,7 +167,7 @@ def test_quick_mode_runs_on_devices_of_a_cpu(tmp_path):
     doc = load(file)
     rows = {(row["case"], row["impl"]): row for row in doc["rows"]}
     prefill, mlp = (f"host tp4 {kind} 136" for kind in ("prefill", "mlp"))
-    impls = {"xla", "jpd_sequential", "jpd", "xla_latency_hiding", "grouped"}
+    impls = {"xla", "jpd_sequential", "jpd", "jpd_cublas", "xla_latency_hiding", "grouped"}
     wanted = {(mlp, impl) for impl in impls}
     wanted |= {(prefill, impl) for impl in impls | {"jpd_gather", "jpd_alone"}}
     assert set(rows) == wanted
