@@ -1,10 +1,13 @@
 """Blocks that several processes map: on the device that JAX runs on, and files of a CPU."""
 
+import contextlib
 import gc
 import os
 import pickle
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -215,6 +218,31 @@ def test_a_killed_process_gives_gpu_memory_back():
             block.array(0, (1,), "float32")[...] = 1
         assert free() < before - (1 << 30)
     assert free() > before - (1 << 29)
+
+
+@pytest.mark.parametrize("nbytes", [1, (2 << 20) - 1, 2 << 20, (2 << 20) + 1])
+def test_gpu_memory_is_made_of_whole_pages(nbytes, monkeypatch):
+    """Other processes map what is not by smaller pages, which are slower to read."""
+    sizes = []
+
+    class Pointer:
+        ptr = 0
+
+        def __init__(self, memory, offset):
+            pass
+
+        def memset(self, value, size):
+            sizes.append(size)
+
+    device = contextlib.nullcontext(SimpleNamespace(synchronize=lambda: None))
+    runtime = SimpleNamespace(CUDARuntimeError=RuntimeError, ipcGetMemHandle=lambda pointer: b"")
+    cuda = SimpleNamespace(
+        Device=lambda ordinal: device, Memory=sizes.append, MemoryPointer=Pointer, runtime=runtime
+    )
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda))
+    with allocate(nbytes, "cuda:0") as block:
+        assert block.nbytes == nbytes
+    assert sizes == [-(-nbytes // (2 << 20)) * (2 << 20), nbytes]
 
 
 def test_the_maker_does_not_open_its_own_handle(block):
