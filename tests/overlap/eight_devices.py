@@ -547,10 +547,10 @@ def test_sums_that_hide_behind_products_are_checked_before_anything_is_served(ch
     comm = StandIn(2)
     lines = checked(comm=comm)
     products = [re.search(r"(\w+) bfloat16\[(\d+), (\d+)\]", line).groups() for line in lines]
-    assert products == [("out", "136", "320"), ("down", "136", "512")]
+    assert products == [("out", "128", "320"), ("down", "128", "512")]
     assert all(line.endswith(" on 2 ranks by overlap, xla") for line in lines)
     assert len(comm.transfers) == 2
-    alone = checked(decode=False)  # an executor for prompts has no rows beside them
+    alone = checked(decode=False)  # by an executor for prompts
     assert [re.search(r"\[(\d+)", line).group(1) for line in alone] == ["128", "128"]
     assert checked(plans=[]) == []
     assert checked(kernels=KernelConfig(matmul_all_reduce="xla")) == []
