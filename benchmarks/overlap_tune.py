@@ -56,9 +56,8 @@ from jpd.overlap import (
 
 TILES = ((256, 192), (128, 256), (256, 128), (128, 192))
 """Rows and columns of the tiles whose waves are measured."""
-CTAS = {"nvlink": (16, 24, 32), "no_p2p": (2, 4, 8)}
-"""NCCL's blocks that are tried. On four H200 alone 16 are as fast as 24, but slowed down more by a
-GEMM beside them; with 8 no plan won."""
+CTAS = {"nvlink": (8, 16, 24, 32), "no_p2p": (2, 4, 8)}
+"""NCCL's blocks that are tried."""
 MIN_GAIN = 0.01
 """What a plan must gain where it was timed; less may be noise."""
 EXHAUSTIVE_WAVES = 6

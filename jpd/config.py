@@ -30,7 +30,8 @@ arithmetic for an H200 one executor was more than 1 % better only with azure_cod
 short outputs) from 0.6 times the rate that it keeps up with on: there 0.6 requests decoded for each
 that waited, and 0.2 on two executors. With default buckets, which then padded 9 rows to 256, it was
 not even there. With 0.2 mean end-to-end times were within 6 % of the better one's either way. Four
-workloads at loads of 0.05 to 1.4, means of two seeds; results are not kept."""
+workloads at loads of 0.05 to 1.4, means of two seeds; results are not kept, and are from before
+steps of prompts alone had no rows."""
 
 _SPLITS = (
     "jpd splits a model by tensor_parallel_size alone (topology='disaggregated' gives each phase a "
@@ -235,8 +236,9 @@ class EngineConfig:
     max_num_seqs: int | None = None
     """Sequences that run at once; 256 on a GPU and 16 on a CPU when not given."""
     max_num_batched_tokens: int | None = None
-    """Prompt tokens plus decoding rows in one step, padded ones included; longer prompts are
-    prefilled in chunks. 2048 on a GPU and 512 on a CPU when not given."""
+    """Prompt tokens plus decoding rows in one step, padded ones included unless these are more than
+    half of it; longer prompts are prefilled in chunks. 2048 on a GPU and 512 on a CPU when not
+    given."""
     max_prefills_per_step: int = 8
     """Sequences that may have a prompt chunk in one step."""
     page_size: int = 16

@@ -40,8 +40,9 @@ ALIGNMENT_BYTES = 256
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _GPU_PAGE_BYTES = 2 << 20
-"""What a GPU block's memory is a multiple of. Another process maps one that is not by smaller
-pages, and reads it at half the rate: 1.95 in place of 4.0 TB/s on an H200 (driver 580)."""
+"""What a GPU block's memory is a multiple of. Another process reads one that is not at half the
+rate (1.95 in place of 4.0 TB/s on an H200, driver 580; a trial that is not kept), perhaps since it
+is mapped by smaller pages."""
 
 
 @dataclass(frozen=True)

@@ -25,14 +25,14 @@ from pallas_kernels.flat_gemm import FlatConfig, flat_gemm
 from pallas_kernels.flat_gemm import default as default_flat
 
 TUNED = Path(__file__).parent / "tuned"
-ROWS = (8, 32, 64, 128, 256, 512, 1024, 2048, 4096, 16384)
+ROWS = (8, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 """Numbers of rows that a table may have entries for; each speaks for those down to the one before
 it, the last one also for more."""
 FLAT_ROWS = 64
 """The rule's M2: most rows that go to the flat GEMM where no table says otherwise."""
 XLA_GAIN, XLA_GAIN_US = 1.1, 10.0
 """XLA is chosen where it is this much faster, or so many microseconds: it starts no kernel early,
-and none after it does, which costs a long product no more than a short one."""
+and none after it does, which costs a long product no more than a short one. Both are guesses."""
 _CONFIGS = {"flat_gemm": FlatConfig, "dense_gemm": DenseConfig}
 
 

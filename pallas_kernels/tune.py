@@ -50,8 +50,6 @@ _AGAIN = 3
 _TIE = 1.01
 """The rule's choice is taken if it is at most this much slower than the fastest."""
 _MOST_DENSE = 5
-_MOST_OUTPUTS = 2**28
-"""Of a product of more than 256 rows; logits have few rows."""
 
 
 def _xla(x, w, gated):
@@ -315,7 +313,7 @@ def _tune_shape(
     end: float,
 ) -> dict[str, Any]:
     n, k, gated = shape
-    few = [rows for rows in row_counts if rows <= 256 or n * rows <= _MOST_OUTPUTS]
+    few = [rows for rows in row_counts if rows <= 256 or n * rows <= 2**27]
     if time.monotonic() >= end:
         few = []
         print(f"{n}x{k}{' gated' if gated else ''}: out of time; no new entry", flush=True)

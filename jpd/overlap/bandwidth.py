@@ -6,6 +6,7 @@ latency of small messages stays: below the first sample a message takes as long 
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -67,7 +68,11 @@ class BandwidthCurve:
                 raise ValueError(f"{name} {values.tolist()}: positive finite numbers expected")
         if not (np.diff(sizes) > 0).all():
             raise ValueError(f"bytes {sizes.tolist()}: they must ascend")
-        object.__setattr__(self, "_samples", (sizes, np.maximum.accumulate(times)))
+
+    @functools.cached_property
+    def _samples(self) -> tuple[np.ndarray, np.ndarray]:
+        """Sizes, and times that never fall. Searches ask for many sizes one by one."""
+        return np.asarray(self.bytes), np.maximum.accumulate(self.seconds)
 
     def __call__(self, size: Any) -> Any:
         """Seconds for `size` bytes, a number or an array of them; nothing takes no time."""

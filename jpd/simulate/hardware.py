@@ -76,7 +76,8 @@ def arithmetic(
     added up, the sums over ranks too. Those, one after each row-parallel layer and one for the
     embeddings, send each number 2 (n - 1) / n times over each of n ranks' links, as rings do, and
     logits are gathered. Times of the host are guesses of the size seen with such engines. That a
-    decode step of 16 layers took 3 % longer in a process of its own on an H200 is left out.
+    decode step of 16 layers took 3 % longer in a process of its own on an H200 (a trial that is not
+    kept) is left out.
 
     An H200 served Llama-3.1-8B with azure_conv (`benchmarks/results/h200/semi_pd_serving.json`,
     when decoding rows were added to full steps of prompts). Means of TTFT and TPOT with these

@@ -1,7 +1,10 @@
 """What the benchmark of FlashOverlap computes on the host, and that it runs without a GPU."""
 
 import dataclasses
+import shutil
+import sys
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax.numpy as jnp
@@ -48,6 +51,7 @@ from native.overlap import CallTrace, GroupTrace
 from pallas_kernels.signal_gemm import SignalConfig
 from tests.host_devices import run_module
 
+ROOT = Path(__file__).parents[2]
 SHAPE = Shape(8192, 8192, 4096)
 TOPOLOGY = Topology("NVIDIA H200", "nvlink", "2.28.9")
 
@@ -237,6 +241,25 @@ def test_messages_are_whole_tiles_largest_first():
     assert tiles[0] * 65536 == overlap_curves.LARGEST
     assert tiles[-1] == 1
     assert tiles == sorted(set(tiles), reverse=True)
+
+
+@pytest.mark.parametrize("tiles", [1, 31, 32, 33, 500])
+def test_groups_fill_whole_rows_of_tiles(tiles):
+    config = SignalConfig()
+    a_row = 8192 // config.tile_n
+    found = overlap_curves._whole_rows(tiles, (116, 40, 7), config)
+    assert (found + 163) % a_row == 0
+    assert tiles <= found < tiles + a_row
+
+
+def test_a_run_that_measures_nothing_counts_no_cases_of_its_own_machine(tmp_path, monkeypatch):
+    shutil.copy(ROOT / "benchmarks/results/h200/overlap.json", tmp_path)
+    command = ["overlap", "--seconds", "0", "--merge", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit):
+        overlap.main()
+    cases = load(tmp_path / "overlap.json")["summary"]["cases"]
+    assert cases.endswith(f" of {len(overlap.everything())}")
 
 
 def test_waves_are_straight_lines_in_k():

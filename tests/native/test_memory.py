@@ -222,7 +222,7 @@ def test_a_killed_process_gives_gpu_memory_back():
 
 @pytest.mark.parametrize("nbytes", [1, (2 << 20) - 1, 2 << 20, (2 << 20) + 1])
 def test_gpu_memory_is_made_of_whole_pages(nbytes, monkeypatch):
-    """Other processes map what is not by smaller pages, which are slower to read."""
+    """Other processes read what is not at half the rate."""
     sizes = []
 
     class Pointer:

@@ -29,8 +29,8 @@ def table(tmp_path, monkeypatch):
         "8": entry("flat_gemm", FLAT, 5.0, 6.0),
         "64": entry("flat_gemm", FLAT, 9.0, 8.5),
         "256": entry("dense_gemm", DENSE, 20.0, 10.0),
-        "4096": entry("dense_gemm", DENSE, 300.0, None),
-        "16384": entry("dense_gemm", DENSE, 1200.0, 1185.0),
+        "2048": entry("dense_gemm", DENSE, 300.0, None),
+        "4096": entry("dense_gemm", DENSE, 1200.0, 1185.0),
     }
     few = {"8": rows["8"]}
     products = [
@@ -52,9 +52,9 @@ def table(tmp_path, monkeypatch):
         (33, False, "flat_gemm", FLAT),  # XLA is faster, but not by enough to break the chain
         (129, False, "xla", None),
         (129, True, "dense_gemm", DENSE),
-        (4000, False, "dense_gemm", DENSE),
-        (5000, False, "xla", None),  # not by a tenth, but by more than the gaps around it
-        (5000, True, "dense_gemm", DENSE),
+        (2000, False, "dense_gemm", DENSE),
+        (4000, False, "xla", None),  # not by a tenth, but by more than the gaps around it
+        (4000, True, "dense_gemm", DENSE),
         (20000, True, "dense_gemm", DENSE),
     ],
 )

@@ -59,7 +59,7 @@ def test_likely_candidates_come_first_and_xla_stays():
     assert tune.ranked([*OURS, xla], [OURS[2]], 2) == [OURS[2], OURS[0], xla]
 
 
-@pytest.mark.parametrize("rows", [8, 4096, 16384])
+@pytest.mark.parametrize("rows", [8, 1024, 4096])
 def test_xla_is_timed_for_any_number_of_rows(rows):
     product = SimpleNamespace(n=2560, k=8192, gated=False)
     kernels = [kernel for kernel, _ in tune.Product.candidates(product, rows)]
