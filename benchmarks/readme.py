@@ -73,8 +73,8 @@ def _overlapped(link: str) -> Callable[[Summary], str]:
         names = {"xla": "XLA", "cupy": "cupy", "torch": "torch"}
         peers = [names[peer] for peer in names if f"{link}_geomean_vs_{peer}" in s]
         found = (
-            f"{s[f'{link}_geomean_speedup']:.2f}× cuBLAS and then NCCL, the fastest of those by "
-            f"{', '.join(peers)}, in geometric mean, {s[f'{link}_min_speedup']:.2f}× at worst, "
+            f"{s[f'{link}_geomean_speedup']:.2f}× cuBLAS and then NCCL, the fastest measured (by "
+            f"{', '.join(peers)}), in geometric mean, {s[f'{link}_min_speedup']:.2f}× at worst, "
             f"{s[f'{link}_max_speedup']:.2f}× at best; median {of_bound:.0f} % of the paper's bound"
         )
         peer = s.get(f"{link}_geomean_vs_torch_async_tp")
