@@ -14,17 +14,21 @@ are nearly equal: a token is wrong (`wrong_tokens`, must be 0) if its float32 lo
 the best than rounding explains, twice the largest error of transformers' bfloat16 logits there.
 `logprob_rms` is the root mean square error of the log-probabilities that the engine reports, and
 `hf_bf16_logprob_rms` that of transformers' bfloat16; a model fails beyond `MAX_RATIO` of it.
+
+Nothing is timed: with `--at-once` several models run side by side, each in a process of its own.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -146,11 +150,25 @@ def complaint(fields: dict[str, Any]) -> str | None:
     return None
 
 
-def run_model(report: Report, model: str, work: Path, count: int) -> None:
-    """Adds the row of one model."""
+def run_model(model: str, count: int, on_gpu: bool) -> tuple[dict[str, Any], float]:
+    """Fields of one model's row, and the seconds that it took."""
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        fields = judged(model, Path(folder), count, on_gpu=on_gpu)
+    return fields, time.perf_counter() - began
+
+
+def judged(model: str, work: Path, count: int, *, on_gpu: bool) -> dict[str, Any]:
+    """Generates with the engine and has transformers judge: fields of the model's row.
+
+    Args:
+        model: its name.
+        work: an empty folder.
+        count: of prompts.
+        on_gpu: on the kernels alone.
+    """
     import jpd
 
-    on_gpu = report.env["gpu"] is not None
     if model == BOX:
         folder = jpd.box.path()
     else:
@@ -169,12 +187,23 @@ def run_model(report: Report, model: str, work: Path, count: int) -> None:
     )
     hugging_face("score", folder, file, scores)
     with np.load(scores) as stored:
-        fields = judge(np.array(logprobs), dict(stored))
-    reason = complaint(fields)
-    if reason is None:
-        report.add(model, "jpd", **fields)
+        return judge(np.array(logprobs), dict(stored))
+
+
+def add_row(report: Report, model: str, done: Future[tuple[dict[str, Any], float]]) -> None:
+    """Adds the row of a model that was judged, or that could not be."""
+    try:
+        fields, seconds = done.result()
+    except Exception as error:  # one model must not cost the others
+        report.fail(model, "jpd", error)
     else:
-        report.fail(model, "jpd", reason, **fields)
+        reason = complaint(fields)
+        if reason is None:
+            report.add(model, "jpd", **fields)
+        else:
+            report.fail(model, "jpd", reason, **fields)
+        print(f"{model}: {seconds:.0f} s")
+    print(f"{model}: {report.rows[-1]['status']}", flush=True)
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -203,8 +232,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.hf_parity")
     add_arguments(parser)
     parser.add_argument("--models", nargs="+", choices=[BOX, *CONFIGS], help="[all]")
+    parser.add_argument("--at-once", type=int, default=1, metavar="N", help="models [%(default)s]")
     args = parser.parse_args()
-    # The judge runs on the same GPU, in a process of its own.
+    if args.at_once < 1:
+        parser.error(f"--at-once must be 1 or more, got {args.at_once}")
+    # Models share a GPU, and the judge runs on it too, in a process of its own.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     report = Report(
         "hf_parity",
@@ -214,15 +246,13 @@ def main() -> None:
     report.summarise = summarise
     models = args.models or ([BOX] if args.quick else [BOX, *CONFIGS])
     report.expect([(model, "jpd") for model in models])
-    for model in models:
-        began = time.perf_counter()
-        try:
-            with tempfile.TemporaryDirectory() as folder:
-                run_model(report, model, Path(folder), 4 if args.quick else PROMPTS)
-        except Exception as error:  # one model must not cost the others
-            report.fail(model, "jpd", error)
-        report.save()
-        print(f"{model}: {report.rows[-1]['status']}, {time.perf_counter() - began:.0f} s")
+    count, on_gpu = 4 if args.quick else PROMPTS, report.env["gpu"] is not None
+    processes = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.at_once, processes, max_tasks_per_child=1) as pool:
+        running = {pool.submit(run_model, model, count, on_gpu): model for model in models}
+        for done in as_completed(running):
+            add_row(report, running[done], done)
+            report.save()
     report.finish()
     sys.exit(report.failures > 0)
 

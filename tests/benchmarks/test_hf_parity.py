@@ -1,9 +1,12 @@
 """The comparison with Hugging Face: what counts as wrong, and what a judge that fails gives."""
 
+from concurrent.futures import Future
+
 import numpy as np
 import pytest
 
 from benchmarks import hf_parity
+from benchmarks.report import Report
 
 
 def scores(**changes):
@@ -60,3 +63,20 @@ def test_the_summary_weighs_models_by_their_tokens():
 def test_a_judge_that_fails_says_why(tmp_path):
     with pytest.raises(RuntimeError, match=r"^hf_logits score: \w*(Error|Exception)"):
         hf_parity.hugging_face("score", tmp_path, tmp_path / "tokens.json", tmp_path / "out.npz")
+
+
+def test_a_model_that_fails_costs_no_other_its_row(tmp_path):
+    report = Report("hf_parity", "?", out=tmp_path)
+    good, wrong, died = Future(), Future(), Future()
+    good.set_result((hf_parity.judge(scores()["logprob"], scores()), 1.0))
+    gap = np.array([0.0, 0.05, 0.09, 0.0])
+    wrong.set_result((hf_parity.judge(scores()["logprob"], scores(gap=gap)), 1.0))
+    died.set_exception(RuntimeError("hf_logits score: no torch"))
+    for model, done in (("died", died), ("wrong", wrong), ("good", good)):
+        hf_parity.add_row(report, model, done)
+    assert [row["status"] for row in report.rows] == [
+        "failed: RuntimeError: hf_logits score: no torch",
+        "failed: 1 of 4 tokens are wrong",
+        "ok",
+    ]
+    assert hf_parity.summarise(report.rows)["models"] == 2
