@@ -8,42 +8,59 @@ up to a first difference, and `logprob_diff` the largest difference of their log
 ``cublas`` rows are torch's products at the same shares, in processes that may hang: cuBLAS is
 known to be wrong under MPS.
 
+The processes come in batches. Those of a batch first do, beside each other, all that is not timed:
+they compile, run and check every kernel, build the engine and generate what is compared. When all
+of them wait or have ended, one after another is let go, times and ends; those that still wait have
+memory of the GPU and run nothing on it. Timed are the kernels, launched one by one (device times,
+`benchmarks/device_time.py`), and then a model step: the wall time of generating from the same
+prompts a second time, over the number of steps, of which the first has all prompts and the others
+decode.
+
 `max_rel_err` and `cublas_max_rel_err` in the summary are over all shares; `hangs` counts our
-processes that had to be stopped, `cublas_hangs` cuBLAS's. `sms` is what the process saw. Times are
-device times (`benchmarks/device_time.py`) with nothing else on the GPU.
+processes that had to be stopped, `cublas_hangs` cuBLAS's. `sms` is what the process saw.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import batched
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks import share_problems
 from benchmarks.budget import Budget, spread
 from benchmarks.mps import run_bounded
 from benchmarks.options import add_bounds, planned
 from benchmarks.report import Report, add_arguments
-from benchmarks.rows import failed_row, make_row
+from benchmarks.rows import failed_row, make_row, skipped_row
 from native.mps import Mps, MpsError
 
 SHARES = tuple(range(100, 5, -5))
 MODEL = "model step"
 MAX_REL_ERR = 1e-2
-CHILD_TIMEOUT_S = 60
+AT_ONCE = min(7, max(1, (os.cpu_count() or 1) // 2))
+PREPARE_TIMEOUT_S = 150  # from its start until a process is ready to time, many beside each other
+TIMED_TIMEOUT_S = 60  # from when it is let go until its end
+POLL_S = 0.05
 CUBLAS_TIMEOUT_S = 40
 CUBLAS_AT_ONCE = 4
-WARM_AT_ONCE = 4
 HUNG = "hung"
+NOT_TIMED = "the result is right, but was not timed"
+NO_WHOLE = "there are no tokens on 100 % to compare with"
 PROMPT_TOKENS, NEW_TOKENS, BATCH = 200, 6, 4
+HOLDS_US = (5_000, 10_000, 20_000, 40_000)
+"""How long the stream is held while the host enqueues: `pallas_kernels.timing` has a program for
+each of them, which is compiled ahead. Any other is compiled when it is needed."""
 
 
 def case_name(kernel: str, share: int) -> str:
@@ -54,133 +71,208 @@ def case_name(kernel: str, share: int) -> str:
 # --- in the child ---------------------------------------------------------------------------
 
 
-def run_problems(share: int, folder: Path, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Rows of all kernels, in this process and on its share."""
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
+class Kernels:
+    """All kernels, compiled in this process and on its share, and their operands.
 
-    from benchmarks import device_time
-    from benchmarks.attention_reference import worst_row_error
-    from benchmarks.gemm_impls import interpreted
+    Args:
+        folder: with the problems.
+        names: of the problems.
+    """
 
-    on_gpu = jax.default_backend() == "gpu"
-    sms = jax.local_devices()[0].core_count if on_gpu else 0
-    chains, operands, problems = {}, {}, {}
-    for name in names:
-        problem = problems[name] = share_problems.load(folder / f"{name.replace('/', '-')}.npz")
-        arrays = {key: jnp.asarray(a) for key, a in problem.arrays.items()}
+    def __init__(self, folder: Path, names: Sequence[str]) -> None:
+        import jax
+        import jax.numpy as jnp
 
-        def make(name: str = name, arrays: Any = arrays) -> device_time.Chain:
-            from pallas_kernels.workspace import workspace
+        from benchmarks import device_time
+        from benchmarks.gemm_impls import interpreted
+        from pallas_kernels import timing
+        from pallas_kernels.workspace import workspace
 
-            op, large = share_problems.call(name, interpreted())
-            own = {key: arrays[key] for key in large}
-            shared = {key: a for key, a in arrays.items() if key not in large}
-            nbytes = sum(a.nbytes for a in own.values())
-            calls = device_time.rotations(nbytes, least=4, most=16) if on_gpu else 1
-            copies = [own, *({k: jnp.copy(a) for k, a in own.items()} for _ in range(calls - 1))]
-            operands[name] = shared, copies
-            return device_time.Chain(op, shared, own, calls, workspace)
+        on_gpu = jax.default_backend() == "gpu"
+        self.sms = jax.local_devices()[0].core_count if on_gpu else 0
+        self._problems, self._operands, chains = {}, {}, {}
+        for name in names:
+            problem = share_problems.load(folder / f"{name.replace('/', '-')}.npz")
+            arrays = {key: jnp.asarray(a) for key, a in problem.arrays.items()}
+            self._problems[name] = problem
 
-        chains[name] = make
-    # Kernels launched one by one, as in a model's step.
-    compiled = device_time.compile_chains(chains, ["stream"])
-    rows = []
-    for name in names:
-        case, kernel = case_name(name, share), "jpd"
-        try:
-            program = compiled[name]
-            if isinstance(program, Exception):
-                raise program
-            shared, copies = operands[name]
-            got = np.asarray(program.first_output(shared, copies))[problems[name].rows]
-            error = worst_row_error(got, problems[name].want)
-            if not math.isfinite(error):
-                raise RuntimeError("the result holds numbers that are not finite")
-            launches = share_problems.LAUNCHES.get(share_problems.kernel_of(name), 1)
-            timing = device_time.measure(program, shared, copies, samples=3, launches=launches)
-            extra = {"share": share, "sms": sms}
-            if error > MAX_REL_ERR:
-                reason = f"relative error {error:.2e} > {MAX_REL_ERR:.0e}"
-                rows.append(failed_row(case, kernel, reason, wrong_by=error, **extra))
-            else:
-                rows.append(make_row(case, kernel, timing.samples, "us", rel_err=error, **extra))
-        except Exception as error:  # one kernel must not cost the others
-            rows.append(failed_row(case, kernel, error, share=share, sms=sms))
-    return rows
+            def make(name: str = name, arrays: Any = arrays) -> device_time.Chain:
+                op, large = share_problems.call(name, interpreted())
+                own = {key: arrays[key] for key in large}
+                shared = {key: a for key, a in arrays.items() if key not in large}
+                nbytes = sum(a.nbytes for a in own.values())
+                calls = device_time.rotations(nbytes, least=4, most=16) if on_gpu else 1
+                more = ({k: jnp.copy(a) for k, a in own.items()} for _ in range(calls - 1))
+                self._operands[name] = shared, [own, *more]
+                return device_time.Chain(op, shared, own, calls, workspace)
+
+            chains[name] = make
+        # Kernels launched one by one, as in a model's step.
+        self._compiled = device_time.compile_chains(chains, ["stream"])
+        if on_gpu:
+            timing.stamper()
+            for us in HOLDS_US:
+                timing.spinner(us)
+
+    def check(self, name: str) -> float:
+        """Runs a kernel; the relative error of its result."""
+        import numpy as np
+
+        from benchmarks.attention_reference import worst_row_error
+
+        program = self._compiled[name]
+        if isinstance(program, Exception):
+            raise program
+        problem = self._problems[name]
+        got = np.asarray(program.first_output(*self._operands[name]))[problem.rows]
+        error = worst_row_error(got, problem.want)
+        if not math.isfinite(error):
+            raise RuntimeError("the result holds numbers that are not finite")
+        return error
+
+    def time_us(self, name: str) -> list[float]:
+        """Samples of a kernel that was checked."""
+        from benchmarks import device_time
+
+        program = self._compiled[name]
+        launches = share_problems.LAUNCHES.get(share_problems.kernel_of(name), 1)
+        return device_time.measure(
+            program, *self._operands[name], samples=3, launches=launches
+        ).samples
 
 
-def run_model(quick: bool) -> dict[str, Any]:
-    """Greedy tokens and their log-probabilities of an engine with fixed random weights."""
-    import jax
-    import numpy as np
+class Model:
+    """An engine with fixed random weights, and prompts."""
 
-    from benchmarks.dummy import dummy_engine
-    from benchmarks.models import MODELS
-    from jpd import SamplingParams
-    from jpd.config import KernelConfig
+    def __init__(self, quick: bool) -> None:
+        import jax
+        import numpy as np
 
-    name = "sm-shares"
-    base = MODELS["tiny"] if quick else MODELS["llama31-8b"] | {"vocab_size": 32000}
-    MODELS[name] = base | {"num_hidden_layers": 2}
-    on_gpu = jax.default_backend() == "gpu"
-    room = PROMPT_TOKENS + NEW_TOKENS + 2
-    engine = dummy_engine(
-        name,
-        max_model_len=room,
-        max_num_seqs=BATCH,
-        max_num_batched_tokens=BATCH * PROMPT_TOKENS,
-        max_prefills_per_step=BATCH,
-        batch_buckets=(BATCH,),
-        token_buckets=(BATCH * PROMPT_TOKENS,),
-        context_buckets=(room,),
-        num_pages=BATCH * (room // 16 + 2) + 1,
-        enable_prefix_caching=False,
-        show_progress=False,
-        seed=0,
-        kernels=KernelConfig(pallas_only=on_gpu),
-    )
-    random = np.random.default_rng(0)
-    vocab = engine.model_config.vocab_size
-    prompts = random.integers(0, vocab, (BATCH, PROMPT_TOKENS)).tolist()
-    params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=NEW_TOKENS, logprobs=1)
-    coordinator = engine.coordinator
-    outputs = [coordinator.add(str(i), None, ids, params) for i, ids in enumerate(prompts)]
-    start, steps = time.perf_counter(), 0
-    while coordinator.has_work:
-        coordinator.step()
-        steps += 1
-    seconds = time.perf_counter() - start
-    tokens = [list(map(int, o.outputs[0].token_ids)) for o in outputs]
-    chosen = [
-        [float(step[token].logprob) for token, step in zip(ids, o.outputs[0].logprobs, strict=True)]
-        for ids, o in zip(tokens, outputs, strict=True)
-    ]
-    return {"tokens": tokens, "logprobs": chosen, "step_us": seconds / steps * 1e6}
+        from benchmarks.dummy import dummy_engine
+        from benchmarks.models import MODELS
+        from jpd.config import KernelConfig
+
+        name = "sm-shares"
+        base = MODELS["tiny"] if quick else MODELS["llama31-8b"] | {"vocab_size": 32000}
+        MODELS[name] = base | {"num_hidden_layers": 2}
+        on_gpu = jax.default_backend() == "gpu"
+        room = PROMPT_TOKENS + NEW_TOKENS + 2
+        self._engine = dummy_engine(
+            name,
+            max_model_len=room,
+            max_num_seqs=BATCH,
+            max_num_batched_tokens=BATCH * PROMPT_TOKENS,
+            max_prefills_per_step=BATCH,
+            batch_buckets=(BATCH,),
+            token_buckets=(BATCH * PROMPT_TOKENS,),
+            context_buckets=(room,),
+            num_pages=BATCH * (room // 16 + 2) + 1,
+            enable_prefix_caching=False,
+            show_progress=False,
+            seed=0,
+            kernels=KernelConfig(pallas_only=on_gpu),
+        )
+        random = np.random.default_rng(0)
+        vocab = self._engine.model_config.vocab_size
+        self._prompts = random.integers(0, vocab, (BATCH, PROMPT_TOKENS)).tolist()
+
+    def generate(self) -> tuple[dict[str, Any], float]:
+        """Greedy tokens with their log-probabilities, and µs of a step."""
+        from jpd import SamplingParams
+
+        params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=NEW_TOKENS, logprobs=1)
+        coordinator = self._engine.coordinator
+        outputs = [coordinator.add(str(i), None, p, params) for i, p in enumerate(self._prompts)]
+        start, steps = time.perf_counter(), 0
+        while coordinator.has_work:
+            coordinator.step()
+            steps += 1
+        seconds = time.perf_counter() - start
+        texts = [output.outputs[0] for output in outputs]
+        tokens = [list(map(int, text.token_ids)) for text in texts]
+        logprobs = [
+            [float(at[token].logprob) for token, at in zip(ids, text.logprobs, strict=True)]
+            for ids, text in zip(tokens, texts, strict=True)
+        ]
+        if not all(math.isfinite(x) for some in logprobs for x in some):
+            raise RuntimeError("log-probabilities that are not finite")
+        return {"tokens": tokens, "logprobs": logprobs}, seconds / steps * 1e6
 
 
 def child(args: argparse.Namespace) -> None:
-    """Writes a JSON file with this share's rows and what its model generated."""
+    """Checks this share's kernels and model, waits, and times them.
+
+    What it found is in a JSON file at any time, so that nothing is lost if it hangs: `checked`, the
+    relative errors of right results, and `rows`, by the problems' names; and `model`.
+    """
     import jax
 
-    folder = args.problems
+    folder, share = args.problems, args.child
     jax.config.update("jax_compilation_cache_dir", str(folder / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
-    names = [*(share_problems.QUICK_PROBLEMS if args.quick else share_problems.PROBLEMS)]
-    result: dict[str, Any] = {"rows": run_problems(args.child, folder, names), "model": None}
-    # Written before the model runs too: if that hangs, the kernels' rows are kept.
-    args.json.write_text(json.dumps(result))
+    names = [*problems_of(args.quick)]
+    checked: dict[str, float] = {}
+    rows: dict[str, Any] = {}
+    found: dict[str, Any] = {"checked": checked, "rows": rows, "model": None}
+    kernels = Kernels(folder, names)
+    extra = {"share": share, "sms": kernels.sms}
+
+    def save() -> None:
+        part = args.json.with_suffix(".part")
+        part.write_text(json.dumps(found))
+        part.replace(args.json)
+
+    def fail(name: str, reason: str | Exception, **more: Any) -> None:
+        rows[name] = failed_row(case_name(name, share), "jpd", reason, **extra, **more)
+
+    for name in names:
+        try:
+            error = kernels.check(name)
+            if error <= MAX_REL_ERR:
+                checked[name] = error
+            else:
+                reason = f"relative error {error:.2e} > {MAX_REL_ERR:.0e}"
+                fail(name, reason, wrong_by=error)
+        except Exception as error:  # one kernel must not cost the others
+            fail(name, error)
+        save()
+    model = None
     if not args.no_model:
         try:
-            result["model"] = run_model(args.quick)
+            model = Model(args.quick)
+            found["model"], _ = model.generate()
         except Exception as error:
-            result["model"] = {"error": f"{type(error).__name__}: {error}"[:400]}
-        args.json.write_text(json.dumps(result))
+            model, found["model"] = None, {"error": _described(error)}
+        save()
+    wait_for_go(args.json)
+    for name, error in checked.items():
+        case = case_name(name, share)
+        try:
+            rows[name] = make_row(case, "jpd", kernels.time_us(name), "us", rel_err=error, **extra)
+        except Exception as failure:
+            fail(name, failure, rel_err=error)
+        save()
+    if model is not None:
+        try:
+            _, found["model"]["step_us"] = model.generate()
+        except Exception as error:
+            found["model"]["error"] = _described(error)
+        save()
     sys.stdout.flush()
     # Nothing is left to save, and an MPS client that tears everything down takes long.
     os._exit(0)
+
+
+def _described(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:400]
+
+
+def wait_for_go(file: Path) -> None:
+    """Says that this process is ready to time, and waits until it may."""
+    ready_file(file).touch()
+    if not sys.stdin.readline():
+        os._exit(1)  # the parent has ended
 
 
 def cublas_child(args: argparse.Namespace) -> None:
@@ -189,7 +281,7 @@ def cublas_child(args: argparse.Namespace) -> None:
     import torch
 
     errors = {}
-    problems = share_problems.QUICK_PROBLEMS if args.quick else share_problems.PROBLEMS
+    problems = problems_of(args.quick)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for name in problems:
         if not share_problems.kernel_of(name).endswith("_gemm"):
@@ -209,12 +301,51 @@ def cublas_child(args: argparse.Namespace) -> None:
 # --- in the parent --------------------------------------------------------------------------
 
 
-def compare_model(case: str, got: Any, want: Any, **extra: Any) -> dict[str, Any]:
-    """Row of a model's run against that on all SMs."""
-    for run in (got, want):
-        if not run or "error" in run:
-            reason = run["error"] if run else "the process ended before the model did"
-            return failed_row(case, "jpd", reason, **extra)
+def ready_file(file: Path) -> Path:
+    """What the child that writes `file` makes when it is ready to time."""
+    return file.with_suffix(".ready")
+
+
+class Ended(NamedTuple):
+    """How a process ended."""
+
+    status: int | None
+    """None for one that was stopped."""
+    errors: str
+    """What it wrote to standard error."""
+    cut: bool
+    """It was stopped because the time of the whole run was over."""
+
+    @property
+    def reason(self) -> str:
+        """Why it did not do all that it should have done."""
+        if self.status is None:
+            return HUNG
+        return (self.errors.strip().splitlines() or [f"exited with {self.status}"])[-1]
+
+
+def compare_model(case: str, got: Any, want: Any, ended: Ended, **extra: Any) -> dict[str, Any]:
+    """Row of a model's run against that on all SMs.
+
+    Args:
+        case: name of the row.
+        got: what the child found, None if it had not come to that.
+        want: the same on all SMs, None if there is nothing.
+        ended: how the child ended.
+        **extra: for the row.
+    """
+
+    def missing(done: str = "") -> dict[str, Any]:
+        if ended.cut:
+            return skipped_row(case, "jpd", **extra)
+        return failed_row(case, "jpd", ended.reason + done, **extra)
+
+    if got is None:
+        return missing()
+    if "tokens" not in got:
+        return failed_row(case, "jpd", got["error"], **extra)
+    if want is None:
+        return skipped_row(case, "jpd", NO_WHOLE, **extra)
     same = total = 0
     differences = []
     for mine, theirs, p, r in zip(
@@ -232,6 +363,10 @@ def compare_model(case: str, got: Any, want: Any, **extra: Any) -> dict[str, Any
     # Logits of random weights are some tenths apart; a wrong product moves them by ones.
     if not worst <= 0.1:
         return failed_row(case, "jpd", f"log-probabilities differ by {worst:.3g}", **extra)
+    if "error" in got:
+        return failed_row(case, "jpd", got["error"], **extra)
+    if "step_us" not in got:
+        return missing(f": {NOT_TIMED}")
     return make_row(case, "jpd", [got["step_us"]], "us", **extra)
 
 
@@ -239,7 +374,7 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The summary's numbers from all rows."""
     summary: dict[str, Any] = {}
     for impl, key in (("jpd", "hangs"), ("cublas", "cublas_hangs")):
-        hung = [r for r in rows if r["impl"] == impl and r["status"] == f"failed: {HUNG}"]
+        hung = [r for r in rows if r["impl"] == impl and r["status"].startswith(f"failed: {HUNG}")]
         summary[key] = len({r["share"] for r in hung})
     for impl, key in (("jpd", "max_rel_err"), ("cublas", "cublas_max_rel_err")):
         errors = [
@@ -267,6 +402,84 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return summary
 
 
+class Child:
+    """The process of a share, which prepares, waits, and times when it is let go.
+
+    Use as a context manager: if it still runs in the end, it is stopped.
+
+    Args:
+        command: starts it.
+        env: its environment.
+        file: the JSON file that it writes.
+        daemon: whose client it is, if there is a GPU to share.
+        budget: it is stopped when its time is over.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        env: Mapping[str, str],
+        file: Path,
+        daemon: Mps | None,
+        budget: Budget,
+    ) -> None:
+        self._file, self._daemon, self._budget = file, daemon, budget
+        self._stopped = self._cut = False
+        self._began = time.monotonic()
+        self._prepare_s = budget.limit_s(PREPARE_TIMEOUT_S)
+        self._errors = file.with_suffix(".errors")
+        with self._errors.open("w") as errors:
+            self._process = subprocess.Popen(
+                command,
+                env=env,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=errors,
+                text=True,
+            )
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process.poll() is None:
+            self._stop(cut=False)
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+
+    def prepare(self) -> None:
+        """Waits until it is ready to time or has ended; one that takes too long is stopped."""
+        while self._process.poll() is None and not ready_file(self._file).exists():
+            if time.monotonic() > self._began + self._prepare_s:
+                self._stop(cut=self._prepare_s < PREPARE_TIMEOUT_S)
+                break
+            time.sleep(POLL_S)
+
+    def finish(self) -> Ended:
+        """Lets it time, and returns when it has ended."""
+        if self._process.poll() is None:
+            limit_s = self._budget.limit_s(TIMED_TIMEOUT_S)
+            try:
+                self._process.communicate("go\n", limit_s)
+            except subprocess.TimeoutExpired:
+                self._stop(cut=limit_s < TIMED_TIMEOUT_S)
+        status = None if self._stopped else self._process.returncode
+        return Ended(status, self._errors.read_text(errors="replace"), self._cut)
+
+    def _stop(self, *, cut: bool) -> None:
+        """As `run_bounded` does: its work on the GPU ends before it is killed."""
+        self._stopped, self._cut = True, cut
+        if self._daemon is not None:
+            with contextlib.suppress(MpsError):  # it must end all the same
+                self._daemon.terminate_client(self._process.pid)
+        self._process.terminate()
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
 class Children:
     """Starts the processes of this run.
 
@@ -278,28 +491,31 @@ class Children:
 
     def __init__(self, args: argparse.Namespace, daemon: Mps | None, budget: Budget) -> None:
         self._args, self._daemon, self._budget = args, daemon, budget
-        with_model = {100, *(args.model_shares or args.shares)}
-        self.with_model = set() if args.no_model else with_model
+        self.with_model = shares_with_model(args)
         """Shares on which the engine runs too."""
 
-    def run(
-        self, kind: str, share: int, file: Path, timeout_s: float, *, model: bool = False
-    ) -> tuple[int | None, str, bool]:
-        """One process on a share.
+    def start(self, share: int, file: Path) -> Child:
+        """Our process of a share, which writes the file."""
+        command = self._command("--child", share, file)
+        command += ["--no-model"] * (share not in self.with_model)
+        return Child(command, self._environment(share), file, self._daemon, self._budget)
 
-        Returns:
-            Exit status (None for one that was stopped), standard error, and whether it was stopped
-            because the time of the whole run was over.
-        """
-        env = os.environ | (self._daemon.environment(share) if self._daemon else {})
-        # Several processes at a time take memory as they need it.
-        env |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TF_CPP_MIN_LOG_LEVEL": "2"}
+    def run_cublas(self, share: int, file: Path) -> Ended:
+        """cuBLAS's process of a share, which writes the file."""
+        limit_s = self._budget.limit_s(self._args.peer_seconds)
+        command = self._command("--cublas-child", share, file)
+        status, text = run_bounded(command, self._environment(share), limit_s, self._daemon)
+        return Ended(status, text, status is None and limit_s < self._args.peer_seconds)
+
+    def _command(self, kind: str, share: int, file: Path) -> list[str]:
         command = [sys.executable, "-m", "benchmarks.sm_shares", kind, str(share)]
         command += ["--problems", str(self._args.problems), "--json", str(file)]
-        command += ["--quick"] * self._args.quick + ["--no-model"] * (not model)
-        limit_s = self._budget.limit_s(timeout_s)
-        status, text = run_bounded(command, env, limit_s, self._daemon)
-        return status, text, status is None and limit_s < timeout_s
+        return command + ["--quick"] * self._args.quick
+
+    def _environment(self, share: int) -> dict[str, str]:
+        env = os.environ | (self._daemon.environment(share) if self._daemon else {})
+        # Several processes at a time take memory as they need it.
+        return env | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TF_CPP_MIN_LOG_LEVEL": "2"}
 
 
 def run_shares(
@@ -310,55 +526,66 @@ def run_shares(
     for name, make in problems.items():
         share_problems.save(make(), args.problems / f"{name.replace('/', '-')}.npz")
     children = Children(args, daemon, budget)
-    if args.warm:  # compiles for all shares, several at once; the runs that count find it done
-
-        def warm(share: int) -> None:
-            if budget.left_s > 0:
-                file = args.problems / f"warm{share}.json"
-                children.run("--child", share, file, CHILD_TIMEOUT_S)
-
-        with ThreadPoolExecutor(WARM_AT_ONCE) as pool:
-            list(pool.map(warm, args.shares))
     whole: Any = None
-    for share in args.shares:
+    for shares in batched(args.shares, args.at_once):
         if not budget.enough():
             break
         with budget.case():
-            whole = run_share(report, children, args.problems, share, problems, whole)
-        report.save()
+            whole = run_batch(report, children, args.problems, shares, [*problems], whole)
     # Last: a client that hangs may do harm to the daemon.
     if not args.no_peers:
         run_cublas(report, children, args, budget, problems)
 
 
-def run_share(
-    report: Report, children: Children, folder: Path, share: int, problems: Any, whole: Any
+def run_batch(
+    report: Report,
+    children: Children,
+    folder: Path,
+    shares: Sequence[int],
+    names: Sequence[str],
+    whole: Any,
 ) -> Any:
-    """Adds our rows of one share; returns what the model did on all SMs."""
-    file = folder / f"share{share}.json"
-    began = time.perf_counter()
-    model_too = share in children.with_model
-    status, text, cut = children.run("--child", share, file, CHILD_TIMEOUT_S, model=model_too)
-    print(f"{share} %: {time.perf_counter() - began:.1f} s, status {status}", flush=True)
-    if not file.exists():
-        if not cut:
-            last = text.strip().splitlines()[-1:] or [f"exited with {status}"]
-            reason = HUNG if status is None else last[0]
-            for name in problems:
-                report.fail(case_name(name, share), "jpd", reason, share=share)
-        return whole
-    result = json.loads(file.read_text())
-    report.extend(result["rows"])
-    if model_too:
-        model = result["model"]
-        if model is None and status is None:
-            if cut:
-                return whole
-            report.fail(case_name(MODEL, share), "jpd", HUNG, share=share)
-            return whole
-        whole = model if share == 100 else whole
-        report.extend([compare_model(case_name(MODEL, share), model, whole, share=share)])
+    """Adds our rows of some shares; returns what the model did on all SMs.
+
+    The processes prepare beside each other. Each times when all the others wait or have ended.
+    """
+    files = {share: folder / f"share{share}.json" for share in shares}
+    with contextlib.ExitStack() as stack:
+        began = time.monotonic()
+        started = {
+            share: stack.enter_context(children.start(share, file)) for share, file in files.items()
+        }
+        for process in started.values():
+            process.prepare()
+        print(f"{[*shares]} %: prepared in {time.monotonic() - began:.1f} s", flush=True)
+        for share, process in started.items():
+            began = time.monotonic()
+            ended = process.finish()
+            seconds = time.monotonic() - began
+            print(f"{share} %: timed in {seconds:.1f} s, status {ended.status}", flush=True)
+            model = add_share(report, share, names, files[share], ended)
+            if share == 100 and model and "tokens" in model:
+                whole = model
+            if share in children.with_model:
+                row = compare_model(case_name(MODEL, share), model, whole, ended, share=share)
+                report.extend([row])
+            report.save()
     return whole
+
+
+def add_share(report: Report, share: int, names: Sequence[str], file: Path, ended: Ended) -> Any:
+    """Adds the rows of a share's kernels; returns what its model did, None if nothing."""
+    found = {"checked": {}, "rows": {}, "model": None}
+    if file.exists():
+        found = json.loads(file.read_text())
+    for name in names:
+        if name in found["rows"]:
+            report.extend([found["rows"][name]])
+        elif not ended.cut:
+            error = found["checked"].get(name)
+            reason = ended.reason if error is None else f"{ended.reason}: {NOT_TIMED}"
+            report.fail(case_name(name, share), "jpd", reason, rel_err=error, share=share)
+    return found["model"]
 
 
 def run_cublas(
@@ -367,27 +594,23 @@ def run_cublas(
     """Adds the rows of torch's products: nothing is timed, so several shares at once."""
     gemms = [name for name in problems if is_gemm(name)]
 
-    def cublas(share: int) -> tuple[int | None, str, bool] | None:
+    def cublas(share: int) -> Ended | None:
         if budget.left_s <= 0:
             return None
-        file = args.problems / f"cublas{share}.json"
-        return children.run("--cublas-child", share, file, args.peer_seconds)
+        return children.run_cublas(share, args.problems / f"cublas{share}.json")
 
     with ThreadPoolExecutor(CUBLAS_AT_ONCE) as pool:
         found = dict(zip(args.shares, pool.map(cublas, args.shares), strict=True))
     for share, ended in found.items():
         if ended is None:
             continue
-        status, text, cut = ended
         file = args.problems / f"cublas{share}.json"
         errors = json.loads(file.read_text()) if file.exists() else {}
         for name in gemms:
             case = case_name(name, share)
             if name not in errors:
-                if cut:
-                    continue
-                last = text.strip().splitlines()[-1:] or [f"exited with {status}"]
-                report.fail(case, "cublas", HUNG if status is None else last[0], share=share)
+                if not ended.cut:
+                    report.fail(case, "cublas", ended.reason, share=share)
             elif errors[name] is None:
                 report.fail(case, "cublas", "the result is not finite", share=share)
             else:
@@ -405,13 +628,16 @@ def is_gemm(name: str) -> bool:
     return share_problems.kernel_of(name).endswith("_gemm")
 
 
-def expected_rows(shares: Sequence[int], args: argparse.Namespace) -> list[tuple[str, str]]:
-    """(case, impl) of the rows of these shares."""
-    names = [*problems_of(args.quick)]
+def shares_with_model(args: argparse.Namespace) -> set[int]:
+    """Shares on which the engine runs too: 100 % always, as the others are compared with it."""
+    return set() if args.no_model else {100, *(args.model_shares or args.shares)}
+
+
+def expected_rows(args: argparse.Namespace) -> list[tuple[str, str]]:
+    """(case, impl) of the rows of this run."""
+    names, shares, models = [*problems_of(args.quick)], args.shares, shares_with_model(args)
     keys = [(case_name(name, share), "jpd") for share in shares for name in names]
-    if not args.no_model:
-        models = {100, *(args.model_shares or shares)}
-        keys += [(case_name(MODEL, share), "jpd") for share in shares if share in models]
+    keys += [(case_name(MODEL, share), "jpd") for share in shares if share in models]
     if not args.no_peers:
         gemms = [name for name in names if is_gemm(name)]
         keys += [(case_name(name, share), "cublas") for share in shares for name in gemms]
@@ -428,12 +654,20 @@ def main() -> None:
     parser.add_argument(
         "--model-shares", nargs="+", type=int, metavar="PERCENT", help="shares with a model [all]"
     )
-    parser.add_argument("--warm", action="store_true", help="compile for all shares first")
+    parser.add_argument(
+        "--at-once",
+        type=int,
+        metavar="N",
+        default=AT_ONCE,
+        help=f"shares that are prepared beside each other [{AT_ONCE}]",
+    )
     parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--cublas-child", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--problems", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.at_once < 1:
+        parser.error(f"--at-once must be 1 or more, got {args.at_once}")
     if args.child is not None:
         child(args)
     if args.cublas_child is not None:
@@ -441,15 +675,16 @@ def main() -> None:
     budget = Budget(args.seconds)
     report = Report("sm_shares", "Are the kernels right on every share of the SMs?", out=args.out)
     named = args.shares or ([100] if args.quick else SHARES)
-    known = named if args.quick else dict.fromkeys((*SHARES, *named))
+    # Models on other shares are compared with the one on 100 %, which comes first.
+    first = [] if args.no_model else [100]
+    known = dict.fromkeys((*(first if args.quick else SHARES), *named))
     names = [*problems_of(args.quick), *([] if args.no_model else [MODEL])]
     every = [(name, share) for share in known for name in names]
     chosen = [(name, share) for share in (args.shares or spread(named)) for name in names]
     cases = planned(report, args, chosen, every, name=lambda key: case_name(*key), order_named=True)
-    # 100 % always: the models on other shares are compared with it.
-    args.shares = list(dict.fromkeys([100, *(share for _, share in cases)])) if cases else []
+    args.shares = list(dict.fromkeys([*first, *(share for _, share in cases)])) if cases else []
     report.summarise = summarise
-    report.expect(expected_rows(args.shares, args))
+    report.expect(expected_rows(args))
     if args.shares and budget.enough():
         with tempfile.TemporaryDirectory(prefix="shares-") as folder:
             args.problems = Path(folder)

@@ -246,15 +246,18 @@ def test_share_summary_counts_what_is_wrong():
 
 
 def test_a_model_on_a_share_may_differ_by_a_near_tie_only():
-    whole = {"tokens": [[1, 2, 3]], "logprobs": [[-5.0, -5.0, -5.0]], "step_us": 9.0}
+    whole = {"tokens": [[1, 2, 3]], "logprobs": [[-5.0, -5.0, -5.0]]}
+    ended = sm_shares.Ended(0, "", cut=False)
+    compare = partial(sm_shares.compare_model, "m", ended=ended)
     tie = {"tokens": [[1, 7, 9]], "logprobs": [[-5.01, -5.02, -8.0]], "step_us": 9.0}
-    good = sm_shares.compare_model("m", tie, whole)
+    good = compare(tie, whole)
     assert good["status"] == "ok"
     assert good["tokens_agree"] == pytest.approx(1 / 3)
     assert good["logprob_diff"] == pytest.approx(0.02)
     wrong = {"tokens": [[4, 4, 4]], "logprobs": [[-3.0, -3.0, -3.0]], "step_us": 9.0}
-    assert "differ by 2" in sm_shares.compare_model("m", wrong, whole)["status"]
-    assert "ended before" in sm_shares.compare_model("m", None, whole)["status"]
+    assert "differ by 2" in compare(wrong, whole)["status"]
+    assert compare({"error": "no engine"}, whole)["status"] == "failed: no engine"
+    assert compare(tie | {"error": "late"}, whole)["status"] == "failed: late"
 
 
 # --- references -----------------------------------------------------------------------------
