@@ -3,9 +3,10 @@
 In the paper every [N, K] has two inflection points: below M1 rows a GEMV wins, from M1 the flat
 GEMM, from M2 the dense one. Here `python -m pallas_kernels.tune` times the flat and the dense GEMM
 and XLA at some numbers of rows and stores the best kernel and configuration of each in
-`tuned/<gpu>.json`, with M1 and M2 for readers; there is no GEMV of our own. The choice is made
-while a program is traced, by the entry of the next larger number of rows in `ROWS`. A GPU, an SM
-count, a shape or a number of rows without an entry gets a rule, and `Choice.source` says so.
+`tuned/<gpu>.json`, with M1 and M2 for readers; there is no GEMV of our own. What is fastest on all
+SMs is not on a share of them, so there are entries for each SM count that was tuned. The choice is
+made while a program is traced, by the entry of the next larger number of rows in `ROWS`. A GPU, an
+SM count, a shape or a number of rows without an entry gets a rule, and `Choice.source` says so.
 """
 
 from __future__ import annotations
@@ -67,18 +68,14 @@ def device_kind() -> str:
 def load_table(
     kind: str, sms: int
 ) -> dict[tuple[int, int, bool], dict[int, dict[str, Any]]] | None:
-    """Entries by (N, K, gated), then by rows; None without a file for this GPU and SM count.
-
-    Under an MPS share a process sees fewer SMs: what was fastest on all of them says little there.
-    """
+    """Entries by (N, K, gated), then by rows; None without any for this GPU and SM count."""
     file = TUNED / f"{slug(kind)}.json"
-    table = json.loads(file.read_text()) if file.exists() else None
-    if table is None or table["sms"] != sms:
+    tables = json.loads(file.read_text())["products"] if file.exists() else {}
+    if str(sms) not in tables:
         return None
-    products = table["products"]
     return {
         (p["n"], p["k"], p["gated"]): {int(rows): entry for rows, entry in p["rows"].items()}
-        for p in products
+        for p in tables[str(sms)]
     }
 
 

@@ -1,7 +1,8 @@
 """Finds the fastest kernel and configuration of products on this GPU, for `dataflow`.
 
 `python -m pallas_kernels.tune` times every candidate of every kernel for the products of common
-models, with weights that rotate through more than the L2 holds, and writes `tuned/<gpu>.json`.
+models, with weights that rotate through more than the L2 holds, and writes `tuned/<gpu>.json`, for
+the number of SMs that it sees: under an MPS share (`CUDA_MPS_ACTIVE_THREAD_PERCENTAGE`) these.
 XLA is timed without its own search for the fastest product, which would take seconds a shape.
 What the stored table names, for this product and for others, is tried first: `--candidates` then
 leaves out what is least likely to win. `--seconds` ends in time with the products done so far.
@@ -74,11 +75,11 @@ def entry_candidate(entry: Mapping[str, Any]) -> Candidate | None:
         return None
 
 
-def winners(table: Mapping[str, Any], shape: Shape, rows: int) -> list[Candidate]:
+def winners(known: Sequence[Mapping[str, Any]], shape: Shape, rows: int) -> list[Candidate]:
     """What won before with so many rows: for this product, then for others, most often first."""
     own: list[Candidate] = []
     others: Counter[Candidate] = Counter()
-    for product in table["products"]:
+    for product in known:
         entry = product["rows"].get(str(rows)) or product["rows"].get(rows)
         found = entry and entry_candidate(entry)
         if not found:
@@ -198,7 +199,7 @@ def tune(
     row_counts: Iterable[int],
     alone: AbstractContextManager[Any],
     *,
-    table: Mapping[str, Any],
+    known: Sequence[Mapping[str, Any]],
     most: int | None = None,
     end: float = float("inf"),
 ) -> dict[str, Any]:
@@ -209,7 +210,7 @@ def tune(
       row_counts: of activations.
       alone: held while anything runs on the GPU: processes that share it take turns, and a kernel
         would be timed with another's.
-      table: of an earlier run, whose winners are tried first.
+      known: products of earlier runs, whose winners are tried first.
       most: candidates of our kernels that are tried for a number of rows; all for None.
       end: of the time on `time.monotonic`: no number of rows is begun that would need longer than
         the one before it.
@@ -224,7 +225,7 @@ def tune(
         chosen = dataflow.rule(rows, product.n, product.k, product.gated)
         shape = product.n, product.k, product.gated
         # Also with few candidates: what the rule would take without a table.
-        first = [(chosen.kernel, chosen.config), *winners(table, shape, rows)]
+        first = [(chosen.kernel, chosen.config), *winners(known, shape, rows)]
         cases = ranked(product.candidates(rows), first, most)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             programs = {}
@@ -308,7 +309,7 @@ def _tune_shape(
     shape: Shape,
     row_counts: list[int],
     lock: Any,
-    table: dict[str, Any],
+    known: list[dict[str, Any]],
     most: int | None,
     end: float,
 ) -> dict[str, Any]:
@@ -320,7 +321,18 @@ def _tune_shape(
     if not few:
         return {"n": n, "k": k, "gated": gated, "rows": {}}
     product = Product(n, k, gated, lock)
-    return tune(product, few, lock, table=table, most=most, end=end)
+    return tune(product, few, lock, known=known, most=most, end=end)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """A stored table, or one without entries."""
+    return json.loads(file.read_text()) if file.exists() else {"products": {}, "commands": []}
+
+
+def _nearest(tables: Mapping[str, list[dict[str, Any]]], sms: int) -> list[dict[str, Any]]:
+    """The products of the SM count that is nearest: their winners are tried first."""
+    counts = sorted(tables, key=lambda count: abs(int(count) - sms))
+    return tables[counts[0]] if counts else []
 
 
 def main() -> None:
@@ -346,16 +358,17 @@ def main() -> None:
         sys.exit("python -m pallas_kernels.tune needs a GPU that jax sees")
     kind = dataflow.device_kind()
     out = args.out or dataflow.TUNED / f"{dataflow.slug(kind)}.json"
-    empty: dict[str, Any] = {"products": [], "commands": []}
-    kept = json.loads(out.read_text()) if out.exists() else empty
     stored = dataflow.TUNED / f"{dataflow.slug(kind)}.json"
-    seeds = kept if kept["products"] or not stored.exists() else json.loads(stored.read_text())
-    products = {(p["n"], p["k"], p["gated"]): p for p in kept["products"]}
+    kept = _read(out)
+    sms = str(mosaic.sm_count())
+    known = _nearest(kept["products"] or _read(stored)["products"], int(sms))
+    products = {(p["n"], p["k"], p["gated"]): p for p in kept["products"].get(sms, [])}
+    command = f"python -m pallas_kernels.tune {' '.join(sys.argv[1:])}, on {sms} SMs"
     table = {
         "gpu": kind,
-        "sms": mosaic.sm_count(),
         "jax": jax.__version__,
-        "commands": [*kept["commands"], "python -m pallas_kernels.tune " + " ".join(sys.argv[1:])],
+        "commands": [*kept["commands"], command],
+        "products": kept["products"],
     }
     row_counts = args.rows or dataflow.ROWS
     shapes = args.shapes or products_of(args.models)
@@ -365,7 +378,7 @@ def main() -> None:
     spawn = multiprocessing.get_context("spawn")
     with spawn.Manager() as manager, ProcessPoolExecutor(args.jobs, mp_context=spawn) as pool:
         lock = manager.Lock()
-        common = (row_counts, lock, seeds, args.candidates, end)
+        common = (row_counts, lock, known, args.candidates, end)
         started = [pool.submit(_tune_shape, shape, *common) for shape in shapes]
         for future in as_completed(started):
             done = future.result()
@@ -375,7 +388,7 @@ def main() -> None:
             old = products.get(key, {"rows": {}})["rows"]
             done["rows"] = {int(rows): entry for rows, entry in (old | done["rows"]).items()}
             products[key] = done | inflection_points(done["rows"])
-            table["products"] = list(products.values())
+            table["products"] |= {sms: list(products.values())}
             part = out.with_suffix(".json.part")  # a run that is killed keeps what it has
             part.write_text(json.dumps(table, indent=1) + "\n")
             part.replace(out)

@@ -37,7 +37,11 @@ def table(tmp_path, monkeypatch):
         {"n": 256, "k": 128, "gated": False, "m1": 1, "m2": 256, "rows": rows},
         {"n": 384, "k": 128, "gated": False, "m1": 1, "m2": None, "rows": few},
     ]
-    (tmp_path / "nvidia_toy.json").write_text(json.dumps({"sms": 132, "products": products}))
+    share = [
+        {"n": 256, "k": 128, "gated": False, "rows": {"8": entry("dense_gemm", DENSE, 7.0, 9.0)}}
+    ]
+    tables = {"products": {"132": products, "38": share}}
+    (tmp_path / "nvidia_toy.json").write_text(json.dumps(tables))
     monkeypatch.setattr(dataflow, "TUNED", tmp_path)
     dataflow.load_table.cache_clear()
     yield "NVIDIA Toy"
@@ -63,10 +67,19 @@ def test_table_decides(table, m, only, kernel, config):
     assert choice == dataflow.Choice(kernel, config, "table")
 
 
-def test_a_share_of_the_sms_gets_the_rule(table, monkeypatch):
+def test_a_share_of_the_sms_that_was_not_tuned_gets_the_rule(table, monkeypatch):
     assert dataflow.choose(129, 256, 128, kind=table).kernel == "xla"
     monkeypatch.setattr(mosaic, "sm_count", lambda: 66)
     choice = dataflow.choose(129, 256, 128, kind=table)
+    assert (choice.kernel, choice.source) == ("dense_gemm", "rule")
+
+
+def test_a_share_of_the_sms_has_entries_of_its_own(table, monkeypatch):
+    assert dataflow.choose(8, 256, 128, kind=table).kernel == "flat_gemm"
+    monkeypatch.setattr(mosaic, "sm_count", lambda: 38)
+    choice = dataflow.choose(8, 256, 128, kind=table)
+    assert choice == dataflow.Choice("dense_gemm", DENSE, "table")
+    choice = dataflow.choose(129, 256, 128, kind=table)  # an entry of 132 SMs says nothing here
     assert (choice.kernel, choice.source) == ("dense_gemm", "rule")
 
 
@@ -115,17 +128,24 @@ def test_inflection_points():
 
 
 @pytest.mark.parametrize("file", sorted(dataflow.TUNED.glob("*.json")), ids=lambda f: f.stem)
-def test_shipped_tables_can_be_used(file):
+def test_shipped_tables_can_be_used(file, monkeypatch):
     table = json.loads(file.read_text())
     assert dataflow.slug(table["gpu"]) == file.stem
-    for product in table["products"]:
-        n, k, gated = product["n"], product["k"], product["gated"]
-        entries = {int(rows): entry for rows, entry in product["rows"].items()}
-        assert {*entries} <= {*dataflow.ROWS}
-        assert inflection_points(entries) == {"m1": product["m1"], "m2": product["m2"]}
-        for m in dataflow.ROWS:
-            choice = dataflow.choose(m, n, k, gated=gated, pallas_only=True, kind=table["gpu"])
-            assert choice.kernel in ("flat_gemm", "dense_gemm")
-            assert choice.source == ("table" if m in entries else "rule")
-            if choice.kernel == "flat_gemm":  # DenseConfig refuses what does not fit
-                assert smem_bytes(choice.config, m, gated) <= mosaic.SMEM_BYTES
+    for sms, shipped in table["products"].items():
+        monkeypatch.setattr(mosaic, "sm_count", lambda sms=sms: int(sms))
+        for product in shipped:
+            check_shipped(product, table["gpu"])
+
+
+def check_shipped(product, gpu):
+    """Its choices are those of its entries, and fit."""
+    n, k, gated = product["n"], product["k"], product["gated"]
+    entries = {int(rows): entry for rows, entry in product["rows"].items()}
+    assert {*entries} <= {*dataflow.ROWS}
+    assert inflection_points(entries) == {"m1": product["m1"], "m2": product["m2"]}
+    for m in dataflow.ROWS:
+        choice = dataflow.choose(m, n, k, gated=gated, pallas_only=True, kind=gpu)
+        assert choice.kernel in ("flat_gemm", "dense_gemm")
+        assert choice.source == ("table" if m in entries else "rule")
+        if choice.kernel == "flat_gemm":  # DenseConfig refuses what does not fit
+            assert smem_bytes(choice.config, m, gated) <= mosaic.SMEM_BYTES

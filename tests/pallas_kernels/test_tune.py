@@ -14,19 +14,17 @@ SHAPE = (4096, 4096, False)
 OURS = [("flat_gemm", config) for config in candidates(8, 4096, False)]
 
 
-def table(*winners):
-    """A stored table: (shape, candidate) with 8 rows."""
-    return {
-        "products": [
-            {
-                "n": n,
-                "k": k,
-                "gated": gated,
-                "rows": {"8": {"kernel": kernel, "config": vars_of(config), "us": 1.0}},
-            }
-            for (n, k, gated), (kernel, config) in winners
-        ]
-    }
+def stored_products(*winners):
+    """Of a stored table: (shape, candidate) with 8 rows."""
+    return [
+        {
+            "n": n,
+            "k": k,
+            "gated": gated,
+            "rows": {"8": {"kernel": kernel, "config": vars_of(config), "us": 1.0}},
+        }
+        for (n, k, gated), (kernel, config) in winners
+    ]
 
 
 def vars_of(config):
@@ -35,7 +33,7 @@ def vars_of(config):
 
 def test_winners_of_the_product_itself_come_first_then_the_most_frequent():
     one, two, three = OURS[-3:]
-    stored = table(
+    stored = stored_products(
         ((1, 1, False), two), ((2, 2, False), three), ((3, 3, False), three), (SHAPE, one)
     )
     assert tune.winners(stored, SHAPE, 8) == [one, three, two]
@@ -43,10 +41,10 @@ def test_winners_of_the_product_itself_come_first_then_the_most_frequent():
 
 
 def test_an_entry_of_other_settings_is_passed_over():
-    stored = table((SHAPE, OURS[0]))
-    stored["products"][0]["rows"]["8"]["config"]["no_such_setting"] = 1
+    stored = stored_products((SHAPE, OURS[0]))
+    stored[0]["rows"]["8"]["config"]["no_such_setting"] = 1
     assert tune.winners(stored, SHAPE, 8) == []
-    stored["products"][0]["rows"]["8"] = {"kernel": "unknown", "config": {}}
+    stored[0]["rows"]["8"] = {"kernel": "unknown", "config": {}}
     assert tune.winners(stored, SHAPE, 8) == []
 
 
@@ -109,7 +107,7 @@ def clock(monkeypatch):
 
 def test_no_number_of_rows_is_begun_that_may_not_end_in_time(clock, capsys):
     product = FakeProduct(clock)
-    limits = {"table": table((SHAPE, OURS[3])), "most": 3, "end": 15.0}
+    limits = {"known": stored_products((SHAPE, OURS[3])), "most": 3, "end": 15.0}
     done = tune.tune(product, [8, 16, 32, 64], nullcontext(), **limits)
     # 7 s each, 4 of them for the first times: the third would end at 21 s.
     assert [*done["rows"]] == ["8", "16"]
@@ -124,7 +122,7 @@ def test_no_number_of_rows_is_begun_that_may_not_end_in_time(clock, capsys):
 
 
 def winner(product):
-    done = tune.tune(product, [8], nullcontext(), table=table())
+    done = tune.tune(product, [8], nullcontext(), known=[])
     entry = done["rows"]["8"]
     return tune.entry_candidate(entry), entry["us"]
 
@@ -146,3 +144,10 @@ def test_shapes_are_those_of_the_models():
     for text in ("7x7", "12288x4096:gated"):
         with pytest.raises(argparse.ArgumentTypeError, match="is none of"):
             tune.parse_shape(text)
+
+
+def test_the_winners_of_the_nearest_sm_count_are_tried_first():
+    tables = {"132": [{"n": 1}], "38": [{"n": 2}], "52": [{"n": 3}]}
+    assert tune._nearest(tables, 38) == [{"n": 2}]
+    assert tune._nearest(tables, 66) == [{"n": 3}]
+    assert tune._nearest({}, 66) == []
