@@ -46,7 +46,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "max_num_seqs": 256,
         "max_num_batched_tokens": 2048,
         "num_pages": 18_432,  # 36 GiB: a unified engine and one of semi-PD fit on an H200 together
-        "batch_buckets": (32, 128, 256),
+        "batch_buckets": (16, 32, 48, 64, 96, 128, 256),
         "token_buckets": (256, 512, 1024, 2048),
         "context_buckets": (8192,),
         "kernels": {"pallas_only": True},

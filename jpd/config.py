@@ -258,8 +258,9 @@ class EngineConfig:
     async_scheduling: bool = True
     """Launch the next step before the tokens of the running one are read."""
     batch_buckets: tuple[int, ...] | None = None
-    """Decoding rows that steps are compiled for; powers of two when not given, of which steps that
-    hold prompts too know 8, 64 and so on, and the largest."""
+    """Decoding rows that steps are compiled for; when not given, powers of two and, above 32, what
+    is halfway between. Steps that hold prompts too have only those of them that hold 8, 32, 128 and
+    so on, and the largest."""
     token_buckets: tuple[int, ...] | None = None
     """Prompt tokens plus padded decoding rows that steps with prompts are compiled for."""
     context_buckets: tuple[int, ...] | None = None

@@ -13,6 +13,9 @@ from jpd.config import EngineConfig
 _SMALLEST_CONTEXT = 512
 _SMALLEST_CHUNK = 64
 _SMALLEST_MIXED_BATCH = 8
+_HALVES_FROM = 32
+"""Batches from which on there is one between two powers of two: padded rows cost most where a
+decode step has few SMs, since its products are then bound by arithmetic."""
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -38,6 +41,13 @@ def powers(low: int, high: int, factor: int) -> tuple[int, ...]:
     return (*values, high)
 
 
+def _batches(most: int) -> tuple[int, ...]:
+    """Decoding rows that steps are compiled for."""
+    whole = powers(1, most, 2)
+    halves = (3 * rows // 2 for rows in whole if rows >= _HALVES_FROM)
+    return tuple(sorted({*whole, *(rows for rows in halves if rows < most)}))
+
+
 def _round_up(value: int, choices: tuple[int, ...], unit: int) -> int:
     """The smallest choice that holds value; beyond the last, the next power of two."""
     for choice in choices:
@@ -55,8 +65,8 @@ class ShapeTable:
         these are more than half of it.
       max_model_len: longest context.
       page_size: contexts are rounded up to whole pages.
-      batch_buckets: replaces the defaults. Mixed steps have those of 8 rows and more, by default
-        only 8, 64 and so on, and the largest.
+      batch_buckets: replaces the defaults: powers of two and, above 32, what is halfway between.
+        Of these mixed steps have only what holds 8, 32, 128 and so on, and the largest.
       token_buckets, context_buckets: replace the defaults. Of a mixed step the bucket is for its
         rows and prompt tokens together, so that products have no more rows than of a prompt alone:
         a few more begin another row of tiles, with which products take up to a sixth longer.
@@ -79,12 +89,11 @@ class ShapeTable:
         longest = -(-max_model_len // page_size) * page_size
         contexts = context_buckets or powers(min(_SMALLEST_CONTEXT, longest), longest, 4)
         self.contexts = tuple(sorted({-(-c // page_size) * page_size for c in contexts}))
-        self.batches = batch_buckets or powers(1, max_num_seqs, 2)
+        self.batches = batch_buckets or _batches(max_num_seqs)
         most = max_num_batched_tokens
         self.tokens = token_buckets or powers(min(_SMALLEST_CHUNK, most), most, 4)
         few = min(_SMALLEST_MIXED_BATCH, max_num_seqs)
-        mixed = batch_buckets or powers(few, max_num_seqs, 8)
-        mixed = {self._batch(rows) for rows in mixed if rows >= few} | {self.batches[-1]}
+        mixed = {self._batch(rows) for rows in powers(few, max_num_seqs, 4)} | {self.batches[-1]}
         # Prompts alone need no rows.
         self.mixed_batches = (0, *sorted(mixed))
         self._page_size, self._most = page_size, most
