@@ -59,7 +59,8 @@ def _served(summary: Summary) -> str:
         f"better unified policy at best, {found['mean_e2e_speedup_at_80pct_load']:.2f}× at 80 % "
         f"load; goodput {_ratio(found, 'goodput_vs_chunked')} chunked, "
         f"{_ratio(found, 'goodput_vs_prefill_first')} prefill-first, "
-        f"{_ratio(found, 'goodput_dynamic_vs_100_100')} of (100, 100)"
+        f"{_ratio(found, 'goodput_dynamic_vs_100_100')} of (100, 100); `auto` at least "
+        f"{found['auto_vs_better_min']:.2f}× the best of all"
         for workload, found in summary.items()
         if isinstance(found, dict)
     )
@@ -155,8 +156,10 @@ LINES = (
             f"{_over(s, 'geomean_vs_best_peer')} cases"
         ),
         lambda s: (
-            f"{s['geomean_vs_best_peer']:.2f}× the faster of cuDNN and torch SDPA (best backend) "
-            f"in geometric mean, worst case {s['min_vs_best_peer']:.2f}×"
+            f"{s['geomean_vs_best_peer']:.2f}× the fastest of cuDNN, torch SDPA (best backend) and "
+            f"FlashInfer (best of FA3, FA2) in geometric mean, worst case "
+            f"{s['min_vs_best_peer']:.2f}×; of each: {s['geomean_vs_torch_cudnn']:.2f}×, "
+            f"{s['geomean_vs_torch_sdpa']:.2f}×, {s['geomean_vs_flashinfer']:.2f}×"
         ),
         "0.95×",
     ),
@@ -194,10 +197,24 @@ LINES = (
         lambda s: f"kernels under MPS shares of the SMs, {s['shares']} shares",
         lambda s: (
             f"relative error at most {s['max_rel_err']:.4f}, {s['hangs']} hangs, {s['jpd_failed']} "
-            f"cases failed; cuBLAS, on all shares that it was tried on, up to "
+            f"cases failed; a whole model's log-probabilities differ by at most "
+            f"{s['model_max_logprob_diff']:.3f} from those on all SMs; cuBLAS' error is up to "
             f"{s['cublas_max_rel_err']:.2f}"
         ),
         "0.01",
+    ),
+    Line(
+        "h200/hf_parity.json",
+        lambda s: (
+            f"greedy tokens of {s['models']} models in bfloat16 on the kernels, {s['tokens']:,} "
+            "tokens judged by transformers in float32"
+        ),
+        lambda s: (
+            f"{100 * s['top1_agreement']:.1f} % are float32's own choice (of transformers in "
+            f"bfloat16: {100 * s['hf_bf16_top1_agreement']:.1f} %), {s['wrong_tokens']} wrong "
+            "beyond rounding"
+        ),
+        "0 wrong",
     ),
     Line(
         "h200/semi_pd_memory.json",
@@ -222,6 +239,19 @@ LINES = (
             f"{s['hand_over_kv_bytes_copied']} bytes of KV copied"
         ),
         "15 ms, 15 ms",
+    ),
+    Line(
+        "h200/sm_share_surface.json",
+        "steps of prefill and decode side by side, against the same shares alone, Llama-3.1-8B",
+        lambda s: (
+            f"prefill takes up to {s['prefill_max_slowdown_beside']:.2f}×, decode up to "
+            f"{s['decode_max_slowdown_beside']:.2f}×; mean error of jpd's models "
+            f"{100 * s['prefill_model_mean_error']:.0f} % and "
+            f"{100 * s['decode_model_mean_error']:.0f} %, of the paper's (steps alone) "
+            f"{100 * s['paper_prefill_mean_error']:.0f} % and "
+            f"{100 * s['paper_decode_mean_error']:.0f} %"
+        ),
+        "",
     ),
     Line(
         "h200/semi_pd_serving.json",
