@@ -6,6 +6,7 @@ import contextlib
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from typing import Any
 
 from native.mps import Mps, MpsError
 
@@ -15,9 +16,7 @@ def run_bounded(
 ) -> tuple[int | None, str]:
     """Runs a process that may hang.
 
-    One that takes too long is asked to end, and killed if it does not. As a client of `daemon` it
-    loses its work on the GPU first: one that is killed in the middle of it may leave the server in
-    a state that stops the others.
+    One that takes too long is stopped, see `stop`.
 
     Returns:
         Exit status (None after a time-out) and what it wrote to standard error.
@@ -28,14 +27,23 @@ def run_bounded(
             status: int | None = process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             status = None
-            if daemon is not None:
-                with contextlib.suppress(MpsError):  # it must end all the same
-                    daemon.terminate_client(process.pid)
-            process.terminate()
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            stop(process, daemon)
         errors.seek(0)
         return status, errors.read()
+
+
+def stop(process: subprocess.Popen[Any], daemon: Mps | None = None) -> None:
+    """Asks a process to end, and kills it if it does not.
+
+    As a client of `daemon` it loses its work on the GPU first: one that is killed in the middle of
+    it may leave the server in a state that stops the others.
+    """
+    if daemon is not None:
+        with contextlib.suppress(MpsError):  # it must end all the same
+            daemon.terminate_client(process.pid)
+    process.terminate()
+    try:
+        process.wait(10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()

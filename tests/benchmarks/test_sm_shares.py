@@ -194,7 +194,7 @@ def test_no_process_is_left_when_the_parent_fails(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("go", [True, False])
 def test_a_child_waits_until_it_may_time_or_the_parent_is_gone(tmp_path, go):
-    code = "import sys; from pathlib import Path; from benchmarks.sm_shares import wait_for_go; "
+    code = "import sys; from pathlib import Path; from benchmarks.share_worker import wait_for_go; "
     code += "wait_for_go(Path(sys.argv[1])); sys.exit(7)"
     command = [sys.executable, "-c", code, str(tmp_path / "share50.json")]
     text = "go\n" if go else ""
