@@ -2,7 +2,8 @@
 
 ``jpd`` is the engine's own loop: plan, launch of the compiled step, commit of the step before it,
 greedy tokens delivered. Its `ms` is the wall time of a whole run of steps divided by their number
-(one sample a run), around the given context. ``hf_*`` come from
+(one sample a run), around the given context. ``jpd_xla`` is the same engine with XLA's
+implementation of every op, in place of the kernels. ``hf_*`` come from
 `benchmarks/baselines/hf_decode.py`, which runs first, in a process of its own; their `ms` is the
 median of CUDA event times, which leaves out more than jpd's wall time does.
 
@@ -46,6 +47,16 @@ HF_CASES = {  # each compilation takes half a minute
     "llama31-8b": [(1, 512)],
 }
 HF_IMPLS = {"eager": "eager", "static": "static_compile"}
+XLA_OPS = (
+    "linear",
+    "gated_linear",
+    "rms_norm",
+    "rope_write",
+    "decode_attention",
+    "prefill_attention",
+)
+ENGINES: dict[str, dict[str, str]] = {"jpd": {}, "jpd_xla": dict.fromkeys(XLA_OPS, "xla")}
+"""Implementations of ops that the engines choose."""
 RUNS = 6
 Shape = tuple[int, int]
 """Batch and context."""
@@ -111,13 +122,14 @@ def start_length(context: int) -> int:
 def run_model(
     report: Report,
     model: str,
+    impl: str,
     cases: Sequence[Shape],
     rate: float,
     budget: Budget,
     *,
     self_check: bool = True,
 ) -> float:
-    """Adds jpd's rows for one model, as long as there is time; returns what the engine took, in s.
+    """Adds an engine's rows for one model, as long as there is time; returns what it took, in s.
 
     An engine that is not built is failed rows.
     """
@@ -146,11 +158,11 @@ def run_model(
                 context_buckets=tuple(c + TOKENS // 2 for c in sorted({c for _, c in cases})),
                 num_pages=max(b * (-(-(c + TOKENS) // 16) + 1) for b, c in cases) + 1,
                 enable_prefix_caching=False,
-                kernels=KernelConfig(self_check=self_check),
+                kernels=KernelConfig(self_check=self_check, **ENGINES[impl]),
             )
     except Exception as error:  # one model must not cost the others
         for batch, context in cases:
-            report.fail(case_name(model, batch, context), "jpd", error)
+            report.fail(case_name(model, batch, context), impl, error)
         report.save()
         return time.perf_counter() - start
     build_s = time.perf_counter() - start
@@ -158,15 +170,21 @@ def run_model(
         if not budget.enough():
             break
         with budget.case():
-            _run_case(report, engine, model, batch, context, rate, self_check)
-        report.summary[f"recompiles_{model}"] = engine.executor.compiled.recompiles
+            _run_case(report, engine, impl, model, batch, context, rate, self_check)
+        report.summary[recompiles_key(model, impl)] = engine.executor.compiled.recompiles
         report.save()
     return build_s
+
+
+def recompiles_key(model: str, impl: str) -> str:
+    """Of the summary: steps that an engine compiled while it was measured."""
+    return f"recompiles_{model}" + ("" if impl == "jpd" else f"_{impl}")
 
 
 def _run_case(
     report: Report,
     engine: Any,
+    impl: str,
     model: str,
     batch: int,
     context: int,
@@ -209,12 +227,12 @@ def _run_case(
     )
     gc.collect()
     if not check.ok:
-        report.fail(name, "jpd", f"wrong tokens: {check}")
+        report.fail(name, impl, f"wrong tokens: {check}")
         return
     cost = decode_cost(MODELS[model], batch, context)
     report.add(
         name,
-        "jpd",
+        impl,
         samples[1:],  # the first run fills caches
         "ms",
         nbytes=cost.nbytes,
@@ -249,11 +267,12 @@ def summarise(
                 key += f"_s{context}"  # the benchmark's own case has the short name
             summary[f"{prefix}ms_{key}"] = ours["ms"]
             summary[f"{prefix}pct_of_bound_{key}"] = ours["pct_of_bound"]
-            for word, impl in HF_IMPLS.items():
-                theirs = measured.get((name, f"hf_{impl}"))
+            peers = {f"hf_{word}": f"hf_{impl}" for word, impl in HF_IMPLS.items()}
+            for word, impl in (peers | {"xla": "jpd_xla"}).items():
+                theirs = measured.get((name, impl))
                 if theirs is not None:
                     speedup = theirs["ms"] / ours["ms"]
-                    summary[f"{prefix}speedup_vs_hf_{word}_{key}"] = speedup
+                    summary[f"{prefix}speedup_vs_{word}_{key}"] = speedup
     return summary
 
 
@@ -271,6 +290,9 @@ def main() -> None:
         choices=[*HF_IMPLS, "none"],
         default=[*HF_IMPLS],
         help="which runs of transformers, with --cases for each of them [all]",
+    )
+    parser.add_argument(
+        "--engines", nargs="+", choices=[*ENGINES], default=[*ENGINES], help="of jpd [all]"
     )
     parser.add_argument(
         "--no-self-check",
@@ -299,14 +321,14 @@ def main() -> None:
         everything,
         name=lambda key: case_name(*key),
         order_named=True,
-        once=("copy_bytes_per_s", *(f"recompiles_{model}" for model in MODELS)),
+        once=("copy_bytes_per_s", *(recompiles_key(m, impl) for m in MODELS for impl in ENGINES)),
     )
     counted = {model: list(dict.fromkeys(known.get(model, []))) for model in known}
     for model, *shape in chosen:
         if tuple(shape) not in counted.setdefault(model, []):
             counted[model].append((shape[0], shape[1]))
     report.summarise = lambda rows: summarise(rows, counted, report.summary.get("copy_bytes_per_s"))
-    report.expect((case_name(*case), "jpd") for case in cases)
+    report.expect((case_name(*case), impl) for case in cases for impl in args.engines)
     todo = {m: [(b, c) for model, b, c in cases if model == m] for m in models}
     todo = {model: some for model, some in todo.items() if some}
     impls = [] if "none" in args.hf else [HF_IMPLS[word] for word in args.hf]
@@ -327,12 +349,12 @@ def main() -> None:
 
         rate = copy_bytes_per_s((1 << 26) if args.quick else (1 << 32))
         report.summary["copy_bytes_per_s"] = rate
-        build_s = 0.0
+        build_s, check = 0.0, not args.no_self_check
         for model, some in todo.items():
-            if budget.left_s > build_s:
-                check = not args.no_self_check
-                build_s = run_model(report, model, some, rate, budget, self_check=check)
-                gc.collect()
+            for impl in args.engines:
+                if budget.left_s > build_s:
+                    build_s = run_model(report, model, impl, some, rate, budget, self_check=check)
+                    gc.collect()  # one engine's memory goes before the next one's comes
     report.finish()
     sys.exit(report.failures > 0)
 

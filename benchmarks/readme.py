@@ -197,7 +197,7 @@ LINES = (
         lambda s: f"kernels under MPS shares of the SMs, {s['shares']} shares",
         lambda s: (
             f"relative error at most {s['max_rel_err']:.4f}, {s['hangs']} hangs, {s['jpd_failed']} "
-            f"cases failed; a whole model's log-probabilities differ by at most "
+            f"cases failed; log-probabilities of two layers of Llama-3.1-8B differ by at most "
             f"{s['model_max_logprob_diff']:.3f} from those on all SMs; cuBLAS' error is up to "
             f"{s['cublas_max_rel_err']:.2f}"
         ),
@@ -206,8 +206,9 @@ LINES = (
     Line(
         "h200/hf_parity.json",
         lambda s: (
-            f"greedy tokens of {s['models']} models in bfloat16 on the kernels, {s['tokens']:,} "
-            "tokens judged by transformers in float32"
+            f"greedy tokens of {s['models']} small models in bfloat16 on the kernels, that in the "
+            f"box and random ones of each family, {s['tokens']:,} tokens judged by transformers in "
+            "float32"
         ),
         lambda s: (
             f"{100 * s['top1_agreement']:.1f} % are float32's own choice (of transformers in "

@@ -496,6 +496,7 @@ def test_decode_step_summary_names_the_benchmark_s_own_cases():
     rows = [
         make_row("llama2-7b B=1 S=512", "jpd", [4.0], nbytes=8e9, flops=1),
         make_row("llama2-7b B=1 S=512", "hf_eager", [12.0], nbytes=8e9, flops=1),
+        make_row("llama2-7b B=1 S=512", "jpd_xla", [6.0], nbytes=8e9, flops=1),
         make_row("llama2-7b B=1 S=4096", "jpd", [5.0], nbytes=8e9, flops=1),
         skipped_row("llama2-7b B=8 S=512", "jpd"),
     ]
@@ -505,6 +506,7 @@ def test_decode_step_summary_names_the_benchmark_s_own_cases():
         "ms_b1": 4.0,
         "pct_of_bound_b1": pytest.approx(50.0),
         "speedup_vs_hf_eager_b1": 3.0,
+        "speedup_vs_xla_b1": 1.5,
         "ms_b1_s4096": 5.0,
         "pct_of_bound_b1_s4096": pytest.approx(40.0),
     }
