@@ -2,7 +2,7 @@
 PY := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu sass lint format box-model goldens env env-test clean
+.PHONY: help demo test test-gpu sass hlo lint format box-model goldens env env-test clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -18,6 +18,9 @@ test-gpu: env-test  ## run the numeric tests on a GPU (needs jpd[cuda12] or jpd[
 
 sass: .venv-sass/.jpd  ## compile the GPU kernels for an H200, without one; none may spill registers
 	.venv-sass/bin/python -m tests.pallas_kernels.sass $(ARGS)
+
+hlo: .venv-sass/.jpd  ## compile whole steps for an H200, without one, and look for other libraries' calls and copies
+	.venv-sass/bin/python -m pytest tests/engine/test_pallas_step.py tests/engine/test_early_attention.py tests/engine/test_stored_steps.py tests/overlap/test_peers.py tests/parallel/test_rank_program.py tests/native/test_overlap.py $(ARGS)
 
 lint: env-test  ## check style, format and the import contract; all three, whichever fails
 	failed=0; \
@@ -43,9 +46,9 @@ env-test:
 	@.ci/setup test
 
 # ptxas and the compiler of the CUDA plugin, without the libraries that only a GPU needs.
-.venv-sass/.jpd: .ci/constraints.txt
+.venv-sass/.jpd: .ci/constraints.txt pyproject.toml
 	python=$$(.ci/find-python) && "$$python" -m venv --clear .venv-sass
-	.venv-sass/bin/python -m pip install -c $< jax jaxlib numpy pytest
+	.venv-sass/bin/python -m pip install -c $< -e '.[test]'
 	.venv-sass/bin/python -m pip install -c $< --no-deps jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvcc
 	touch $@
 
