@@ -39,8 +39,8 @@ The summary has for each workload, over the means of its seeds:
 - `break_even_rate`: the highest rate at which the mean E2E of the better unified policy is as good
   as that of `semi_pd_dynamic`, interpolated between the two measured rates around it; `>=`: it is
   still better at the highest; null: at none. `break_even_ratio` is what `--break-even` should be,
-  by this workload: requests that decode for each one that waits for its first token, while prompts
-  are computed, on that policy at that rate (rows: `decoding_per_waiting`);
+  by this workload: requests that two executors would save for each one that waits, by what that
+  policy saw at that rate (rows: `saved_per_waiting`, the estimate of `jpd.semi_pd.mode.BreakEven`);
 - `auto_vs_better_min`: mean E2E of the best of the unified policies and `semi_pd_dynamic` over that
   of `auto`, at the rate where it is smallest; 1 where `auto` took the better one everywhere;
 - `seed_spread`: largest difference between seeds of a point's mean E2E, over their mean;
@@ -83,7 +83,7 @@ from jpd.bench.workload import Workload
 from jpd.config import BREAK_EVEN
 from jpd.semi_pd import controller as controllers
 from jpd.semi_pd.controller import Observation, Shares
-from jpd.semi_pd.mode import BreakEven, Mode
+from jpd.semi_pd.mode import BreakEven, Mode, held_up_s, saved_per_waiting
 from jpd.semi_pd.slo_controller import SloController
 
 REFERENCE = "chunked"
@@ -102,7 +102,7 @@ UNIFIED_MEMORY = "0.4"
 UNLOADED_TOKENS = 64
 """Output of a request that runs alone, at most."""
 KEPT = {
-    "llama31-8b": ((100, 100), (90, 100), (80, 100), (60, 40)),
+    "llama31-8b": ((100, 100), (70, 30), (60, 40), (50, 50)),
     "small": ((100, 100), (50, 50)),
     "tiny": ((100, 100), (50, 50)),
 }
@@ -219,10 +219,11 @@ def run_point(
     fields = {name: count - before[name] for name, count in _counts(llm).items()}
     if steered:  # whoever steers takes what is recent
         return records, fields | {"mode": llm.stats.mode}
-    recent = coordinator.recent()
-    return records, fields | {
-        "decoding_per_waiting": recent.decoding_beside / recent.waiting_beside
-    }
+    seen = [Observation(**asdict(coordinator.recent()))]
+    # Of the time in which a gap between tokens passed, the part that prompts held up.
+    held_up = held_up_s(seen) * seen[0].prefill_tokens / max(sum(seen[0].token_gap_s), 1e-9)
+    saved = saved_per_waiting(seen, held_up, BreakEven().slowdown)
+    return records, fields | {"saved_per_waiting": saved}
 
 
 def _counts(llm: AsyncLLM) -> dict[str, float]:

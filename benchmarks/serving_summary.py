@@ -34,7 +34,7 @@ class Curve(NamedTuple):
     attained: dict[str, list[float]]
     """For each SLO."""
     per_waiting: list[float] | None
-    """Requests that decode for each one that waits; None where it was not counted."""
+    """Requests that two executors would save for each one that waits; None where not counted."""
     spread: float | None
     """Largest difference of mean E2E between seeds, over their mean; None with one seed."""
 
@@ -55,8 +55,8 @@ def curve(rows: Sequence[Mapping[str, Any]]) -> Curve:
         if len(values) > 1
     ]
     attained = {scale: means(scale) for scale in SLOS}
-    counted = all("decoding_per_waiting" in row for row in rows)
-    per_waiting = means("decoding_per_waiting") if counted else None
+    counted = all("saved_per_waiting" in row for row in rows)
+    per_waiting = means("saved_per_waiting") if counted else None
     spread = max(spreads, default=None)
     return Curve(rates, means("load"), means("mean_e2el_ms"), attained, per_waiting, spread)
 
@@ -121,7 +121,7 @@ def add_break_even(
             ratios = [at(of, r, "per_waiting") for of, r in zip(better, rates, strict=True)]
             summary["break_even_ratio"] = float(np.interp(rate, rates, ratios))
         else:
-            missing["break_even_ratio"] = "decoding_per_waiting was not counted"
+            missing["break_even_ratio"] = "saved_per_waiting was not counted"
     both = [r for r in rates if AUTO in curves and r in curves[AUTO].rates]
     if both:
         summary["auto_vs_better_min"] = min(

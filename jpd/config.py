@@ -24,14 +24,14 @@ Controller = Literal["static", "paper", "slo"]
 MatmulAllReduce = Literal["auto", "overlap", "xla"]
 
 MAX_STEP_TOKENS = 65_536
-BREAK_EVEN = 0.2
-"""Default of `SemiPDConfig.break_even`. In trials of `jpd simulate` with latencies that are
-arithmetic for an H200 one executor was more than 1 % better only with azure_code (long prompts,
-short outputs) from 0.6 times the rate that it keeps up with on: there 0.6 requests decoded for each
-that waited, and 0.2 on two executors. With default buckets, which then padded 9 rows to 256, it was
-not even there. With 0.2 mean end-to-end times were within 6 % of the better one's either way. Four
-workloads at loads of 0.05 to 1.4, means of two seeds; results are not kept, and are from before
-steps of prompts alone had no rows."""
+BREAK_EVEN = 2.0
+"""Default of `SemiPDConfig.break_even`. In `jpd simulate` of Llama-3.1-8B on an H200, requests for
+10 s, four workloads at loads of 0.1 to 1.4, means of two seeds, two executors with `SloController`
+among (100, 100), (70, 30), (60, 40) and (50, 50) had the better mean with azure_conv from load 1.0
+and with arxiv from 0.8 on. The estimate was 2 to 3 at load 0.8 of both and 3 to 7 above; with
+azure_code, where one executor was better at any load, it was below 1 in nine windows of ten. With
+2, `auto` was within 7 % of the better one everywhere, and where requests came for 20 s within 13 %,
+7 % up to load 1.0. Results are not kept."""
 
 _SPLITS = (
     "jpd splits a model by tensor_parallel_size alone (topology='disaggregated' gives each phase a "
@@ -162,9 +162,8 @@ class SemiPDConfig:
     switch to them is a hand-over between two steps. Each costs a process and its work space.
     `topology="auto"` also keeps decode executors on `decode_share` and on all SMs."""
     break_even: Any = BREAK_EVEN
-    """For `topology="auto"`: from how many decoding requests for each one that waits for its first
-    token two executors are to serve, and below which one; a number, or an object with `decide`, see
-    `jpd.semi_pd.mode`."""
+    """For `topology="auto"`: how many requests two executors must save for each one that waits for
+    its first token; a number, or an object with `decide`, see `jpd.semi_pd.mode.BreakEven`."""
 
     def __post_init__(self) -> None:
         for name in ("prefill_share", "decode_share"):

@@ -22,6 +22,8 @@ class Recent:
     """TPOT of each request that ended with two tokens or more."""
     token_gap_s: deque[float] = field(default_factory=_Values)
     """For each decode step, the time since the one before it, where they have a row in common."""
+    held_gap_s: deque[float] = field(default_factory=_Values)
+    """Those of them in which the executor computed prompts too."""
     prefill_tokens: int = 0
     """Prompt tokens computed."""
     decoding_beside: int = 0
@@ -46,14 +48,20 @@ class RecentSteps:
         self.recent = Recent()
         self._last_decode_s = 0.0
         self._last_serials: set[int] = set()
+        self._prompts = False  # an executor that decodes computed some since the last decode step
 
     def committed(self, plan: StepPlan, now_s: float) -> None:
         """The tokens of a step are known."""
         self.recent.prefill_tokens += sum(len(chunk.tokens) for chunk in plan.chunks)
+        self._prompts |= bool(plan.chunks)
         if len(plan.rows):
             serials = set(plan.serials.tolist())
             if not serials.isdisjoint(self._last_serials):
-                self.recent.token_gap_s.append(now_s - self._last_decode_s)
+                gap_s = now_s - self._last_decode_s
+                self.recent.token_gap_s.append(gap_s)
+                if self._prompts:
+                    self.recent.held_gap_s.append(gap_s)
+            self._prompts = False
             self._last_serials, self._last_decode_s = serials, now_s
 
     def held_up(self, plan: StepPlan, decoding: int, waiting: int) -> None:

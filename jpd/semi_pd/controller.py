@@ -77,6 +77,8 @@ class Observation:
     token_gap_s: Sequence[float] = ()
     """One value a decode step: time since the step before it was published, where the two have a
     sequence in common. It is what running requests feel now; a request's TPOT is their mean."""
+    held_gap_s: Sequence[float] = ()
+    """Those of `token_gap_s` in which prompts were computed: on one executor, instead of decode."""
     prefill_tokens: int = 0
     """Prompt tokens computed."""
     prefill_busy_s: float = 0.0
@@ -96,7 +98,7 @@ class Observation:
 
     def __post_init__(self) -> None:
         require(math.isfinite(self.now_s), "now_s", self.now_s, "a finite time")
-        for name in ("ttft_s", "tpot_s", "token_gap_s"):
+        for name in ("ttft_s", "tpot_s", "token_gap_s", "held_gap_s"):
             for value in getattr(self, name):
                 require(value >= 0 and math.isfinite(value), name, value, "finite, at least 0")
         busy = self.prefill_busy_s

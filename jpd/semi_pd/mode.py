@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -50,47 +51,52 @@ class ModePolicy(Protocol):
 
 @dataclass(kw_only=True)
 class BreakEven:
-    """Two executors from a number of decoding requests for each waiting one, below it one.
+    """Two executors from a number of requests that they save for each one that waits, else one.
 
-    While a prompt is computed, n requests decode and w wait for their first token, it included. If
-    one executor computes it in p seconds and holds decode up for h, and two in p' > p and hold it
-    up for h' < h (as steps of decode are slower beside it), then in sum over all requests two save
-    n (h - h') and cost w (p' - p). So two are better in the mean end-to-end time where
+    Two executors cost those who wait: prompts take longer. They are better for those who decode,
+    if these are held up for long: on one executor decode stands still for the part H of the time,
+    on two a step takes always, but `slowdown` times as long as it would alone. That is r =
+    slowdown (1 - H) of the time on one, and by Little's law of the requests that decode. If while
+    a prompt is computed n requests decode and w wait for their first token, it included, and those
+    become W w, the requests inside, and so the mean end-to-end time, are fewer on two where
 
-        n / w > (p' - p) / (h - h').
+        estimate = n / w (1 - slowdown (1 - H)) > W - 1.
 
-    The right side is a property of the GPU, of the shares and of the kernels: p, p', h and h' all
-    grow with the prompt. It is small, or below 0, where decoding rows leave a step on one executor
-    less room for prompts, so that p is long too; see `jpd.config.BREAK_EVEN`. The left side is
-    measured over the prompt tokens of the last `window_s`, whoever computes them. It says more than
-    requests/s, or than the part of the time that prompts take: for one and the same part, long
-    outputs let more requests decode at once. Without load nobody is held up. With far too much of
-    it most requests wait, and one executor is better again if it computes prompts faster.
+    The right side, `ratio`, is a property of the GPU, the shares and the kernels; see
+    `jpd.config.BREAK_EVEN`. H is the prompt tokens that arrive a second times the time for which
+    one of them holds decode up, as last seen on one executor: how much longer gaps between tokens
+    are in which prompts were computed. n / w alone does not say it: with short prompts and long
+    outputs many decode and few wait, and hardly anybody is held up.
 
-    It looks at no SLO: where TPOT has one, a lower `ratio` keeps it sooner.
+    It looks at no SLO. On two executors more requests wait and fewer decode than on one in the same
+    load, hence the `hysteresis`.
     """
 
     ratio: float = BREAK_EVEN
-    """Break-even n / w; `benchmarks/semi_pd_serving.py` measures it (`break_even_ratio`)."""
-    hysteresis: float = 1.5
-    """Factor, at least 1: two executors from `ratio` times it on, one below `ratio` over it. In one
-    and the same load n / w is lower on two executors, which wait longer and decode faster."""
+    """Break-even of the estimate; `benchmarks/semi_pd_serving.py` measures it
+    (`break_even_ratio`)."""
+    hysteresis: float = 20.0
+    """Factor, at least 1: two executors from `ratio` on, one below `ratio` over it."""
+    slowdown: float = 2.0
+    """Time of a decode step on two executors over that of one that runs alone: about what (70, 30)
+    costs on an H200 (`benchmarks/results/h200/sm_share_surface.json`)."""
     window_s: float = 5.0
     """How far back prompts count."""
     min_dwell_s: float = 2.0
     """Time between two changes, at least."""
 
     estimate: float | None = field(init=False, default=None)
-    """n / w; None while no prompt token was computed within the window."""
+    """Requests saved for each one that waits; None while nothing is known of the window."""
 
     def __post_init__(self) -> None:
         for name in ("ratio", "window_s"):
             require_positive(f"break_even.{name}", getattr(self, name))
-        for name, least in (("hysteresis", 1), ("min_dwell_s", 0)):
+        for name, least in (("hysteresis", 1), ("slowdown", 1), ("min_dwell_s", 0)):
             value = getattr(self, name)
             ok = least <= value < math.inf
             require(ok, f"break_even.{name}", value, f"finite, at least {least}")
         self._seen: deque[Observation] = deque()
+        self._unified: deque[Observation] = deque()  # of the last time on one executor
         self._wanted: Mode | None = None  # what serves may lag behind it
         self._changed_s = -math.inf
 
@@ -100,18 +106,58 @@ class BreakEven:
         self._seen.append(observation)
         while now_s - self._seen[0].now_s > self.window_s:
             self._seen.popleft()
-        waited = sum(o.waiting_beside for o in self._seen)
-        held_up = sum(o.decoding_beside for o in self._seen)
-        self.estimate = held_up / waited if waited else None
+        if current == "unified":
+            self._unified.append(observation)
+            while now_s - self._unified[0].now_s > self.window_s:
+                self._unified.popleft()
+        held_up = arriving_tokens_per_s(self._seen) * held_up_s(self._unified)
+        self.estimate = saved_per_waiting(self._seen, held_up, self.slowdown)
         if self._wanted is None:
             self._wanted = current
         if self.estimate is None or now_s - self._changed_s < self.min_dwell_s:
             return self._wanted
         other: Mode = "semi_pd" if self._wanted == "unified" else "unified"
         if other == "semi_pd":
-            change = self.estimate >= self.ratio * self.hysteresis
+            change = self.estimate >= self.ratio
         else:
             change = self.estimate < self.ratio / self.hysteresis
         if change:
             self._wanted, self._changed_s = other, now_s
         return self._wanted
+
+
+def arriving_tokens_per_s(seen: Sequence[Observation]) -> float:
+    """Prompt tokens that come in a second; 0 where the observations are of no time."""
+    first, last = seen[0], seen[-1]
+    span_s = last.now_s - first.now_s
+    if span_s <= 0:
+        return 0.0
+    computed = sum(o.prefill_tokens for o in seen) - first.prefill_tokens
+    queued = last.waiting_tokens - first.waiting_tokens
+    return max(0, computed + queued) / span_s  # aborts can make the sum negative
+
+
+def held_up_s(seen: Collection[Observation]) -> float:
+    """For how long one prompt token holds decode up on one executor; 0 while none was computed."""
+    tokens = sum(o.prefill_tokens for o in seen)
+    gaps, held = ([s for o in seen for s in getattr(o, n)] for n in ("token_gap_s", "held_gap_s"))
+    others = len(gaps) - len(held)
+    alone_s = (sum(gaps) - sum(held)) / others if others else 0.0
+    return max(0.0, sum(held) - len(held) * alone_s) / tokens if tokens else 0.0
+
+
+def saved_per_waiting(
+    seen: Collection[Observation], held_up: float, slowdown: float
+) -> float | None:
+    """Requests that two executors save for each one that waits; None if no prompt was computed.
+
+    Args:
+        seen: Of a time.
+        held_up: Part of it for which one executor would hold decode up; more than 1 is 1.
+        slowdown: Of decode steps on two.
+    """
+    waited = sum(o.waiting_beside for o in seen)
+    if not waited:
+        return None
+    decoded = sum(o.decoding_beside for o in seen)
+    return decoded / waited * (1 - slowdown * (1 - min(1.0, held_up)))

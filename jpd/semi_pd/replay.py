@@ -21,6 +21,7 @@ from jpd.semi_pd.share_models import (
     Interference,
     decode_curve,
     overlap_wait,
+    prefill_beside,
     prefill_curve,
 )
 
@@ -51,9 +52,9 @@ class Plant:
     """More for each sequence: its KV pages."""
     max_prefill_tokens: int = 4096
     """In one prefill step; requests are not cut, so a longer prompt is a step of its own."""
-    parallel: float = 0.6
+    parallel: float = 0.55
     """Of `prefill_curve`."""
-    knee: float = 35.0
+    knee: float = 40.0
     """Of `decode_curve`."""
     interference: Interference = H200
 
@@ -66,7 +67,7 @@ class Plant:
     def prefill_s(self, tokens: int, shares: Shares, beside_decode: bool) -> float:
         """Seconds for one prefill step."""
         alone = self.prefill_step_s + tokens * self.prefill_token_s
-        slowdown = self.interference.prefill_slowdown if beside_decode else 1.0
+        slowdown = prefill_beside(shares, self.interference) if beside_decode else 1.0
         return alone * prefill_curve(shares.prefill, self.parallel) * slowdown
 
     def decode_s(self, sequences: int, shares: Shares, beside_prefill: bool) -> float:

@@ -133,24 +133,31 @@ def _squares(predicted: np.ndarray | float, times: np.ndarray) -> float:
 class Interference:
     """What the two phases do to each other, besides having fewer SMs. Measured once, not fitted.
 
-    The defaults describe one H200. They agree with 12 side-by-side times of 8 layers of a 7B model,
-    prefill of 2048 tokens beside decode of 32 x 1024, within 15 %. A simulation with them is within
-    8 % of the mean TTFT and 4 % of the mean TPOT that Llama-3.1-8B had under (100, 100), azure_conv
-    at 9 requests/s, and within 15 % of both where a controller chose shares (a trial that is not
-    kept). That one rate says little of higher ones.
+    The defaults describe one H200 with Llama-3.1-8B and jpd's kernels: a prompt chunk of 2048
+    tokens beside decode of 64 x 1024 under (100, 100), (80, 20), (70, 30) and (60, 40), within 3 %
+    of what `python -m benchmarks.sm_share_surface` measured
+    (`benchmarks/results/h200/sm_share_surface.json`). Shares that overlap in part were not
+    measured alone: `overlap_offset` is of serving azure_conv at four rates with a controller that
+    had (90, 100) and (80, 100) (a trial that is not kept), whose mean end-to-end times a simulation
+    with it meets within 8 %.
     """
 
-    prefill_slowdown: float = 1.18
-    """Prefill's time beside decode over its time alone under the same share: memory bandwidth."""
-    decode_slowdown: float = 1.2
+    prefill_slowdown: float = 1.25
+    """Prefill's time beside decode over its time alone, when both have SMs in common. Under
+    (100, 100) the phases do no more in sum than one of them alone: prefill 80 %, decode 23 %."""
+    prefill_pull: float = 0.9
+    """When they have none it is 1 + prefill_pull * y / 100: decode with more SMs probably takes
+    more of the memory bandwidth, and of the power."""
+    decode_slowdown: float = 1.39
     """The same for decode, when the shares have no SM in common."""
-    overlap_wait: float = 17.5
-    overlap_offset: float = 7.9
+    overlap_wait: float = 89.0
+    overlap_offset: float = 30.0
     """When they have, decode waits for SMs that prefill holds, another
     overlap_wait / (100 - x + overlap_offset) of its time alone at 100 %; percent of the SMs."""
 
     def __post_init__(self) -> None:
         require(self.prefill_slowdown >= 1, "prefill_slowdown", self.prefill_slowdown, ">= 1")
+        require(self.prefill_pull >= 0, "prefill_pull", self.prefill_pull, ">= 0")
         require(self.decode_slowdown >= 1, "decode_slowdown", self.decode_slowdown, ">= 1")
         require(self.overlap_wait >= 0, "overlap_wait", self.overlap_wait, ">= 0")
         require_positive("overlap_offset", self.overlap_offset)
@@ -162,8 +169,10 @@ H200 = Interference()
 def prefill_curve(percent, parallel: float):
     """Prefill's time under a share over that at 100 %: 1 - p + p * 100 / share.
 
-    `parallel` is the part p of the time that more SMs shorten; 0.6 is within 7 % of what the H200
-    took at 95, 50 and 30 %. 1 is the paper's Eq. 1.
+    `parallel` is the part p of the time that more SMs shorten; 0.55 is within 3 % of a chunk of
+    2048 tokens at 80, 70 and 60 % (`Interference` says where). The real curve has steps, as
+    products run in waves of tiles: 70 % is a little better than this, 60 % a little worse. 1 is the
+    paper's Eq. 1.
     """
     return 1 - parallel + parallel * 100 / percent
 
@@ -171,10 +180,17 @@ def prefill_curve(percent, parallel: float):
 def decode_curve(percent, knee: float):
     """Decode's time under a share over that on unlimited SMs: flat above the knee, 1/share below.
 
-    (1 + (knee / share)^4)^(1/4). With the knee at 35 % it is within 3 % of what the H200 took at
-    100, 60, 40, 25 and 15 %.
+    (1 + (knee / share)^4)^(1/4). With the knee at 45 % it is within 5 % of decode of 64 x 1024,
+    padded to 128 rows, at 40, 30 and 20 % (`Interference` says where). Fewer rows need fewer SMs.
     """
     return (1 + (knee / percent) ** 4) ** 0.25
+
+
+def prefill_beside(shares: Shares, interference: Interference) -> float:
+    """Prefill's time beside decode over its time alone."""
+    if shares.prefill + shares.decode <= 100:
+        return 1 + interference.prefill_pull * shares.decode / 100
+    return interference.prefill_slowdown
 
 
 def overlap_wait(shares: Shares, interference: Interference) -> float:
@@ -297,11 +313,12 @@ class PrefillTimeModel(_StepModel):
             other lengths, say, take another time for each.
         """
         super().__init__(
-            {"parallel": np.linspace(0, 1, 21)}, {"parallel": 0.6}, interference, memory_s, noise
+            {"parallel": np.linspace(0, 1, 21)}, {"parallel": 0.55}, interference, memory_s, noise
         )
 
     def _shape(self, work: Work, parameters: dict):
-        slowdown = 1 + (self.interference.prefill_slowdown - 1) * work.other_busy
+        beside = prefill_beside(work.shares, self.interference)
+        slowdown = 1 + (beside - 1) * work.other_busy
         return slowdown * prefill_curve(work.shares.prefill, parameters["parallel"])
 
 
@@ -321,7 +338,7 @@ class DecodeTimeModel(_StepModel):
                 "log2_wait": np.linspace(-3, 3, 7),
                 "log2_sequences": np.linspace(3, 11, 9),
             },
-            {"knee": 35.0, "log2_wait": 0.0, "log2_sequences": 7.0},
+            {"knee": 40.0, "log2_wait": 0.0, "log2_sequences": 7.0},
             interference,
             memory_s,
             noise=0.05,

@@ -10,21 +10,27 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from jpd.config import require
-from jpd.semi_pd.controller import Observation, Shares, Slo, SwitchInFlight, require_positive
+from jpd.semi_pd.controller import (
+    FULL,
+    Observation,
+    Shares,
+    Slo,
+    SwitchInFlight,
+    require_positive,
+)
 from jpd.semi_pd.share_models import H200, DecodeTimeModel, Interference, PrefillTimeModel, Work
 
-DEFAULT_SHARES = (
-    *(Shares(x, 100 - x) for x in (30, 40, 50, 60, 70, 80)),
-    *(Shares(x, 100) for x in (80, 90, 95, 100)),
-)
-"""Disjoint shares, which protect decode, then overlapping ones, which favour prefill. Where shares
-overlap, decode's own is 100: on an H200 a smaller one only made it slower."""
+DEFAULT_SHARES = (*(Shares(x, 100 - x) for x in (30, 40, 50, 60, 70, 80)), FULL)
+"""Disjoint shares, which protect decode, and all SMs for both, which favours prefill. Shares that
+overlap in part gained nothing over those on an H200."""
 
 _URGENCY = 4
 """Power of an SLO's miss in the cost: twice too late weighs like 16 times as many requests."""
+_LOST = 3.0
+"""Miss from which on an SLO is lost: later is no worse, and the mean decides."""
 _TOKEN_NOISE = 0.3
 """Spread of the logarithm of a prompt token's time: prompts of a window differ in length."""
-_NEVER_MORE_BUSY = 0.95
+_NEVER_MORE_BUSY = 0.8
 """Part, 0..1, of what a phase can do at all: forecasts of short windows must not see the pole."""
 
 
@@ -66,8 +72,9 @@ class SloController:
 
     4. takes the share with the least cost, requests inside * max(1, miss / `act_above`)^4, if that
        is lower by `min_gain`. Far from both SLOs this is the least mean end-to-end time; near one
-       of them, and where all shares fail, the share whose worse SLO is best. There is no edge
-       between the two at which to flap.
+       of them, and where all shares fail by a little, the share whose worse SLO is best. There is
+       no edge between the two at which to flap. A miss of more than 3 counts as 3: where an SLO is
+       lost under all shares the least mean decides again.
 
     Two such decisions are `min_dwell_s` apart. A share whose miss is above `act_above` may be left
     before that, unless another one was left so less than `min_dwell_s` ago. Going back to shares
@@ -298,7 +305,8 @@ class SloController:
             tpot_s = self._decode_scale * decode_here * times
             miss = max(ttft_s / self.slo.ttft_s, tpot_s / self.slo.tpot_s)
             inside = waits * queue + self._sequences * times
-            cost = inside * max(1.0, miss / self.act_above) ** _URGENCY
+            danger = min(miss, _LOST) / self.act_above
+            cost = inside * max(1.0, danger) ** _URGENCY
             return Forecast(ttft_s, tpot_s, miss, inside, cost)
 
         self.forecasts = {shares: forecast(shares) for shares in {*self._allowed, current}}

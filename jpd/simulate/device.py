@@ -39,7 +39,7 @@ class VirtualGpu:
         self._next_s = math.inf
         """When the next of them ends, or another begins."""
         self._updated_s = 0.0
-        self._stretch: dict[tuple[bool, int, int | None], float] = {}
+        self._stretch: dict[tuple[bool, int, int | None, int], float] = {}
 
     def clock(self) -> float:
         """The time, as a function for those who want one."""
@@ -113,7 +113,7 @@ class VirtualGpu:
         for beside in running:
             if beside is not step and beside.executor.place == step.executor.place:
                 other = beside.executor.share
-        case = (step.has_prompt, step.executor.share, other)
+        case = (step.has_prompt, step.executor.share, other, step.padded_rows)
         if case not in self._stretch:
             self._stretch[case] = self.model.stretch(*case)
         return step.full_s * self._stretch[case]
@@ -123,13 +123,19 @@ class SimulatedStep:
     """A step that was launched."""
 
     def __init__(
-        self, plan: StepPlan, executor: SimulatedExecutor, full_s: float, begin_s: float
+        self,
+        plan: StepPlan,
+        executor: SimulatedExecutor,
+        full_s: float,
+        begin_s: float,
+        padded_rows: int,
     ) -> None:
         self.plan = plan
         self.executor = executor
         self.full_s = full_s
         """Seconds on the whole GPU."""
         self.has_prompt = bool(plan.chunks)
+        self.padded_rows = padded_rows
         self.begin_s = begin_s
         """When it can begin: it was launched, and the step before it has ended."""
         self.left = 1.0
@@ -207,10 +213,12 @@ class SimulatedExecutor:
     def launch(self, plan: StepPlan) -> SimulatedStep:
         """Queues a step."""
         self.gpu.spend(self.gpu.model.overheads.launch_s)
-        full_s = self.gpu.model.full_s(StepWork.of(plan, self._shapes))
+        work = StepWork.of(plan, self._shapes)
+        full_s = self.gpu.model.full_s(work)
         sent_s = self.gpu.model.page_copy_s * sum(len(copy.source) for copy in plan.copies)
         full_s = max(full_s, sent_s)  # each layer's beside what comes after it
-        step = SimulatedStep(plan, self, full_s, self.gpu.now_s + self._message_s)
+        begin_s = self.gpu.now_s + self._message_s
+        step = SimulatedStep(plan, self, full_s, begin_s, work.padded_rows)
         self.steps.append(step)
         if len(self.steps) == 1:
             self.gpu.executors.append(self)

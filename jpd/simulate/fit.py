@@ -28,8 +28,9 @@ _GRIDS = {
     "parallel": np.linspace(0, 1, 41),
     "knee": np.linspace(5, 100, 39),
     "prefill_slowdown": _SLOWDOWN,
+    "prefill_pull": np.linspace(0, 3, 61),
     "decode_slowdown": _SLOWDOWN,
-    "overlap_wait": np.array([0, *np.geomspace(1, 64, 37)]),
+    "overlap_wait": np.array([0, *np.geomspace(1, 256, 49)]),
 }
 _BESIDE = 0.05
 """A step beside which the other phase was busy for less of the time tells nothing of both."""
@@ -163,12 +164,12 @@ def _stretches(model: LatencyModel, steps: Sequence[MeasuredStep]) -> np.ndarray
     in a second, if it takes a alone and b beside the other.
     """
     is_prompt = steps[0].prompt_tokens > 0
-    pairs = np.array([(step.prefill_share, step.decode_share) for step in steps])
-    if not is_prompt:
-        pairs = pairs[:, ::-1]
-    distinct, index = np.unique(pairs, axis=0, return_inverse=True)
-    alone = np.array([model.stretch(is_prompt, own, None) for own, _ in distinct.tolist()])
-    beside = np.array([model.stretch(is_prompt, own, other) for own, other in distinct.tolist()])
+    shares = np.array([(step.prefill_share, step.decode_share) for step in steps])
+    rows = [0 if is_prompt else step.padded_rows for step in steps]
+    cases = np.column_stack([shares if is_prompt else shares[:, ::-1], rows])
+    distinct, index = np.unique(cases, axis=0, return_inverse=True)
+    alone = np.array([model.stretch(is_prompt, own, None, n) for own, _, n in distinct.tolist()])
+    beside = np.array([model.stretch(is_prompt, *case) for case in distinct.tolist()])
     busy = np.array([step.other_busy for step in steps])
     return 1 / ((1 - busy) / alone[index] + busy / beside[index])
 
@@ -187,11 +188,12 @@ def _told(steps: Sequence[MeasuredStep]) -> list[str]:
     own = {step.prefill_share if is_prompt else step.decode_share for step in steps}
     sums = {s.prefill_share + s.decode_share for s in steps if s.other_busy > _BESIDE}
     told = (["parallel"] if is_prompt else ["knee"]) if len(own) > 1 else []
-    if is_prompt:
-        return told + ["prefill_slowdown"] * bool(sums)
-    # Where shares overlap only one of the two can be told; waiting is the one that must be.
-    told += ["decode_slowdown"] * any(total <= 100 for total in sums)
-    return told + ["overlap_wait"] * any(total > 100 for total in sums)
+    # Where shares overlap only one of decode's two can be told; waiting is the one that must be.
+    disjoint, overlap = (
+        ("prefill_pull", "prefill_slowdown") if is_prompt else ("decode_slowdown", "overlap_wait")
+    )
+    told += [disjoint] * any(total <= 100 for total in sums)
+    return told + [overlap] * any(total > 100 for total in sums)
 
 
 def _fit_phase(model: LatencyModel, steps: list[MeasuredStep]) -> LatencyModel:

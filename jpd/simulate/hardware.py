@@ -79,11 +79,12 @@ def arithmetic(
     decode step of 16 layers took 3 % longer in a process of its own on an H200 (a trial that is not
     kept) is left out.
 
-    An H200 served Llama-3.1-8B with azure_conv (`benchmarks/results/h200/semi_pd_serving.json`,
-    when decoding rows were added to full steps of prompts). Means of TTFT and TPOT with these
-    constants and those steps are within 6 % of both policies on one executor at 12, 17 and 22
-    requests/s, but for chunked prefill at 22, more than it kept up with: 15 % too short. They are
-    within 8 % of those of two executors under (100, 100) at 9 (trials that are not kept).
+    An H200 served Llama-3.1-8B with azure_conv at 13, 18, 22 and 27 requests/s for 10 s (trials of
+    2026-11-22 that are not kept; step sizes 32, 128 and 256). With the same requests, means of
+    TTFT, TPOT and end-to-end time of both policies on one executor come within 6 %. On two, under
+    (100, 100), (80, 20), (70, 30) and (60, 40) at up to four of the rates, end-to-end times come
+    within 8 %, TPOT within 7 %, and TTFT within 16 %, but for (60, 40) at 18, where prefill is
+    nearly all busy: 21 % too short.
 
     Args:
       split: of the model over ranks; windows are not looked at.

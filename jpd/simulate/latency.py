@@ -19,6 +19,7 @@ from jpd.semi_pd.share_models import (
     Interference,
     decode_curve,
     overlap_wait,
+    prefill_beside,
     prefill_curve,
 )
 
@@ -160,10 +161,15 @@ class LatencyModel:
     decode: DecodeTime
     prompt: PromptTime
     overheads: Overheads = field(default_factory=Overheads)
-    parallel: float = 0.6
+    parallel: float = 0.55
     """Of `prefill_curve`: 0..1."""
     knee: float = 35.0
-    """Of `decode_curve`: percent of the SMs."""
+    """Of `decode_curve`, percent of the SMs, for a step of few rows: its reads need so many. One
+    H200's products of 8 rows and its decode attention have theirs at 34 to 37
+    (`benchmarks/results/h200/sm_shares.json`)."""
+    knee_row: float = 1 / 12
+    """More for each padded row, whose products need SMs: 45 with 128 rows, as a whole step had
+    (`benchmarks/results/h200/sm_share_surface.json`)."""
     interference: Interference = H200
     page_copy_s: float = 0.0
     """For each KV page that a step of `topology="disaggregated"` sends to the other GPU, beside
@@ -183,7 +189,8 @@ class LatencyModel:
             "at least 1",
         )
         require(0 <= self.parallel <= 1, "parallel", self.parallel, "0..1")
-        require(self.knee >= 0, "knee", self.knee, "at least 0 percent")
+        for name in ("knee", "knee_row"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0 percent")
         for name in ("page_copy_s", "start_s"):
             value = getattr(self, name)
             require(0 <= value < math.inf, name, value, "seconds, at least 0")
@@ -192,19 +199,25 @@ class LatencyModel:
         """Seconds of a step that has the whole GPU."""
         return (self.prompt if work.prompt_tokens else self.decode).seconds(work)
 
-    def stretch(self, has_prompt: bool, share: int, other_share: int | None) -> float:
+    def stretch(
+        self, has_prompt: bool, share: int, other_share: int | None, padded_rows: int = 0
+    ) -> float:
         """What the time on the whole GPU is multiplied with.
 
         Args:
           has_prompt: the step has prompt tokens.
           share: of the executor, in percent of the SMs.
           other_share: of the executor whose step runs at the same time; None if none does.
+          padded_rows: of the step; of no account if it has prompt tokens.
         """
         if has_prompt:
-            beside = 1.0 if other_share is None else self.interference.prefill_slowdown
-            return beside * prefill_curve(share, self.parallel)
+            alone = prefill_curve(share, self.parallel)
+            if other_share is None:
+                return alone
+            return alone * prefill_beside(Shares(share, other_share), self.interference)
         # The curve counts from unlimited SMs, `full_s` from 100 %.
-        alone = decode_curve(share, self.knee) / decode_curve(100, self.knee)
+        knee = self.knee + self.knee_row * padded_rows
+        alone = decode_curve(share, knee) / decode_curve(100, knee)
         if other_share is None:
             return alone
         wait = overlap_wait(Shares(other_share, share), self.interference)

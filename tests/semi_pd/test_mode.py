@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -16,20 +17,41 @@ from jpd.semi_pd.mode import BreakEven, Mode, phases_of
 from native.mps import Mps, MpsError
 
 
+def saw(now_s: float, decoding: float, waiting: float, held: float, mode: Mode) -> Observation:
+    """A tenth of a second in which 100 prompt tokens were computed.
+
+    Args:
+        now_s: Its end.
+        decoding: Requests that decode meanwhile.
+        waiting: Requests that wait.
+        held: Part of the time for which decode is held up if one executor serves.
+        mode: What serves.
+    """
+    gaps = {}
+    if mode == "unified" and held:  # ten steps of decode, the last of which has the prompt
+        alone_s = 0.1 * (1 - held) / 10
+        gaps = {"token_gap_s": [alone_s] * 9 + [0.1 - 9 * alone_s]}
+        gaps["held_gap_s"] = gaps["token_gap_s"][-1:]
+    return Observation(
+        now_s=now_s,
+        prefill_tokens=100,
+        decoding_beside=round(100 * decoding),
+        waiting_beside=round(100 * waiting),
+        **gaps,
+    )
+
+
 def play(
-    policy: BreakEven, *parts: tuple[float, float, float], mode: Mode = "unified"
+    policy: BreakEven, *parts: tuple[float, float, float], held: float = 1.0, mode: Mode = "unified"
 ) -> list[tuple[float, Mode]]:
-    """Parts of (seconds, decoding, waiting) beside 100 prompt tokens every 0.1 s; the changes."""
+    """Parts of (seconds, decoding, waiting); the changes."""
     now_s, changes = 0.0, []
     for seconds, decoding, waiting in parts:
         for _ in range(round(seconds * 10)):
             now_s += 0.1
-            seen = Observation(
-                now_s=now_s,
-                prefill_tokens=100,
-                decoding_beside=round(100 * decoding),
-                waiting_beside=round(100 * waiting),
-            )
+            seen = saw(now_s, decoding, waiting, held, mode)
+            if not decoding and not waiting:
+                seen = Observation(now_s=now_s)
             wanted = policy.decide(seen, mode)
             if wanted != mode:
                 changes.append((round(now_s, 1), wanted))
@@ -38,33 +60,61 @@ def play(
 
 
 def test_two_executors_where_more_decode_than_wait() -> None:
-    policy = BreakEven(ratio=2.0, hysteresis=1.5, window_s=4.0)
-    assert play(policy, (20, 1, 1), (20, 8, 1), (20, 1, 1)) == [
-        # More than 3 in the mean of 4 s, then less than 2 / 1.5.
-        (21.2, "semi_pd"),
-        (43.9, "unified"),
-    ]
-    assert policy.estimate == pytest.approx(1.0)
+    policy = BreakEven(ratio=2.0, hysteresis=2.0, window_s=4.0)
+    changes = play(policy, (20, 1, 1), (20, 8, 1), (20, 0.5, 1), held=0.99)
+    assert [mode for _, mode in changes] == ["semi_pd", "unified"]
+    # More than 2 in the mean of 4 s, then less than 1.
+    assert [at_s for at_s, _ in changes] == pytest.approx([20.7, 43.8], abs=0.2)
+    assert policy.estimate == pytest.approx(0.5 * 0.98, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("held", "decoding", "waiting", "estimate"),
+    [
+        (1.0, 12, 1, 12),
+        (0.75, 12, 1, 6),  # one executor does 1 / 4 of the steps that would run alone, two 1 / 2
+        (0.5, 12, 1, 0),
+        (0.2, 40, 1, -24),  # very many decode, but they are hardly held up
+        (0.75, 1, 4, 1 / 8),  # they are, but few decode for each that waits
+    ],
+)
+def test_the_estimate(held: float, decoding: float, waiting: float, estimate: float) -> None:
+    policy = BreakEven(ratio=4.0)
+    changes = play(policy, (10, decoding, waiting), held=held)
+    assert policy.estimate == pytest.approx(estimate, abs=0.2)
+    assert [mode for _, mode in changes] == (["semi_pd"] if estimate > 4 else [])
+
+
+def test_on_two_executors_it_goes_by_the_tokens_that_arrive() -> None:
+    """Each holds one executor up for as long as it was last seen to."""
+    policy = BreakEven(ratio=2.0, hysteresis=2.0)
+    assert play(policy, (6, 8, 1), held=0.9) == [(0.2, "semi_pd")]
+    for tenth in range(61, 121):  # a quarter of the tokens
+        seen = saw(tenth / 10, 8, 1, 0.9, "semi_pd")
+        seen = replace(seen, prefill_tokens=25, decoding_beside=200, waiting_beside=25)
+        wanted = policy.decide(seen, "semi_pd")
+    assert policy.estimate == pytest.approx(8 * (1 - 2 * (1 - 0.9 / 4)), rel=0.1)
+    assert wanted == "unified"
 
 
 def test_between_the_two_thresholds_it_stays() -> None:
-    for mode in ("unified", "semi_pd"):
-        assert play(BreakEven(ratio=2.0), (60, 2, 1), mode=mode) == []
-        assert play(BreakEven(ratio=2.0), (60, 20, 10), mode=mode) == []
+    assert play(BreakEven(ratio=2.0), (60, 1.5, 1)) == []
+    policy = BreakEven(ratio=2.0)
+    assert play(policy, (10, 8, 1), (60, 0.5, 1)) == [(0.2, "semi_pd")]
 
 
 def test_a_load_at_the_threshold_does_not_make_it_flap() -> None:
     parts = [(2, n, 1) for n in (2, 4.2, 1.2, 3.6) * 20]
     assert len(play(BreakEven(ratio=2.0), *parts)) <= 1
     # Without memory and hysteresis, it does.
-    nervous = BreakEven(ratio=2.0, hysteresis=1.0, window_s=0.1, min_dwell_s=0.0)
+    nervous = BreakEven(ratio=2.0, hysteresis=1.0, window_s=0.2, min_dwell_s=0.0)
     assert len(play(nervous, *parts)) > 40
 
 
 def test_changes_have_their_time_between_them() -> None:
-    parts = [(0.5, n, 1) for n in (9, 0) * 20]
+    parts = [(0.5, n, 1) for n in (9, 0.01) * 20]
     for dwell_s in (1.0, 3.0):
-        policy = BreakEven(ratio=2.0, window_s=0.2, min_dwell_s=dwell_s)
+        policy = BreakEven(ratio=2.0, window_s=0.3, min_dwell_s=dwell_s)
         times = [at_s for at_s, _ in play(policy, *parts)]
         assert len(times) > 3
         assert min(b - a for a, b in pairwise(times)) >= dwell_s - 1e-9
@@ -72,18 +122,16 @@ def test_changes_have_their_time_between_them() -> None:
 
 def test_without_prompts_nothing_changes() -> None:
     policy = BreakEven(ratio=2.0)
-    assert play(policy, (5, 9, 1), (60, 0, 0)) == [(0.1, "semi_pd")]
+    # Fewer and fewer in the window hold nobody up, and none say nothing.
+    assert play(policy, (5, 9, 1), (60, 0, 0)) == [(0.2, "semi_pd"), (7.5, "unified")]
     assert policy.estimate is None
 
 
 def test_it_goes_on_asking_while_the_change_is_under_way() -> None:
     """An executor on all SMs may have to be started first."""
     policy = BreakEven(ratio=2.0)
-    seen = [
-        Observation(now_s=float(i), prefill_tokens=1, decoding_beside=9, waiting_beside=1)
-        for i in range(5)
-    ]
-    assert {policy.decide(o, "unified") for o in seen} == {"semi_pd"}
+    asked = [policy.decide(saw(i / 10, 9, 1, 1.0, "unified"), "unified") for i in range(5)]
+    assert asked == ["unified"] + 4 * ["semi_pd"]
 
 
 @pytest.mark.parametrize(
@@ -91,6 +139,7 @@ def test_it_goes_on_asking_while_the_change_is_under_way() -> None:
     [
         ({"ratio": 0.0}, "break_even.ratio=0.0 is not allowed: finite, above 0"),
         ({"hysteresis": 0.9}, "break_even.hysteresis=0.9 is not allowed: finite, at least 1"),
+        ({"slowdown": 0.5}, "break_even.slowdown=0.5 is not allowed: finite, at least 1"),
         ({"window_s": -1.0}, "break_even.window_s=-1.0 is not allowed"),
         ({"min_dwell_s": float("inf")}, "break_even.min_dwell_s=inf is not allowed"),
     ],

@@ -17,40 +17,38 @@ from jpd.semi_pd.share_models import (
     Work,
     decode_curve,
     overlap_wait,
+    prefill_beside,
     prefill_curve,
 )
 
-# One H200, 8 layers of a 7B model, ms: each phase alone under a share, then (x, y) side by side.
-DECODE_ALONE = {100: 2.81, 60: 2.94, 40: 3.20, 25: 4.17, 15: 6.63}
-PREFILL_ALONE = {100: 11.6, 95: 12.2, 50: 17.4, 30: 28.8}
+# One H200, Llama-3.1-8B, ms (benchmarks/results/h200/sm_share_surface.json): decode of 64 x 1024
+# and a prompt chunk of 2048 alone under a share, then (x, y) side by side.
+DECODE_ALONE = {100: 7.94, 40: 10.49, 30: 12.29, 20: 17.91}
+PREFILL_ALONE = {100: 48.08, 80: 55.23, 70: 57.97, 60: 67.62}
 BESIDE = {  # (x, y): prefill, decode
-    (100, 100): (14.5, 8.9),
-    (95, 100): (15.2, 7.3),
-    (95, 50): (15.1, 7.5),
-    (95, 30): (15.4, 7.8),
-    (90, 25): (15.4, 8.2),
-    (100, 30): (13.6, 11.9),
-    (50, 50): (24.3, 3.7),
-    (30, 50): (36.1, 3.4),
+    (100, 100): (60.21, 34.62),
+    (80, 20): (66.49, 24.47),
+    (70, 30): (73.58, 17.50),
+    (60, 40): (91.70, 14.51),
 }
 
 
 def test_the_curves_follow_what_the_h200_took() -> None:
     for percent, measured in DECODE_ALONE.items():
-        curve = decode_curve(percent, 35) / decode_curve(100, 35)
-        assert curve == pytest.approx(measured / DECODE_ALONE[100], rel=0.03)
+        curve = decode_curve(percent, 45) / decode_curve(100, 45)
+        assert curve == pytest.approx(measured / DECODE_ALONE[100], rel=0.05)
     for percent, measured in PREFILL_ALONE.items():
-        assert prefill_curve(percent, 0.6) == pytest.approx(measured / 11.6, rel=0.075)
+        assert prefill_curve(percent, 0.55) == pytest.approx(measured / 48.08, rel=0.03)
 
 
 def test_the_interference_follows_what_the_h200_took() -> None:
     for (x, y), (prefill, decode) in BESIDE.items():
         shares = Shares(x, y)
-        assert 11.6 * prefill_curve(x, 0.6) * H200.prefill_slowdown == pytest.approx(
-            prefill, rel=0.15
-        )
-        modelled = H200.decode_slowdown * decode_curve(y, 35) + overlap_wait(shares, H200)
-        assert 2.81 * modelled == pytest.approx(decode, rel=0.15)
+        modelled = PREFILL_ALONE[x] * prefill_beside(shares, H200)
+        assert modelled == pytest.approx(prefill, rel=0.03)
+        modelled = H200.decode_slowdown * DECODE_ALONE[y]
+        modelled += DECODE_ALONE[100] * overlap_wait(shares, H200)
+        assert modelled == pytest.approx(decode, rel=0.03)
 
 
 def test_disjoint_shares_never_wait_and_overlapping_ones_wait_more_for_a_larger_prefill() -> None:
@@ -153,18 +151,18 @@ def test_noisy_times_of_a_token_are_believed_less() -> None:
             model.update(0.0, Work(shares=Shares(percent, 100), other_busy=1.0), seconds)
         seen[noise] = model.coefficients["parallel"]
     assert seen[0.05] < 0.1
-    assert seen[0.3] == pytest.approx(0.6, abs=0.1)
+    assert seen[0.3] == pytest.approx(0.55, abs=0.1)
 
 
 def test_one_time_is_enough_as_the_priors_know_the_shape() -> None:
     model = DecodeTimeModel()
     with pytest.raises(ValueError, match="no time has been observed"):
         model.predict(Work(shares=FULL, other_busy=0.0))
-    model.update(0.0, Work(shares=FULL, other_busy=0.0), 2.81e-3)
+    model.update(0.0, Work(shares=FULL, other_busy=0.0), 7.94e-3)
     assert model.r_squared is None
     for percent, measured in DECODE_ALONE.items():
         work = Work(shares=Shares(100, percent), other_busy=0.0)
-        assert model.predict(work) == pytest.approx(measured * 1e-3, rel=0.03)
+        assert model.predict(work) == pytest.approx(measured * 1e-3, rel=0.12)  # few rows
 
 
 def test_times_are_replaced_and_forgotten() -> None:

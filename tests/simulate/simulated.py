@@ -24,9 +24,9 @@ SIZES: dict[str, Any] = {
     "page_size": 8,
     "num_pages": 257,
 }
-NO_SHARES: dict[str, Any] = {"parallel": 0.0, "knee": 0.0}
+NO_SHARES: dict[str, Any] = {"parallel": 0.0, "knee": 0.0, "knee_row": 0.0}
 """SM shares change nothing."""
-ALONE = Interference(prefill_slowdown=1.0, decode_slowdown=1.0, overlap_wait=0.0)
+ALONE = Interference(prefill_slowdown=1.0, prefill_pull=0.0, decode_slowdown=1.0, overlap_wait=0.0)
 """The phases do nothing to each other."""
 
 

@@ -91,7 +91,9 @@ def test_policies_of_the_unified_engine(folder):
 def test_phases_side_by_side_and_what_they_do_to_each_other(folder):
     slow = latencies(
         prompt_s=20e-3,
-        interference=Interference(prefill_slowdown=2.0, decode_slowdown=1.5, overlap_wait=0.0),
+        interference=Interference(
+            prefill_slowdown=2.0, prefill_pull=2.0, decode_slowdown=1.5, overlap_wait=0.0
+        ),
     )
     first, second = run(folder, slow, (0, 5, 2), (0.022, 5, 1), **SEMI_PD)
     # Decode of the first begins at 20 and ends at 25 if alone. From 22 on prompt and decode run
@@ -118,12 +120,21 @@ def test_shares_and_overlap(folder):
     model = latencies(
         parallel=0.5,
         knee=50.0,
+        knee_row=0.5,
         interference=Interference(
-            prefill_slowdown=1.25, decode_slowdown=1.2, overlap_wait=10.0, overlap_offset=10.0
+            prefill_slowdown=1.25,
+            prefill_pull=0.4,
+            decode_slowdown=1.2,
+            overlap_wait=10.0,
+            overlap_offset=10.0,
         ),
     )
     assert model.stretch(True, 50, None) == 1.5
     assert model.stretch(True, 50, 100) == 1.25 * 1.5
+    assert model.stretch(True, 50, 40) == 1.16 * 1.5
+    assert model.stretch(False, 75, None, padded_rows=50) == pytest.approx(
+        2**0.25 / (1 + 0.75**4) ** 0.25
+    )
     half = (1 + 1) ** 0.25 / (1 + 0.5**4) ** 0.25
     assert model.stretch(False, 50, None) == pytest.approx(half)
     assert model.stretch(False, 50, 50) == pytest.approx(1.2 * half)
@@ -232,12 +243,12 @@ def test_the_load_decides_between_one_executor_and_two(folder):
             modes.append((observation.now_s, super().decide(observation, current)))
             return modes[-1][1]
 
-    engine.topology._mode_policy = Watched(ratio=3.0, window_s=2.0)
+    engine.topology._mode_policy = Watched(ratio=3.0, slowdown=1.0, window_s=2.0)
     records = simulate(fixed(arrivals, 20, 60), [engine])
     assert all(record.ok for record in records)
     changes = [b for (_, a), (at_s, b) in pairwise(modes) if a != b]
     assert changes == ["semi_pd", "unified"]
-    assert {mode for at_s, mode in modes if 13 < at_s < 19} == {"semi_pd"}
+    assert {mode for at_s, mode in modes if 15 < at_s < 19} == {"semi_pd"}
     assert engine.coordinator.stats().mode_changes == 2
 
 
@@ -293,7 +304,8 @@ TOPOLOGIES = [
     st.sampled_from([24, 257]),
 )
 def test_every_request_gets_its_tokens(folder, rows, options, num_pages):
-    model = latencies(overheads=HOST, interference=Interference(), parallel=0.6, knee=35.0)
+    shares = {"interference": Interference(), "parallel": 0.6, "knee": 35.0, "knee_row": 0.1}
+    model = latencies(overheads=HOST, **shares)
     engine = make_engine(folder, model, num_pages=num_pages, **options)
     rows = sorted(rows)
     records = simulate(requests(*rows), [engine])

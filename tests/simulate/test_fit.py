@@ -19,7 +19,9 @@ TRUE = LatencyModel(
     prompt=PromptTime(step_s=5e-3, token_s=2.5e-5, pair_s=4e-10, context_token_s=3e-8),
     parallel=0.45,
     knee=50.0,
-    interference=Interference(prefill_slowdown=1.4, decode_slowdown=1.1, overlap_wait=12.0),
+    interference=Interference(
+        prefill_slowdown=1.4, prefill_pull=0.6, decode_slowdown=1.1, overlap_wait=60.0
+    ),
 )
 PAIRS = [(100, 100), (50, 50), (30, 50), (80, 100), (70, 20), (50, 15)]
 
@@ -69,7 +71,8 @@ def test_finds_the_coefficients_behind_noisy_times():
     assert found.knee == pytest.approx(50, abs=3)
     assert found.interference.prefill_slowdown == pytest.approx(1.4, abs=0.05)
     assert found.interference.decode_slowdown == pytest.approx(1.1, abs=0.05)
-    assert found.interference.overlap_wait == pytest.approx(12, rel=0.15)
+    assert found.interference.overlap_wait == pytest.approx(60, rel=0.15)
+    assert found.interference.prefill_pull == pytest.approx(0.6, abs=0.1)
     assert found.interference.overlap_offset == H200.overlap_offset
 
 
@@ -108,11 +111,12 @@ def test_steps_that_seem_to_take_no_time_do_no_harm():
 
 def test_what_was_not_varied_keeps_its_default():
     found = fit(measured(1, 0.02, pairs=[(100, 100)], busy=False)).model
-    assert (found.parallel, found.knee, found.interference) == (0.6, 35.0, H200)
+    assert (found.parallel, found.knee, found.interference) == (0.55, 35.0, H200)
     beside = fit(measured(1, 0.02, pairs=[(50, 50)])).model
-    assert (beside.parallel, beside.knee) == (0.6, 35.0)
+    assert (beside.parallel, beside.knee) == (0.55, 35.0)
     assert beside.interference.overlap_wait == H200.overlap_wait
-    assert beside.interference.prefill_slowdown == pytest.approx(1.4, abs=0.05)
+    assert beside.interference.prefill_slowdown == H200.prefill_slowdown
+    assert beside.interference.prefill_pull == pytest.approx(0.6, abs=0.05)
 
 
 def test_steps_of_one_phase_alone():

@@ -140,14 +140,26 @@ def test_products_compute_whole_tiles(latencies_8b):
     assert tiles(2048, 32) == pytest.approx(9)
 
 
-@pytest.mark.parametrize(("rate", "n", "better"), [(6.0, 100, "semi_pd"), (20.0, 300, "unified")])
-def test_the_default_break_even_takes_what_is_better(llama_8b, latencies_8b, rate, n, better):
-    """Few decode for each that waits: two executors until most requests wait, one beyond."""
-    requests = traces.make("azure_code", rate=rate, n=n, seed=0, max_total_tokens=8192)
+@pytest.mark.parametrize(
+    ("workload", "rate", "better"),
+    [
+        ("azure_conv", 22.2, "semi_pd"),  # decode is held up for most of the time
+        ("azure_conv", 8.0, "unified"),
+        ("azure_code", 15.0, "unified"),  # so it is, but few decode and many wait
+        ("sharegpt_like", 33.0, "unified"),  # very many decode, but are hardly held up
+    ],
+)
+def test_the_default_break_even_takes_what_is_better(
+    llama_8b, latencies_8b, workload, rate, better
+):
+    n = round(8 * rate)
+    requests = traces.make(workload, rate=rate, n=n, seed=0, max_total_tokens=8192)
     buckets = {"batch_buckets": (32, 128, 256), "token_buckets": (256, 512, 1024, 2048)}
 
     def mean_e2e_s(topology: str) -> float:
         options = {"topology": topology, "max_model_len": 8192, "num_pages": 18_432, **buckets}
+        if topology != "unified":
+            options["semi_pd"] = {"prefill_share": 70, "decode_share": 30}
         config = EngineConfig.from_kwargs(str(llama_8b), **options)
         one = engine.build(engine.prepare(config, 1 << 37, "a GPU"), latencies_8b)
         records = simulate(requests, [one])

@@ -125,7 +125,7 @@ def in_virtual_time(monkeypatch):
 )
 def test_what_is_recorded_of_a_simulated_engine_is_its_model(folder, in_virtual_time, options):
     """The host's times come back, and do not get mixed up with what it waits for."""
-    shares = {"parallel": 0.6, "knee": 35.0, "interference": H200}
+    shares = {"parallel": 0.6, "knee": 35.0, "knee_row": 0.1, "interference": H200}
     ranks = options.get("tensor_parallel_size", 1)
     model = dataclasses.replace(STEPS, overheads=HOST, tensor_parallel_size=ranks, **shares)
     virtual = make_engine(folder, model, **options)
