@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import memref, scf
+from jaxlib.mlir.dialects import arith, memref, scf, vector
 
 WARPGROUP = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup)
 HOPPER_SMS = 132
@@ -155,3 +156,42 @@ def store(ref: Any, value: jax.Array) -> None:
 def load(ref: Any, layout: Any) -> jax.Array:
     """Loads GMEM into registers in `layout`, coalesced or not."""
     return plgpu.load(ref, layout=layout, optimized=False)
+
+
+def gather(
+    ref: Any, width: int, place: Callable[[jax.Array], jax.Array], *, interpret: Any = None
+) -> jax.Array:
+    """Loads a row whose vectors lie scattered in GMEM; each thread finds where its own are.
+
+    Args:
+      ref: `[N, vector]`.
+      width: numbers in the row.
+      place: where in `ref` vectors of the row are, by their numbers in it; int32s both.
+      interpret: as for the kernel.
+
+    Returns:
+      `[width]`, as if it were loaded in `WG_STRIDED((width,), vec_size=vector)`.
+    """
+    size = ref.shape[1]
+    count = (width // size,)
+    one_each = plgpu.Layout.WG_STRIDED(count, vec_size=1)  # a vector's number where the vector is
+    layout = plgpu.Layout.WG_STRIDED((width,), vec_size=size)
+    places = place(plgpu.broadcasted_iota(jnp.int32, count, 0, layout=one_each))
+    if interpret is not None:
+        return ref[...][places].reshape(width)
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(), one_each),
+        return_type=plgpu.ShapeDtypeStruct((width,), ref.dtype, layout),
+    )
+    def load(ctx, ref, places):
+        del ctx
+        index = ir.IndexType.get()
+        loaded_type = ir.VectorType.get((size,), ref.type.element_type)
+        loaded = np.empty_like(places.registers)
+        for i, at in enumerate(places.registers):
+            row = arith.index_cast(index, vector.extract(at, [], [0]))
+            loaded[i] = vector.load(loaded_type, ref, [row, mgpu.utils.c(0, index)])
+        return mgpu.FragmentedArray(_registers=loaded, _layout=layout.to_mgpu(), _is_signed=None)
+
+    return load(ref, places)

@@ -10,7 +10,6 @@ import functools
 from typing import Any
 
 import jax
-import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
@@ -83,7 +82,7 @@ def tile_number(row: Any, column: Any, grid: tuple[int, int], tiling: SignalConf
     """Number of a tile in the order of completion: the inverse of `signal_gemm`'s `tile_order`.
 
     Args:
-      row: of the matrix of tiles, an int or an int32 scalar; so is `column`.
+      row: of the matrix of tiles, an int or int32s; so is `column`.
       column: see there.
       grid: rows and columns of tiles.
       tiling: the order.
@@ -95,7 +94,7 @@ def tile_number(row: Any, column: Any, grid: tuple[int, int], tiling: SignalConf
     first = band * tiling.grid_tile_width
     width = jnp.minimum(tiling.grid_tile_width, minors - first)
     # Every other band is walked backwards.
-    along = jnp.where(band % 2 == 0, major, majors - 1 - major)
+    along = major + band % 2 * (majors - 1 - 2 * major)
     return first * majors + along * width + minor - first
 
 
@@ -104,42 +103,26 @@ def _call(y, residual, weight, *, eps, tiling, interpret):
     (rows, width), dtype = residual.shape, residual.dtype
     vector = default_config(width, dtype.itemsize).vector
     layout = plgpu.Layout.WG_STRIDED((width,), vec_size=vector)
-    scratch = ()
     if tiling is not None:
-        grid, tile_n, part_m = _grid(y, residual, tiling), tiling.tile_n, y.shape[1]
-        scratch = (
-            plgpu.SMEM((grid[1] * tile_n,), dtype),
-            plgpu.Barrier(num_arrivals=grid[1]),
-        )
+        grid, part_m = _grid(y, residual, tiling), y.shape[1]
+        in_tile = tiling.tile_n // vector  # tile_n is a multiple of 64: no vector is in two tiles
+        y = y.reshape(-1, vector)
 
-    def gather(y_ref, row, row_s, loaded):
-        """Brings the row's pieces together in shared memory."""
+    def place(row, number):
+        """Where in y vector `number` of a row is."""
+        tile = tile_number(lax.div(row, part_m), lax.div(number, in_tile), grid, tiling)
+        return (tile * part_m + lax.rem(row, part_m)) * in_tile + lax.rem(number, in_tile)
 
-        def piece(column, carry):
-            tile = tile_number(lax.div(row, jnp.int32(part_m)), column, grid, tiling)
-            plgpu.copy_gmem_to_smem(
-                y_ref.at[tile, lax.rem(row, jnp.int32(part_m))],
-                row_s.at[pl.ds(column * tile_n, tile_n)],
-                loaded,
-            )
-            return carry
-
-        lax.fori_loop(0, grid[1], piece, None)
-
-    def body(y_ref, residual_ref, weight_ref, normed_ref, sum_ref, *gathered):
+    def body(y_ref, residual_ref, weight_ref, normed_ref, sum_ref):
         row = lax.axis_index("row")
         mosaic.let_next_start(interpret)
         scale = plgpu.load(weight_ref, layout=layout, optimized=False)
         mosaic.wait_for_previous(interpret)
-        if gathered:
-            gather(y_ref, row, *gathered)
         before = plgpu.load(residual_ref.at[row], layout=layout, optimized=False)
-        own = y_ref.at[row]
-        if gathered:
-            row_s, loaded = gathered
-            plgpu.barrier_wait(loaded)
-            own = row_s.at[pl.ds(0, width)]  # padding of the last tile is left where it is
-        part = plgpu.load(own, layout=layout, optimized=False)
+        if tiling is None:
+            part = plgpu.load(y_ref.at[row], layout=layout, optimized=False)
+        else:
+            part = mosaic.gather(y_ref, width, functools.partial(place, row), interpret=interpret)
         total = (before.astype(jnp.float32) + part.astype(jnp.float32)).astype(dtype)
         sum_ref[row] = total
         normed_ref[row] = normed(total, scale, eps)
@@ -148,7 +131,6 @@ def _call(y, residual, weight, *, eps, tiling, interpret):
     return plgpu.kernel(
         body,
         out_type=(shape, shape),
-        scratch_types=scratch,
         grid=(rows,),
         grid_names=("row",),
         compiler_params=mosaic.WARPGROUP,
