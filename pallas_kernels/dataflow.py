@@ -20,10 +20,12 @@ from typing import Any
 import jax
 
 from pallas_kernels import mosaic
+from pallas_kernels.checks import not_empty
 from pallas_kernels.dense_gemm import DenseConfig, dense_gemm
 from pallas_kernels.dense_gemm import default as default_dense
 from pallas_kernels.flat_gemm import FlatConfig, flat_gemm
 from pallas_kernels.flat_gemm import default as default_flat
+from pallas_kernels.products import checked_shape
 
 TUNED = Path(__file__).parent / "tuned"
 ROWS = (8, 32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -79,10 +81,21 @@ def load_table(
     }
 
 
-def table_name() -> str | None:
-    """File name of the table in use; None if a rule decides everything."""
-    kind = device_kind()
-    return None if load_table(kind, mosaic.sm_count()) is None else f"{slug(kind)}.json"
+def coverage() -> str:
+    """What the table has entries for on the GPU in use, in words."""
+    kind, sms = device_kind(), mosaic.sm_count()
+    file = TUNED / f"{slug(kind)}.json"
+    if not file.exists():
+        return f"none for {kind}: a rule decides"
+    counts = " and ".join(json.loads(file.read_text())["products"])
+    table = load_table(kind, sms)
+    if table is None:
+        return f"{file.name} is for {counts} SMs, here are {sms}: a rule decides"
+    rows = sorted({rows for entries in table.values() for rows in entries})
+    return (
+        f"{file.name}, for {counts} SMs: {len(table)} products on {sms}, each with some of up to "
+        f"{', '.join(map(str, rows))} rows; a rule decides all others"
+    )
 
 
 def rule(m: int, n: int, k: int, gated: bool = False) -> Choice:
@@ -104,7 +117,11 @@ def choose(
       gated: silu(gate) * up as epilogue.
       pallas_only: XLA is no choice.
       kind: device kind of the GPU; the one in use when not given.
+
+    Raises:
+      NotImplementedError: an axis is empty.
     """
+    not_empty(M=m, N=n, K=k)
     table = load_table(kind or device_kind(), mosaic.sm_count())
     entries = (table or {}).get((n, k, gated), {})
     entry = entries.get(next((rows for rows in ROWS if rows >= m), ROWS[-1]))
@@ -135,14 +152,15 @@ def linear(
     Arguments as for `pallas_kernels.flat_gemm`, w as `[N, K]`.
 
     Raises:
+      ValueError: shapes or dtypes that do not fit together.
       NotImplementedError: XLA is the choice, or no kernel takes the shape.
     """
-    choice = choose(x.shape[0], *w.shape, gated=gated, pallas_only=pallas_only)
+    m, n, k = checked_shape(x, w, bias, residual, gated, "nk")
+    choice = choose(m, n, k, gated=gated, pallas_only=pallas_only)
     operands = {"bias": bias, "residual": residual, "gated": gated, "interpret": interpret}
     match choice.kernel:
         case "flat_gemm":
             return flat_gemm(x, w, **operands, config=choice.config)
         case "dense_gemm":
             return dense_gemm(x, w, **operands, config=choice.config)
-    m, (n, k) = x.shape[0], w.shape
     raise NotImplementedError(f"M, N, K = {m}, {n}, {k}: XLA is faster here")

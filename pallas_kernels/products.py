@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.checks import DTYPES, not_empty, supported
+
 
 def checked_shape(
     x: jax.Array,
@@ -18,7 +20,7 @@ def checked_shape(
 
     Raises:
       ValueError: shapes or dtypes that do not fit together, or a layout that is neither.
-      NotImplementedError: a dtype that wgmma kernels of this package do not take.
+      NotImplementedError: a dtype that wgmma kernels of this package do not take, or an empty axis.
     """
     if w_layout not in ("nk", "kn"):
         raise ValueError(f"w_layout is {w_layout!r}, not 'nk' or 'kn'")
@@ -38,8 +40,8 @@ def checked_shape(
     for name, operand in (("w", w), ("bias", bias), ("residual", residual)):
         if operand is not None and operand.dtype != x.dtype:
             raise ValueError(f"{name} is {operand.dtype}, x is {x.dtype}")
-    if x.dtype not in (jnp.bfloat16, jnp.float16):
-        raise NotImplementedError(f"dtype {x.dtype}: bfloat16 and float16 are supported")
+    supported("dtype", x.dtype.name, DTYPES)
+    not_empty(M=m, N=n, K=k)
     return m, n, k
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -182,14 +183,17 @@ def check_kernels(
         logger.warning("kernels.self_check=False: nothing compared this machine's kernels")
         return
     shapes = shape_table(config)
-    batches = shapes.batches
-    decode = sorted({batches[0], batches[len(batches) // 2], batches[-1]})
-    rows = [*decode, shapes.most_rows]
+    rows = sorted({shape.batch + shape.tokens for shape in shapes.all()})
+    # Every decoding row, and the last of each chunk.
+    chunks = config.max_prefills_per_step
+    ends = sorted({shape.batch + (chunks if shape.tokens else 0) for shape in shapes.all()})
     layer = params["layers"][0]
     attention, mlp = layer["attention"], layer["mlp"]
     head = params["embed"] if model.tie_embeddings else params["lm_head"]
 
-    def product(name: str, layer: Params, rows: list[int], **options: Any) -> self_check.Product:
+    def product(
+        name: str, layer: Params, rows: Sequence[int], **options: Any
+    ) -> self_check.Product:
         return self_check.Product(name, layer["weight"], rows, layer.get("bias"), **options)
 
     checked = self_check.run(
@@ -200,8 +204,9 @@ def check_kernels(
             product("out", attention["out"], rows, residual=True),
             product("gate and up", mlp["gate_up"], rows, gated=True),
             product("down", mlp["down"], rows, residual=True),
-            product("logits", head, decode),
+            product("logits", head, ends),
         ],
+        shapes.batches,
         device,
     )
     logger.info("kernels agree with their references: %s", "; ".join(checked))

@@ -133,6 +133,41 @@ def may_run(kernels: KernelConfig, platform: str | None = None) -> bool:
     return any(NAME in names for names in selected)
 
 
+def product_choice(rows: int, n: int, k: int, *, gated: bool) -> Any:
+    """Kernel and configuration of a product in the program that is traced; None where no kernel is
+    tried.
+
+    Args:
+      rows: of the activations.
+      n: rows of the weight.
+      k: inputs.
+      gated: the op is `gated_linear`, else `linear`.
+    """
+    if not _tried("gated_linear" if gated else "linear"):
+        return None
+    from pallas_kernels import dataflow
+
+    only = registry.selection().pallas_only
+    choice = dataflow.choose(rows, n, k, gated=gated, pallas_only=only)
+    return choice.kernel, choice.config
+
+
+def decode_choice(batch: int, heads: int, kv_heads: int, head_dim: int) -> Any:
+    """Configuration of decode attention in the program that is traced; None likewise."""
+    if not _tried("decode_attention"):
+        return None
+    from pallas_kernels.decode_attention import config
+
+    return config.choose(head_dim, heads // kv_heads, batch, kv_heads)
+
+
+def _tried(name: str) -> bool:
+    """Whether the program that is traced turns to these kernels for an op."""
+    selected, op = registry.selection(), registry.ops()[name]
+    names = op.candidates(getattr(selected, name), pallas_only=selected.pallas_only)
+    return NAME in names and _refusal() is None
+
+
 @contextlib.contextmanager
 def workspace() -> Iterator[None]:
     """Kernels traced inside the block share their counters, so that a step clears them once."""
@@ -157,9 +192,9 @@ def describe() -> dict[str, str]:
 
     return {
         "kernels": "used",
-        "gpu": jax.local_devices(backend="gpu")[0].device_kind,
+        "gpu": dataflow.device_kind(),
         "streaming multiprocessors seen": str(mosaic.sm_count()),
-        "dataflow table": dataflow.table_name() or "none for this GPU and SM count: a rule decides",
+        "dataflow table": dataflow.coverage(),
     }
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -30,13 +30,16 @@ from jpd.ops.linear import gated_linear, linear
 from jpd.ops.norm import rms_norm
 from jpd.ops.overlap import Packed, rms_norm_residual
 from jpd.ops.overlap.packed import Layout
+from jpd.ops.pallas import decode_choice, product_choice
 from jpd.ops.rope import HeadNorms, rope_write
 
 MAX_RELATIVE_ERROR = 1e-2
 _COLUMNS, _ROWS = 1024, 32
 """Of a product, how many are compared: spread evenly, so that few tiles have none."""
-_LENGTHS = (1, 16, 65, 300, 0, 17)
+_LENGTHS = (300, 0, 65, 1, 17, 16)
 """Tokens of decoding rows; 0 is a padded row."""
+_CHUNKS = {0: 70, 2: 65, 5: 9}
+"""Of these rows, how many of the last tokens are a prompt chunk."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class Product:
     weight: jax.Array
     """`[N, K]`, the model's own."""
     rows: Sequence[int]
-    """Tokens of the steps that are tried."""
+    """Tokens of the steps, ascending: some of them are tried."""
     bias: jax.Array | None = None
     residual: bool = False
     gated: bool = False
@@ -99,14 +102,16 @@ def run(
     widths: Widths,
     kernels: KernelConfig,
     products: Sequence[Product],
+    batches: Sequence[int],
     device: jax.Device,
 ) -> list[str]:
-    """Checks every op of a model.
+    """Checks every op of a model with every kernel and configuration that its steps choose.
 
     Args:
       widths: the model's.
       kernels: the engine's selection.
       products: its linear layers.
+      batches: decoding rows of the steps, ascending.
       device: what the steps run on.
 
     Returns:
@@ -116,7 +121,7 @@ def run(
       KernelError: a result is not finite, or its relative error exceeds 1e-2.
     """
     with registry.using(kernels, device.platform), jax.default_device(device):
-        return run_cases(lambda pool: _cases(widths, products, pool))
+        return run_cases(lambda pool: _cases(widths, products, batches, pool))
 
 
 def run_cases(make: Callable[[ThreadPoolExecutor], Iterator[Case]]) -> list[str]:
@@ -175,26 +180,39 @@ def drawing(rng: np.random.Generator, dtype: str) -> Draw:
     return draw
 
 
-def _cases(widths: Widths, products: Sequence[Product], pool: ThreadPoolExecutor) -> Iterator[Case]:
+def _one_of_each(
+    numbers: Sequence[int], choice: Callable[[int], Any], always: Iterable[int]
+) -> list[int]:
+    """These `always`, and for each choice that none of them makes the first number that does."""
+    found = {choice(number): number for number in (*reversed(numbers), *always)}
+    return sorted({*found.values(), *always})
+
+
+def _cases(
+    widths: Widths, products: Sequence[Product], batches: Sequence[int], pool: ThreadPoolExecutor
+) -> Iterator[Case]:
     rng = np.random.default_rng(0)
     draw = drawing(rng, widths.dtype)
     for product in products:
-        checked = Columns(product, pool)
-        for rows in product.rows:
-            yield _product_case(widths, product, checked, rows, draw)
-    all_rows = sorted({rows for product in products for rows in product.rows})
-    for rows in all_rows:
+        yield from _product_cases(product, Columns(product, pool), draw)
+    # One kernel for all numbers of rows.
+    all_rows = [rows for product in products for rows in product.rows]
+    least, most = min(all_rows), max(all_rows)
+    for rows in sorted({least, most}):
         yield _norm_case(widths, draw, rows)
         if widths.sums:
             yield _sum_case(widths, draw, rows)
     if widths.sums:
-        yield _packed_sum_case(widths, draw, all_rows[-1])
+        yield _packed_sum_case(widths, draw, most)
     yield _rope_case(widths, draw, rng)
+    heads = widths.num_heads, widths.num_kv_heads, widths.head_dim
+    tried = _one_of_each(batches, lambda batch: decode_choice(batch, *heads), [len(_LENGTHS)])
     for window in dict.fromkeys(widths.windows):
         pages = _Pages(widths, draw, rng, window)
-        yield pages.decode_case(phi=None)
-        # So far off that every row of asynchronous softmax must be computed again.
-        yield pages.decode_case(phi=1e3)
+        for batch in tried:
+            yield pages.decode_case(batch, phi=None)
+            # So far off that every row of asynchronous softmax must be computed again.
+            yield pages.decode_case(batch, phi=1e3)
         yield pages.prefill_case()
 
 
@@ -228,14 +246,25 @@ def sampled_rows(rows: int) -> np.ndarray:
     return np.unique(np.linspace(0, rows - 1, _ROWS).astype(int))
 
 
+def _product_cases(product: Product, checked: Columns, draw: Draw) -> Iterator[Case]:
+    """The fewest, a middle and the most rows, and some of each kernel and configuration."""
+    rows, (n, k), gated = product.rows, product.weight.shape, product.gated
+    x = draw(rows[-1], k)
+    residual = draw(rows[-1], n // (1 + gated)) if product.residual else None
+    for some in _one_of_each(
+        rows,
+        lambda rows: product_choice(rows, n, k, gated=gated),
+        [rows[0], rows[len(rows) // 2], rows[-1]],
+    ):
+        part = None if residual is None else residual[:some]
+        yield _product_case(product, checked, x[:some], part)
+
+
 def _product_case(
-    widths: Widths, product: Product, checked: Columns, rows: int, draw: Draw
+    product: Product, checked: Columns, x: np.ndarray, residual: np.ndarray | None
 ) -> Case:
     weight, bias, gated = product.weight, product.bias, product.gated
-    outputs, width = weight.shape[0] // (1 + gated), weight.shape[1]
-    some = sampled_rows(rows)
-    x = draw(rows, width)
-    residual = draw(rows, outputs) if product.residual else None
+    some = sampled_rows(len(x))
 
     def want(got: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         at = np.ix_(some, checked.columns)
@@ -360,7 +389,7 @@ class _Pages:
         self._widths, self._draw, self._window = widths, draw, window
         self._scale = widths.head_dim**-0.5
         entries = -(-max(_LENGTHS) // widths.page_size)
-        count = 1 + len(_LENGTHS) * entries
+        count = 1 + len(_LENGTHS) * entries  # nobody reads the first page
         shape = (count, widths.page_size, widths.num_kv_heads, widths.head_dim)
         self._k, self._v = draw(*shape), draw(*shape)
         table = 1 + rng.permutation(count - 1).reshape(len(_LENGTHS), entries)
@@ -381,39 +410,48 @@ class _Pages:
         weights /= weights.sum(-1, keepdims=True)
         return np.einsum("ht,thd->hd", weights, v)
 
-    def decode_case(self, phi: float | None) -> Case:
+    def decode_case(self, batch: int, phi: float | None) -> Case:
+        """With phi None as in all layers but a step's first, which start early, else as in that."""
         widths = self._widths
-        q = self._draw(len(_LENGTHS), widths.num_heads, widths.head_dim)
-        table = None if phi is None else np.full(widths.num_heads, phi, np.float32)
+        heads, kv_heads, size = widths.num_heads, widths.num_kv_heads, widths.head_dim
+        q = self._draw(batch, heads, size)
+        rows = np.arange(batch) % len(_LENGTHS)
+        lengths = np.asarray(_LENGTHS, np.int32)[rows]
+        table = None if phi is None else np.full(heads, phi, np.float32)
 
         def run(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            # An early start is for pages that this kernel returned.
+            token = jnp.zeros((1, heads + 2 * kv_heads, size), q.dtype)
+            angle, slot = jnp.zeros((1, size // 2), jnp.float32), jnp.zeros(1, jnp.int32)
+            _, k, v = rope_write(token, angle, angle, k, v, slot, num_heads=heads)
             return decode_attention(
                 q,
                 k,
                 v,
-                jnp.asarray(self._table),
-                jnp.asarray(_LENGTHS, jnp.int32),
+                jnp.asarray(self._table[rows]),
+                jnp.asarray(lengths),
                 scale=self._scale,
                 window=self._window,
                 phi=table,
+                early=phi is None,
             ).out
 
         def want(got: jax.Array) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-            for row, length in enumerate(_LENGTHS):
-                zeros = np.zeros(q.shape[1:], np.float32)
-                one = as_float(q[row])
-                expected = self._attend(one, row, length - 1) if length else zeros
-                yield as_float(got[row]), expected
+            for at, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+                expected = np.zeros(q.shape[1:], np.float32)
+                if length:
+                    expected = self._attend(as_float(q[at]), row, length - 1)
+                yield as_float(got[at]), expected
 
         name = f"decode_attention {q.dtype}{list(q.shape)} over {list(self._k.shape)}"
         return Case(f"{name}, window {self._window}, phi {phi}", run, (q, self._k, self._v), want)
 
     def prefill_case(self) -> Case:
         widths = self._widths
-        contexts = np.array([_LENGTHS[3], _LENGTHS[2], _LENGTHS[1]], np.int32)
-        counts = np.array([70, 65, 9], np.int32)
+        rows, counts = list(_CHUNKS), np.array(list(_CHUNKS.values()), np.int32)
+        contexts = np.array(_LENGTHS, np.int32)[rows]
         starts = (np.cumsum(counts) - counts).astype(np.int32)
-        table = self._table[[3, 2, 1]]
+        table = self._table[rows]
         q = self._draw(64 * math.ceil(counts.sum() / 64), widths.num_heads, widths.head_dim)
 
         def run(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -427,7 +465,7 @@ class _Pages:
             )
 
         def want(got: jax.Array) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-            for n, row in enumerate((3, 2, 1)):
+            for n, row in enumerate(rows):
                 for i in (0, counts[n] // 2, counts[n] - 1):
                     at, position = starts[n] + i, contexts[n] - counts[n] + i
                     yield as_float(got[at]), self._attend(as_float(q[at]), row, position)

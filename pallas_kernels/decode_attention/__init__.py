@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import checks
 from pallas_kernels.decode_attention import config as configs
 from pallas_kernels.decode_attention.config import DecodeConfig
 from pallas_kernels.decode_attention.launch import launch
@@ -107,7 +108,7 @@ def decode_attention(
       return_lse: also return lse.
       early: the first keys and values are read before the kernel ahead of this one has ended
         (programmatic dependent launch). q and the 64 tokens around each row's newest one are read
-        after its end in any case. See below for who may set it.
+        after its end in any case. See above for who may set it.
       config: tunables; picked from the shape by default.
       interpret: `plgpu.InterpretGPUParams` to run on a CPU, None for the GPU.
 
@@ -115,10 +116,12 @@ def decode_attention(
       A `DecodeAttention`.
 
     Raises:
-      NotImplementedError: a dtype, head size, page size or group size that is not supported.
-      ValueError: arguments that do not fit together.
+      NotImplementedError: a dtype, or a number of rows, head size, page size or group size that is
+        not supported.
+      ValueError: arguments that do not fit together, or a scale, window or cap that is not
+        positive.
     """
-    _check(q, k_pages, v_pages, page_table, lengths, window, soft_cap, softmax)
+    _check(q, k_pages, v_pages, page_table, lengths, scale, window, soft_cap, softmax)
     batch, heads, size = q.shape
     kv_heads = k_pages.shape[2]
     group = heads // kv_heads
@@ -165,41 +168,21 @@ def decode_attention(
     return DecodeAttention(out, lse, recomputed)
 
 
-def _check(q, k_pages, v_pages, page_table, lengths, window, soft_cap, softmax) -> None:
-    if q.ndim != 3 or k_pages.ndim != 4:
-        raise ValueError(
-            f"q {q.shape} must be [B, Hq, D] and k_pages {k_pages.shape} [P, S, Hkv, D]"
-        )
-    batch, heads, size = q.shape
-    _, page, kv_heads, _ = k_pages.shape
-    if k_pages.shape != v_pages.shape or k_pages.shape[3] != size:
-        raise ValueError(f"k_pages {k_pages.shape}, v_pages {v_pages.shape} and D {size} differ")
+def _check(q, k_pages, v_pages, page_table, lengths, scale, window, soft_cap, softmax) -> None:
+    checks.paged(q, k_pages, v_pages)
+    batch, heads, _ = q.shape
+    group = heads // k_pages.shape[2]
     if page_table.ndim != 2 or page_table.shape[0] != batch or lengths.shape != (batch,):
         raise ValueError(
             f"page_table {page_table.shape} and lengths {lengths.shape} must have {batch} rows"
         )
-    if heads % kv_heads:
-        raise ValueError(f"{heads} query heads are no multiple of {kv_heads} kv heads")
-    if not q.dtype == k_pages.dtype == v_pages.dtype:
-        raise ValueError(f"dtypes differ: {q.dtype}, {k_pages.dtype}, {v_pages.dtype}")
-    for name, array in (("page_table", page_table), ("lengths", lengths)):
-        if array.dtype != jnp.int32:
-            raise ValueError(f"{name} has dtype {array.dtype}, expected int32")
+    checks.int32(page_table=page_table, lengths=lengths)
     if softmax not in ("async", "sync", "lazy"):
         raise ValueError(f"softmax is {softmax!r}, expected 'async', 'sync' or 'lazy'")
-    if window is not None and window < 1:
-        raise ValueError(f"window is {window}, expected at least 1")
-    if soft_cap is not None and not soft_cap > 0:
-        raise ValueError(f"soft_cap is {soft_cap}, expected more than 0")
-    if q.dtype not in (jnp.bfloat16, jnp.float16):
-        raise NotImplementedError(f"dtype {q.dtype}; supported are bfloat16 and float16")
-    if batch > configs.MAX_BATCH:
-        raise NotImplementedError(f"{batch} rows; supported are up to {configs.MAX_BATCH}")
-    if size not in configs.HEAD_SIZES:
-        raise NotImplementedError(f"head size {size}; supported are {configs.HEAD_SIZES}")
-    if page not in configs.PAGE_SIZES:
-        raise NotImplementedError(f"page size {page}; supported are {configs.PAGE_SIZES}")
-    if heads // kv_heads > configs.MAX_GROUP:
+    checks.scores(scale, window, soft_cap)
+    if not 0 < batch <= configs.MAX_BATCH:
+        raise NotImplementedError(f"{batch} rows; supported are 1 to {configs.MAX_BATCH}")
+    if group > configs.MAX_GROUP:
         raise NotImplementedError(
-            f"{heads // kv_heads} query heads a kv head; supported are 1 to {configs.MAX_GROUP}"
+            f"{group} query heads a kv head; supported are 1 to {configs.MAX_GROUP}"
         )

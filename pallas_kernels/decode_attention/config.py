@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from pallas_kernels import mosaic
+from pallas_kernels import checks, mosaic
 
 TILE = 64
 """Tokens a tile: wgmma's M in Q K^T and its K in P V."""
-HEAD_SIZES = (64, 96, 128, 256)
-PAGE_SIZES = (16, 32, 64)
 MAX_GROUP = 16
 MAX_BATCH = 1024
 """Rows; a block lists in shared memory those that it must recompute."""
@@ -45,11 +43,11 @@ class DecodeConfig:
     merge: int = 4
 
     def __post_init__(self) -> None:
-        for name, least in (("blocks_per_sm", 1), ("buffers", 2), ("min_tiles", 1), ("merge", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least {least}")
-        if self.blocks is not None and self.blocks < 1:
-            raise ValueError(f"blocks is {self.blocks}, expected at least 1")
+        """Raises `ValueError` for numbers that no launch could have."""
+        blocks = 1 if self.blocks is None else self.blocks
+        per_sm, least, merge = self.blocks_per_sm, self.min_tiles, self.merge
+        checks.whole(1, blocks_per_sm=per_sm, min_tiles=least, merge=merge, blocks=blocks)
+        checks.whole(2, buffers=self.buffers)
 
 
 def padded_group(group: int) -> int:

@@ -52,7 +52,7 @@ def dense_gemm(
       NotImplementedError: a dtype, a shape or a configuration that the kernel does not support.
     """
     m, n, k = checked_shape(x, w, bias, residual, gated, w_layout)
-    if m < 1 or k < TILE_K or k % TILE_K or n < 64 or n % (128 if gated else 64):
+    if k % TILE_K or n % (128 if gated else 64):
         raise NotImplementedError(
             f"M, N, K = {m}, {n}, {k}: K must be a multiple of {TILE_K}, N of 64 (gated: 128)"
         )

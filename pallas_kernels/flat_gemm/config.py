@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, replace
 
-from pallas_kernels import mosaic
+from pallas_kernels import checks, mosaic
 
 MAX_ROWS = 128
 _LEAST_WEIGHTS = 48 * 1024
@@ -20,11 +20,11 @@ class FlatConfig:
     """How a flat GEMM is cut."""
 
     tile_n: int = 64
-    """Outputs of a tile; a multiple of 64, wgmma's M."""
+    """Outputs of a tile; for each consumer a multiple of 64, wgmma's M."""
     tile_k: int = 128
-    """Inputs of one pipeline step."""
+    """Inputs of one pipeline step; a multiple of 64."""
     stages: int = 6
-    """Steps whose weights are in flight."""
+    """Steps whose weights are in flight, at least 2."""
     split: int | None = None
     """Blocks for each tile; None gives all blocks equal shares of all steps."""
     consumers: int = 1
@@ -32,7 +32,17 @@ class FlatConfig:
     waves: int = 1
     """Blocks an SM where `split` is None."""
     x_stages: int = 4
-    """Steps whose rows of x are in flight, at most `stages`; they come from L2, so few will do."""
+    """Steps whose rows of x are in flight, at least 2, at most `stages`; they come from L2, so few
+    will do."""
+
+    def __post_init__(self) -> None:
+        """Raises `ValueError` for what fits no shape."""
+        checks.whole(1, consumers=self.consumers, waves=self.waves)
+        checks.whole(64 * self.consumers, 64 * self.consumers, tile_n=self.tile_n)
+        checks.whole(64, 64, tile_k=self.tile_k)
+        checks.whole(2, stages=self.stages, x_stages=self.x_stages)
+        if self.split is not None:
+            checks.whole(1, split=self.split)
 
     @property
     def held_x(self) -> int:

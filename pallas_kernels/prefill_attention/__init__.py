@@ -8,15 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import mosaic
+from pallas_kernels import checks, mosaic
 from pallas_kernels.prefill_attention.config import ROWS, Config, candidates, default
 from pallas_kernels.prefill_attention.kernel import attend
 from pallas_kernels.prefill_attention.tiles import ALIGNMENT, tile_map
 
 __all__ = ["Config", "candidates", "default", "prefill_attention"]
-
-HEAD_DIMS = (64, 96, 128, 256)
-PAGE_SIZES = (16, 32, 64)
 
 
 def prefill_attention(
@@ -60,20 +57,13 @@ def prefill_attention(
 
     Raises:
       NotImplementedError: a dtype, head or page size, or configuration that the kernel lacks.
-      ValueError: shapes that do not fit together, or a scale, window or cap that is not positive.
+      ValueError: arguments that do not fit together, or a scale, window or cap that is not
+        positive.
     """
-    _check_shapes(q, k_pages, v_pages, page_table, starts, counts, contexts)
+    _check(q, k_pages, v_pages, page_table, starts, counts, contexts)
+    checks.scores(scale, window, soft_cap)
     tokens, heads, size = q.shape
     page_size = k_pages.shape[1]
-    if q.dtype not in (jnp.bfloat16, jnp.float16):
-        raise NotImplementedError(f"dtype {q.dtype}: bfloat16 and float16 are supported")
-    if size not in HEAD_DIMS:
-        raise NotImplementedError(f"head size {size}: one of {HEAD_DIMS} is supported")
-    if page_size not in PAGE_SIZES:
-        raise NotImplementedError(f"page size {page_size}: one of {PAGE_SIZES} is supported")
-    for name, value in (("scale", scale), ("window", window), ("soft_cap", soft_cap)):
-        if value is not None and not value > 0:
-            raise ValueError(f"{name} {value} must be positive")
     config = default(size) if config is None else config
     if not config.fits(size, page_size, heads):
         raise NotImplementedError(
@@ -93,7 +83,7 @@ def prefill_attention(
         q,
         k_pages,
         v_pages,
-        page_table.astype(jnp.int32),
+        page_table,
         tiles,
         scale=1 / math.sqrt(size) if scale is None else float(scale),
         window=window,
@@ -105,22 +95,13 @@ def prefill_attention(
     return out[:tokens] if padding else out
 
 
-def _check_shapes(q, k_pages, v_pages, page_table, starts, counts, contexts):
-    if q.ndim != 3 or k_pages.ndim != 4 or page_table.ndim != 2:
-        raise ValueError(
-            f"q {q.shape}, pages {k_pages.shape} and page_table {page_table.shape} must be "
-            "[T, Hq, D], [P, S, Hkv, D] and [N, W]"
-        )
-    if k_pages.shape != v_pages.shape or k_pages.shape[3] != q.shape[2]:
-        raise ValueError(
-            f"k_pages {k_pages.shape} and v_pages {v_pages.shape} must be equal, with q's head "
-            f"size {q.shape[2]}"
-        )
-    if not q.dtype == k_pages.dtype == v_pages.dtype:
-        raise ValueError(f"dtypes {q.dtype}, {k_pages.dtype} and {v_pages.dtype} must be equal")
-    if q.shape[1] % k_pages.shape[2]:
-        raise ValueError(f"{q.shape[1]} query heads are no multiple of {k_pages.shape[2]} heads")
+def _check(q, k_pages, v_pages, page_table, starts, counts, contexts):
+    checks.paged(q, k_pages, v_pages)
+    if page_table.ndim != 2:
+        raise ValueError(f"page_table {page_table.shape} must be [N, W]")
+    numbers = {"starts": starts, "counts": counts, "contexts": contexts}
     number = (page_table.shape[0],)
-    for name, value in (("starts", starts), ("counts", counts), ("contexts", contexts)):
+    for name, value in numbers.items():
         if value.shape != number:
             raise ValueError(f"{name} {value.shape} must be {number}, a number a page table row")
+    checks.int32(page_table=page_table, **numbers)

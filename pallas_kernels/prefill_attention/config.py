@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 
+from pallas_kernels import checks
 from pallas_kernels.mosaic import SMEM_BYTES
 
 ROWS = 64
 """Query rows of one warpgroup: the M of one wgmma."""
+_REGISTERS = {1: (240, 40), 2: (232, 40), 3: (160, 32)}
+"""By warpgroups, registers a thread of those that compute and of the one that loads."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +20,7 @@ class Config:
     Attributes:
       warpgroups: compute warpgroups a block, each with 64 query rows; a tile has 64 times as many.
       keys: tokens of one key/value tile, a multiple of 64 and of the page size.
-      stages: key/value tiles in shared memory.
+      stages: key/value tiles in shared memory, at least 2.
       turns: the warpgroups take turns at issuing their products, so that one's softmax runs under
         the other's products (FlashAttention-3's ping-pong).
       persistent: one block an SM works on tile after tile, with the next tile's queries and keys
@@ -35,6 +38,16 @@ class Config:
     separate_output: bool = True
     heads_together: int | None = None
 
+    def __post_init__(self) -> None:
+        """Raises `ValueError` for what fits no shape."""
+        checks.whole(2, stages=self.stages)
+        checks.whole(ROWS, ROWS, keys=self.keys)
+        if self.warpgroups not in _REGISTERS:
+            allowed = ", ".join(map(str, _REGISTERS))
+            raise ValueError(f"warpgroups is {self.warpgroups}, expected one of {allowed}")
+        if self.heads_together is not None:
+            checks.whole(1, heads_together=self.heads_together)
+
     @property
     def rows(self) -> int:
         """Query tokens of one tile."""
@@ -44,7 +57,7 @@ class Config:
         """Registers a thread of the compute warpgroups and of the one that loads."""
         if self.warpgroups == 2 and head_dim > 128:
             return 240, 24
-        return {1: (240, 40), 2: (232, 40), 3: (160, 32)}[self.warpgroups]
+        return _REGISTERS[self.warpgroups]
 
     def shared_bytes(self, head_dim: int, itemsize: int = 2) -> int:
         """Shared memory of a block without its barriers."""
@@ -56,7 +69,6 @@ class Config:
         return (
             self.shared_bytes(head_dim) <= SMEM_BYTES - 2048
             and self.keys % page_size == 0
-            and self.keys % ROWS == 0
             and heads % (self.heads_together or heads) == 0
         )
 

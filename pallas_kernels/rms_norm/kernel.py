@@ -10,10 +10,9 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import mosaic
+from pallas_kernels import checks, mosaic
+from pallas_kernels.checks import DTYPES
 from pallas_kernels.rms_norm.config import RmsNormConfig, default_config
-
-DTYPES = ("bfloat16", "float16")
 
 
 def rms_norm(
@@ -27,7 +26,7 @@ def rms_norm(
     """`x / sqrt(mean(x^2) + eps)` of every row in float32, rounded, then times `weight`.
 
     Args:
-      x: `[M, E]` bf16 or fp16, E a multiple of 128 up to 16384.
+      x: `[M, E]` bf16 or fp16, M > 0, E a multiple of 128 up to 16384.
       weight: `[E]` of x's dtype. It is read before earlier kernels end: it must be none's output.
       eps: added to the mean of the squares.
       config: tunables, those of `default_config` when not given.
@@ -37,8 +36,8 @@ def rms_norm(
       `[M, E]` of x's dtype.
 
     Raises:
-      NotImplementedError: the width or the dtype is not supported.
-      ValueError: the shapes do not fit together.
+      NotImplementedError: the width or the dtype is not supported, or there are no rows.
+      ValueError: the shapes do not fit together, or eps is negative or not finite.
     """
     if x.ndim != 2 or weight.shape != x.shape[1:]:
         raise ValueError(f"x {x.shape} and weight {weight.shape}: [M, E] and [E] are expected")
@@ -46,6 +45,8 @@ def rms_norm(
         raise NotImplementedError(
             f"x {x.dtype} and weight {weight.dtype}: both of one of {', '.join(DTYPES)}"
         )
+    checks.not_empty(M=x.shape[0])
+    checks.positive(eps=eps, or_zero=True)
     config = config or default_config(x.shape[1], x.dtype.itemsize)
     return _rms_norm(x, weight, eps=float(eps), config=config, interpret=interpret)
 

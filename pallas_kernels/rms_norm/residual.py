@@ -14,9 +14,10 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import mosaic
+from pallas_kernels import checks, mosaic
+from pallas_kernels.checks import DTYPES
 from pallas_kernels.rms_norm.config import default_config
-from pallas_kernels.rms_norm.kernel import DTYPES, normed
+from pallas_kernels.rms_norm.kernel import normed
 from pallas_kernels.signal_gemm.config import SignalConfig
 
 
@@ -48,8 +49,8 @@ def rms_norm_residual(
       The norm as of `rms_norm`, of the sum as it was rounded, and the sum, both `[M, E]`.
 
     Raises:
-      NotImplementedError: the width or the dtype is not supported.
-      ValueError: the shapes do not fit together.
+      NotImplementedError: the width or the dtype is not supported, or there are no rows.
+      ValueError: the shapes do not fit together, or eps is not a number of at least 0.
     """
     if residual.ndim != 2 or weight.shape != residual.shape[1:]:
         raise ValueError(
@@ -61,6 +62,8 @@ def rms_norm_residual(
             f"{', '.join(DTYPES)}"
         )
     m, width = residual.shape
+    checks.not_empty(M=m)
+    checks.positive(eps=eps, or_zero=True)
     if tiling is None:
         if y.shape != residual.shape:
             raise ValueError(f"y {y.shape} and residual {residual.shape}: one shape is expected")

@@ -15,10 +15,10 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import mosaic
+from pallas_kernels import checks, mosaic
+from pallas_kernels.checks import DTYPES
 from pallas_kernels.rope_write.config import RopeWriteConfig, default_config, layout
 
-DTYPES = ("bfloat16", "float16")
 HEAD_SIZE_STEP, MAX_HEAD_SIZE = 16, 512
 
 
@@ -61,9 +61,14 @@ def rope_write(
       q `[T, Hq, D]`, k_pages, v_pages.
 
     Raises:
-      NotImplementedError: dtype or head size is not supported.
-      ValueError: the shapes do not fit together.
+      NotImplementedError: dtype or head size is not supported, or there are no tokens or heads.
+      ValueError: the shapes do not fit together, or eps is negative or not finite.
     """
+    if qkv.ndim != 3 or k_pages.ndim != 4:
+        raise ValueError(
+            f"qkv {qkv.shape} and k_pages {k_pages.shape} must be [T, Hq + 2 Hkv, D] and "
+            "[P, S, Hkv, D]"
+        )
     tokens, _, size = qkv.shape
     kv_heads = k_pages.shape[2]
     expected = {
@@ -79,6 +84,7 @@ def rope_write(
             raise ValueError(f"{name} has shape {shape}, {want} is expected")
     if (q_norm is None) != (k_norm is None) or (q_norm is not None and eps is None):
         raise ValueError("q_norm, k_norm and eps: all or none are given")
+    checks.positive(eps=eps, or_zero=True)
     for name, weight in (("q_norm", q_norm), ("k_norm", k_norm)):
         if weight is not None and weight.shape != (size,):
             raise ValueError(f"{name} has shape {weight.shape}, {(size,)} is expected")
@@ -95,6 +101,7 @@ def rope_write(
         raise NotImplementedError(
             f"head size {size}: multiples of {HEAD_SIZE_STEP} up to {MAX_HEAD_SIZE} are supported"
         )
+    checks.not_empty(T=tokens, Hq=num_heads, Hkv=kv_heads)
     return _rope_write(
         qkv,
         cos,

@@ -79,7 +79,7 @@ def signal_gemm(
       NotImplementedError: a dtype, a shape or a number of ranks that the kernel does not support.
     """
     m, n, k = checked_shape(x, w, None, None, False, "nk")
-    if m < 1 or k < TILE_K or k % TILE_K or n < 8 or n % 8:
+    if k % TILE_K or n % 8:
         raise NotImplementedError(
             f"M, N, K = {m}, {n}, {k}: K must be a multiple of {TILE_K}, N of 8"
         )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,9 @@ import pytest
 
 from jpd import ops
 from jpd.config import KernelConfig
+from jpd.engine.shapes import shape_table
 from jpd.errors import KernelError
-from jpd.ops import registry, self_check
+from jpd.ops import pallas, registry, self_check
 from jpd.ops.overlap import packed
 from jpd.ops.self_check import Product, Widths
 from tests import tiny_models
@@ -30,13 +33,8 @@ def as_it_was() -> Iterator[None]:
         op.implementations = before[name]
 
 
-def check(dtype: str = "bfloat16", **kernels: str) -> list[str]:
-    rng = np.random.default_rng(0)
-
-    def weight(*shape: int) -> jax.Array:
-        return jnp.asarray(rng.normal(size=shape), dtype)
-
-    widths = Widths(
+def widths_of(dtype: str = "bfloat16") -> Widths:
+    return Widths(
         hidden_size=64,
         num_heads=4,
         num_kv_heads=2,
@@ -48,12 +46,21 @@ def check(dtype: str = "bfloat16", **kernels: str) -> list[str]:
         qk_norm=True,
         sums=True,
     )
+
+
+def check(dtype: str = "bfloat16", **kernels: str) -> list[str]:
+    rng = np.random.default_rng(0)
+
+    def weight(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.normal(size=shape), dtype)
+
     products = [
         Product("qkv", weight(256, 64), (1, 40), bias=weight(256)),
         Product("down", weight(64, 96), (1, 40), residual=True),
         Product("gate and up", weight(192, 64), (1, 40), gated=True, bias=weight(192)),
     ]
-    return self_check.run(widths, KernelConfig(**kernels), products, jax.devices("cpu")[0])
+    device = jax.devices("cpu")[0]
+    return self_check.run(widths_of(dtype), KernelConfig(**kernels), products, (1, 4), device)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -85,7 +92,7 @@ WRONG: dict[str, Callable[[Any], Any]] = {
 def test_a_wrong_implementation_of_any_op_is_refused(op: str, wrong: Callable) -> None:
     right = registry.ops()[op].implementations["xla"]
     ops.register(op, "wrong", lambda *args, **kwargs: wrong(right(*args, **kwargs)))
-    with pytest.raises(KernelError, match=f"^{op} .* by wrong: relative error"):
+    with pytest.raises(KernelError, match=f"^{op} .* by wrong(, xla)?: relative error"):
         check(**{op: "wrong"})
 
 
@@ -98,6 +105,75 @@ def test_a_residual_that_is_left_out_is_found() -> None:
     )
     with pytest.raises(KernelError, match="down"):
         check(linear="wrong")
+
+
+def test_an_early_start_that_is_wrong_is_found() -> None:
+    right = registry.ops()["decode_attention"].implementations["xla"]
+    noise = off_by(0.03)
+    ops.register(
+        "decode_attention",
+        "wrong",
+        lambda *args, early=False, **kwargs: (noise if early else lambda out: out)(
+            right(*args, early=early, **kwargs)
+        ),
+    )
+    with pytest.raises(KernelError, match="decode_attention"):
+        check(decode_attention="wrong")
+
+
+H200 = pallas.Gpu("NVIDIA H200", 132, "9.0")
+ROWS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 512, 1024, 2048)
+
+
+@pytest.mark.parametrize("kernels", [KernelConfig(), KernelConfig(pallas_only=True)])
+@pytest.mark.parametrize(
+    ("n", "k", "gated"), [(4608, 3584, False), (3584, 18944, False), (28672, 4096, True)]
+)
+def test_each_choice_of_kernel_for_a_product_is_tried(
+    n: int, k: int, gated: bool, kernels: KernelConfig
+) -> None:
+    product = Product("", jax.ShapeDtypeStruct((n, k), "bfloat16"), ROWS, gated=gated)
+    with registry.using(kernels, "gpu"), pallas.tracing_for(H200):
+        cases = self_check._product_cases(product, None, lambda *shape: np.zeros(shape, np.int8))
+        tried = [len(case.arrays[0]) for case in cases]
+
+        def choices(rows: Any) -> set[Any]:
+            return {pallas.product_choice(m, n, k, gated=gated) for m in rows}
+
+        assert choices(tried) == choices(ROWS)
+        assert len(choices(ROWS)) >= 7
+        # The table prefers XLA for 96 and 128 rows of one of them.
+        assert (("xla", None) in choices(ROWS)) == (k == 18944 and not kernels.pallas_only)
+        assert len(tried) <= len(choices(ROWS)) + 2
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(32, 8), (28, 4), (16, 1)])
+def test_each_configuration_of_decode_attention_is_tried(heads: int, kv_heads: int) -> None:
+    widths = dataclasses.replace(
+        widths_of(), num_heads=heads, num_kv_heads=kv_heads, head_dim=128, windows=(None,)
+    )
+    batches = [rows for rows in ROWS if rows <= 256]
+    products = [Product("", jnp.zeros((64, 64), "bfloat16"), (1,))]
+    with (
+        registry.using(KernelConfig(), "gpu"),
+        pallas.tracing_for(H200),
+        ThreadPoolExecutor(1) as pool,
+    ):
+        cases = self_check._cases(widths, products, batches, pool)
+        tried = [len(case.arrays[0]) for case in cases if case.name.startswith("decode")]
+
+        def choices(rows: Any) -> set[Any]:
+            return {pallas.decode_choice(batch, heads, kv_heads, 128) for batch in rows}
+
+        assert choices(tried) == choices(batches)
+        assert len(choices(batches)) == 2
+
+
+def test_no_choice_is_looked_for_where_no_kernel_is_tried() -> None:
+    assert pallas.product_choice(1, 4608, 3584, gated=False) is None  # on a CPU
+    with registry.using(KernelConfig(linear="xla"), "gpu"), pallas.tracing_for(H200):
+        assert pallas.product_choice(1, 4608, 3584, gated=False) is None
+        assert pallas.product_choice(1, 4608, 3584, gated=True) is not None
 
 
 @pytest.mark.parametrize("tiles", [False, True])
@@ -120,6 +196,26 @@ def test_an_engine_with_a_wrong_kernel_is_not_built(tmp_path: Path) -> None:
         tiny_engine(folder, kernels=KernelConfig(rms_norm="wrong"))
     engine = tiny_engine(folder, kernels=KernelConfig(rms_norm="wrong", self_check=False))
     engine.executor.release()
+
+
+def test_an_engine_hands_over_the_rows_of_all_its_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_models.make_checkpoint(MODEL, tmp_path)
+    ops.register("rms_norm", "another", registry.ops()["rms_norm"].implementations["xla"])
+    seen: list[Any] = []
+    monkeypatch.setattr(self_check, "run", lambda *args: seen.append(args) or ["nothing"])
+    engine = tiny_engine(folder, kernels=KernelConfig(rms_norm="another"))
+    engine.executor.release()
+    ((_, _, products, batches, _),) = seen
+    shapes = shape_table(engine.config)
+    chunks = engine.config.max_prefills_per_step
+    rows = {product.name: set(product.rows) for product in products}
+    assert set(batches) == set(shapes.batches)
+    for shape in shapes.all():
+        assert shape.batch + (chunks if shape.tokens else 0) in rows["logits"]
+        for name in ("qkv", "out", "gate and up", "down"):
+            assert shape.batch + shape.tokens in rows[name]
 
 
 def test_nothing_is_compiled_but_the_ops_and_the_picked_columns() -> None:

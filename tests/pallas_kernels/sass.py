@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 PLACES = (
     "tests.pallas_kernels.test_flat_gemm",
     "tests.pallas_kernels.test_dense_gemm",
+    "tests.pallas_kernels.test_dataflow",
     "pallas_kernels.decode_attention.shapes",
     "pallas_kernels.prefill_attention.shapes",
     "pallas_kernels.signal_gemm.shapes",

@@ -1,7 +1,9 @@
 """The choice of the kernel: tables, the rule, inflection points."""
 
 import json
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +14,70 @@ from pallas_kernels import dataflow, mosaic, products
 from pallas_kernels.dense_gemm import DenseConfig
 from pallas_kernels.flat_gemm import FlatConfig
 from pallas_kernels.flat_gemm.config import smem_bytes
+from pallas_kernels.flat_gemm.schedule import schedule_of
 from pallas_kernels.tune import inflection_points
-from tests.pallas_kernels import modes
+from tests.pallas_kernels import modes, sass
 
 FLAT, DENSE = FlatConfig(64, 64, 4, 2), DenseConfig(128, 128)
+BF16 = jnp.bfloat16
+
+
+class Entry(NamedTuple):
+    """An entry of a shipped table."""
+
+    gpu: str
+    sms: int
+    m: int
+    """The most rows that it speaks for, which take most registers and shared memory."""
+    n: int
+    k: int
+    gated: bool
+
+    def choice(self) -> dataflow.Choice:
+        with mosaic.tracing_for(self.gpu, self.sms):
+            return dataflow.choose(self.m, self.n, self.k, gated=self.gated, pallas_only=True)
+
+    def program(self) -> tuple[Any, ...]:
+        """What decides which code the kernel has: N and K are only numbers in it, but where blocks
+        of a flat GEMM share tiles it adds parts up."""
+        choice, outputs = self.choice(), self.n // (1 + self.gated)
+        shared = None
+        if choice.kernel == "flat_gemm":
+            with mosaic.tracing_for(self.gpu, self.sms):
+                shared = schedule_of(choice.config, outputs, self.k).most_shares > 1
+        return choice, self.m, self.gated, shared
+
+    def call(self, given: dict[str, Any]) -> jax.Array:
+        with mosaic.tracing_for(self.gpu, self.sms):
+            return dataflow.linear(**given, gated=self.gated, pallas_only=True)
+
+    def case(self) -> tuple[str, Callable[..., Any], tuple[Any, ...]]:
+        """Name, function and arguments, with all that a model's layers add."""
+        m, n, k = self.m, self.n, self.k
+        shapes: dict[str, tuple[int, ...]] = {"x": (m, k), "w": (n, k)}
+        if not self.gated:
+            shapes |= {"bias": (n,), "residual": (m, n)}
+        given = {name: jax.ShapeDtypeStruct(shape, BF16) for name, shape in shapes.items()}
+        name = f"tuned-{self.sms}-{m}x{n}x{k}{'-gated' * self.gated}-{self.choice().config}"
+        return name, self.call, (given,)
+
+
+def shipped() -> Iterator[Entry]:
+    """Every entry of every table."""
+    for file in sorted(dataflow.TUNED.glob("*.json")):
+        table = json.loads(file.read_text())
+        for sms, found in table["products"].items():
+            for p in found:
+                for rows in p["rows"]:
+                    yield Entry(table["gpu"], int(sms), int(rows), p["n"], p["k"], p["gated"])
+
+
+def sass_cases() -> list[tuple[str, Callable[..., Any], tuple[Any, ...]]]:
+    """What is compiled to sm_90a: every entry of the shipped tables."""
+    return [entry.case() for entry in shipped()]
+
+
+PROGRAMS = {entry.program(): entry for entry in shipped()}
 
 
 @pytest.fixture
@@ -137,6 +199,19 @@ def test_shipped_tables_can_be_used(file, monkeypatch):
             check_shipped(product, table["gpu"])
 
 
+@pytest.mark.parametrize("entry", [pytest.param(e, id=e.case()[0]) for e in PROGRAMS.values()])
+def test_shipped_configurations_lower(entry):
+    _, call, arguments = entry.case()
+    text = modes.lower(call, *arguments)
+    assert text.count("mosaic_gpu_v2") == 1
+
+
+def test_every_shipped_entry_is_compiled_by_make_sass():
+    names = {name for name, _, _ in sass.cases()}
+    assert {name for name, _, _ in sass_cases()} <= names
+    assert len(sass_cases()) == sum(1 for _ in shipped())
+
+
 def check_shipped(product, gpu):
     """Its choices are those of its entries, and fit."""
     n, k, gated = product["n"], product["k"], product["gated"]
@@ -149,3 +224,32 @@ def check_shipped(product, gpu):
         assert choice.source == ("table" if m in entries else "rule")
         if choice.kernel == "flat_gemm":  # DenseConfig refuses what does not fit
             assert smem_bytes(choice.config, m, gated) <= mosaic.SMEM_BYTES
+
+
+@pytest.mark.parametrize("sizes", [(0, 64, 64), (8, 0, 64), (8, 64, 0)])
+def test_an_empty_axis_is_named(sizes):
+    name = "MNK"[sizes.index(0)]
+    with pytest.raises(NotImplementedError, match=f"{name} is 0: at least 1"):
+        dataflow.choose(*sizes)
+    m, n, k = sizes
+    with pytest.raises(NotImplementedError, match=f"{name} is 0: at least 1"):
+        dataflow.linear(jnp.zeros((m, k), BF16), jnp.zeros((n, k), BF16))
+
+
+def test_a_weight_that_is_no_matrix_is_refused():
+    with pytest.raises(ValueError, match=r"matrices: \(8, 64\), \(1, 64, 64\)"):
+        dataflow.linear(jnp.zeros((8, 64), BF16), jnp.zeros((1, 64, 64), BF16))
+
+
+def test_says_what_the_table_covers(table):
+    with mosaic.tracing_for(table, 132):
+        assert dataflow.coverage() == (
+            "nvidia_toy.json, for 132 and 38 SMs: 2 products on 132, each with some of up to "
+            "8, 64, 256, 2048, 4096 rows; a rule decides all others"
+        )
+    with mosaic.tracing_for(table, 66):
+        assert dataflow.coverage() == (
+            "nvidia_toy.json is for 132 and 38 SMs, here are 66: a rule decides"
+        )
+    with mosaic.tracing_for("NVIDIA Unknown", 132):
+        assert dataflow.coverage() == "none for NVIDIA Unknown: a rule decides"

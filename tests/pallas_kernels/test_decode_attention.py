@@ -382,5 +382,26 @@ def test_refuses_what_does_not_fit_together():
         decode_attention(*args, softmax="maximal")
     with pytest.raises(ValueError, match="phi"):
         decode_attention(*args, phi=jnp.zeros(2))
+    for option, value in (
+        ("scale", 0),
+        ("scale", float("nan")),
+        ("soft_cap", float("inf")),
+        ("soft_cap", -1),
+        ("window", 0),
+        ("window", 2.5),
+    ):
+        with pytest.raises(ValueError, match=f"{option} is {value}, expected"):
+            decode_attention(*args, **{option: value})
     with pytest.raises(ValueError, match="buffers is 1"):
         DecodeConfig(buffers=1)
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "kv_heads", "words"),
+    [(0, 4, 2, "0 rows; supported are 1 to"), (1, 0, 2, "Hq is 0"), (1, 4, 0, "Hkv is 0")],
+)
+def test_refuses_empty_axes(batch, heads, kv_heads, words):
+    pages = jnp.zeros((3, 16, kv_heads, 64), BF16)
+    table, lengths = jnp.zeros((batch, 2), jnp.int32), jnp.zeros(batch, jnp.int32)
+    with pytest.raises(NotImplementedError, match=words):
+        decode_attention(jnp.zeros((batch, heads, 64), BF16), pages, pages, table, lengths)

@@ -227,6 +227,7 @@ def test_config_refuses_what_cannot_run(fields):
         ({"x": (128, 64), "w": (64, 64), "residual": (64, 64)}, {}, ValueError, "residual"),
         ({"x": (128, 64), "w": (64, 64)}, {"w_layout": "mn"}, ValueError, "w_layout"),
         ({"x": (128, 96), "w": (64, 96)}, {}, NotImplementedError, "K must be"),
+        ({"x": (0, 64), "w": (64, 64)}, {}, NotImplementedError, "M is 0: at least 1"),
         ({"x": (128, 64), "w": (96, 64)}, {}, NotImplementedError, "N of 64"),
         ({"x": (128, 64), "w": (64, 64)}, {"gated": True}, NotImplementedError, "gated: 128"),
         (

@@ -241,6 +241,13 @@ def test_candidates_fit_shared_memory():
     ("change", "error", "words"),
     [
         ({"x": jnp.zeros((129, 128), BF16)}, NotImplementedError, "M is at most 128"),
+        ({"x": jnp.zeros((0, 128), BF16)}, NotImplementedError, "M is 0: at least 1"),
+        ({"w": jnp.zeros((0, 128), BF16)}, NotImplementedError, "N is 0: at least 1"),
+        (
+            {"x": jnp.zeros((8, 0), BF16), "w": jnp.zeros((64, 0), BF16)},
+            NotImplementedError,
+            "K is 0: at least 1",
+        ),
         (
             {"x": jnp.zeros((8, 100), BF16), "w": jnp.zeros((64, 100), BF16)},
             NotImplementedError,
@@ -252,9 +259,6 @@ def test_candidates_fit_shared_memory():
         ({"bias": jnp.zeros((65,), BF16)}, ValueError, "bias has shape"),
         ({"residual": jnp.zeros((8, 65), BF16)}, ValueError, "residual has shape"),
         ({"w_layout": "mn"}, ValueError, "'mn'"),
-        ({"config": FlatConfig(stages=1)}, NotImplementedError, "two stages"),
-        ({"config": FlatConfig(x_stages=1)}, NotImplementedError, "two stages"),
-        ({"config": FlatConfig(64, consumers=2)}, NotImplementedError, "for each consumer"),
         (
             {
                 "w": jnp.zeros((192, 128), BF16),
@@ -270,3 +274,24 @@ def test_refuses(change, error, words):
     given = {"x": jnp.zeros((8, 128), BF16), "w": jnp.zeros((64, 128), BF16)}
     with pytest.raises(error, match=words):
         flat_gemm(**(given | change))
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"waves": 0}, "waves is 0"),
+        ({"split": 0}, "split is 0"),
+        ({"split": -1}, "split is -1"),
+        ({"split": 1.5}, "split is 1.5"),
+        ({"consumers": 0}, "consumers is 0"),
+        ({"tile_n": 0}, "tile_n is 0.* at least 64"),
+        ({"tile_n": 64, "consumers": 2}, "tile_n is 64.* a multiple of 128"),
+        ({"tile_k": 0}, "tile_k is 0.* at least 64"),
+        ({"tile_k": 100}, "tile_k is 100.* a multiple of 64"),
+        ({"stages": 1}, "stages is 1.* at least 2"),
+        ({"x_stages": 1}, "x_stages is 1.* at least 2"),
+    ],
+)
+def test_config_refuses_what_cannot_run(fields, words):
+    with pytest.raises(ValueError, match=words):
+        FlatConfig(**fields)

@@ -173,15 +173,19 @@ def test_layers_share_the_tile_map():
         ({"size": 80}, NotImplementedError, "80"),
         ({"page_size": 8}, NotImplementedError, "page size 8"),
         ({"kv_heads": 3}, ValueError, "multiple of 3"),
-        ({"window": 0}, ValueError, "window 0"),
-        ({"scale": -1.0}, ValueError, "scale -1.0"),
+        ({"kv_heads": 0}, NotImplementedError, "Hkv is 0: at least 1"),
+        ({"heads": 0}, NotImplementedError, "Hq is 0: at least 1"),
+        ({"window": 0}, ValueError, "window is 0"),
+        ({"window": 2.5}, ValueError, "window is 2.5, expected a whole number"),
+        ({"scale": -1.0}, ValueError, "scale is -1.0"),
+        ({"soft_cap": float("inf")}, ValueError, "soft_cap is inf"),
         ({"config": Config(stages=9)}, NotImplementedError, "stages=9"),
     ],
 )
 def test_refuses(change, error, words):
     shape = {"heads": 4, "kv_heads": 2, "head_dim": 128, "dtype": jnp.bfloat16, "page_size": 16}
     shape |= {"head_dim" if k == "size" else k: v for k, v in change.items()}
-    options = {k: shape.pop(k) for k in ("window", "scale", "config") if k in shape}
+    options = {k: shape.pop(k) for k in ("window", "scale", "soft_cap", "config") if k in shape}
     args = arguments(64, shape.pop("heads"), shape.pop("kv_heads"), shape.pop("head_dim"), **shape)
     with pytest.raises(error, match=words):
         jax.eval_shape(lambda *args: prefill_attention(*args, **options), *args)
@@ -192,3 +196,26 @@ def test_refuses_numbers_of_another_length():
     args[5] = jax.ShapeDtypeStruct((3,), jnp.int32)
     with pytest.raises(ValueError, match="counts"):
         jax.eval_shape(prefill_attention, *args)
+
+
+@pytest.mark.parametrize("index", [3, 4, 5, 6])
+def test_refuses_numbers_that_are_not_int32(index):
+    args = list(arguments(64, 4, 2, 128))
+    args[index] = jax.ShapeDtypeStruct(args[index].shape, jnp.float32)
+    with pytest.raises(ValueError, match="float32, expected int32"):
+        jax.eval_shape(prefill_attention, *args)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"warpgroups": 4}, "warpgroups is 4, expected one of 1, 2, 3"),
+        ({"stages": 1}, "stages is 1.* at least 2"),
+        ({"keys": 0}, "keys is 0.* at least 64"),
+        ({"keys": 96}, "keys is 96.* a multiple of 64"),
+        ({"heads_together": 0}, "heads_together is 0"),
+    ],
+)
+def test_config_refuses_what_cannot_run(fields, words):
+    with pytest.raises(ValueError, match=words):
+        Config(**fields)

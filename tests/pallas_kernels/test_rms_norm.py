@@ -173,3 +173,20 @@ def test_float32_is_refused() -> None:
 def test_shapes_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match=r"\(3, 128\).*\(256,\)"):
         rms_norm(jnp.zeros((3, 128), jnp.bfloat16), jnp.zeros(256, jnp.bfloat16), eps=1e-5)
+
+
+def test_no_rows_are_refused() -> None:
+    none, weight = jnp.zeros((0, 128), jnp.bfloat16), jnp.zeros(128, jnp.bfloat16)
+    for call in (partial(rms_norm, none), partial(rms_norm_residual, none, none)):
+        with pytest.raises(NotImplementedError, match="M is 0: at least 1"):
+            call(weight, eps=1e-5)
+
+
+@pytest.mark.parametrize("eps", [-1.0, float("nan"), float("inf")])
+def test_an_eps_without_a_root_is_refused(eps: float) -> None:
+    x, weight = inputs(1, 128, "bfloat16")
+    for call in (partial(rms_norm, x), partial(rms_norm_residual, x, x)):
+        with pytest.raises(
+            ValueError, match=f"eps is {eps}, expected a finite number of at least 0"
+        ):
+            call(weight, eps=eps)

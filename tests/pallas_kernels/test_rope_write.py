@@ -160,7 +160,13 @@ def test_blocks_take_as_many_heads_as_divide() -> None:
 
 @pytest.mark.parametrize(
     ("index", "shape", "name"),
-    [(1, (3, 31), "cos"), (4, (4, 8, 1, 64), "v_pages"), (5, (2,), "slots")],
+    [
+        (0, (3, 512), r"qkv \(3, 512\)"),
+        (1, (3, 31), "cos"),
+        (3, (4, 8, 128), r"k_pages \(4, 8, 128\)"),
+        (4, (4, 8, 1, 64), "v_pages"),
+        (5, (2,), "slots"),
+    ],
 )
 def test_shapes_that_do_not_fit(index: int, shape: tuple[int, ...], name: str) -> None:
     arguments, options = case(3, 4, 2, 64, False)
@@ -180,3 +186,18 @@ def test_what_is_refused(size: int, dtype: str) -> None:
     arguments, options = case(3, 4, 2, size, False, dtype)
     with pytest.raises(NotImplementedError, match=dtype if dtype == "float32" else str(size)):
         rope_write(*arguments, **options)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "heads", "kv_heads", "name"), [(0, 4, 2, "T"), (3, 0, 2, "Hq"), (3, 4, 0, "Hkv")]
+)
+def test_an_empty_axis_is_refused(tokens: int, heads: int, kv_heads: int, name: str) -> None:
+    shapes = shapes_of(tokens, heads, kv_heads, 64, 16, "bfloat16")
+    with pytest.raises(NotImplementedError, match=f"{name} is 0: at least 1"):
+        jax.eval_shape(partial(rope_write, num_heads=heads), *shapes)
+
+
+def test_a_negative_eps_is_refused() -> None:
+    arguments, options = case(3, 4, 2, 64, True)
+    with pytest.raises(ValueError, match=r"eps is -0\.1, expected .* at least 0"):
+        rope_write(*arguments, **options | {"eps": -0.1})
