@@ -70,7 +70,8 @@ def main() -> None:
     parser.add_argument(
         "--xla-m", nargs="*", type=int, metavar="M", default=list(XLA_ROWS), help=f"[{XLA_ROWS}]"
     )
-    parser.add_argument("--impl", default="table", choices=("table", "flat_gemm", "dense_gemm"))
+    impls = ("table", "gemv", "flat_gemm", "dense_gemm")
+    parser.add_argument("--impl", default="table", choices=impls)
     parser.add_argument("--gemlite", action="store_true", help="time gemlite too")
     parser.add_argument("--no-peers", action="store_true", help="no torch")
     args = parser.parse_args()

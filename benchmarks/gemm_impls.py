@@ -35,6 +35,12 @@ def mode(impl: str, launch: str) -> str:
     return launch if on_gpu or impl == "xla" else "interpreted"
 
 
+def _gemv() -> Product:
+    from pallas_kernels.gemv import gemv
+
+    return lambda x, w: gemv(x, w, **interpreted())
+
+
 def _flat() -> Product:
     from pallas_kernels.flat_gemm import flat_gemm
 
@@ -74,11 +80,17 @@ def scope(name: str) -> AbstractContextManager[Any]:
     return workspace()
 
 
-_MAKERS = {"table": _table, "flat_gemm": _flat, "dense_gemm": _dense, "xla": _xla}
+_MAKERS = {
+    "table": _table,
+    "gemv": _gemv,
+    "flat_gemm": _flat,
+    "dense_gemm": _dense,
+    "xla": _xla,
+}
 
 
 def product(name: str) -> Product:
-    """The product "table", "flat_gemm", "dense_gemm" or "xla".
+    """The product "table", "gemv", "flat_gemm", "dense_gemm" or "xla".
 
     The kernels hold jitted functions of their own; they use the counters of the program around
     them, so they are not wrapped once more.

@@ -1,12 +1,12 @@
 """Which kernel computes a product: the heuristic dataflow of FlashDecoding++ (section 5).
 
 In the paper every [N, K] has two inflection points: below M1 rows a GEMV wins, from M1 the flat
-GEMM, from M2 the dense one. Here `python -m pallas_kernels.tune` times the flat and the dense GEMM
-and XLA at some numbers of rows and stores the best kernel and configuration of each in
-`tuned/<gpu>.json`, with M1 and M2 for readers; there is no GEMV of our own. What is fastest on all
-SMs is not on a share of them, so there are entries for each SM count that was tuned. The choice is
-made while a program is traced, by the entry of the next larger number of rows in `ROWS`. A GPU, an
-SM count, a shape or a number of rows without an entry gets a rule, and `Choice.source` says so.
+GEMM, from M2 the dense one. Here `python -m pallas_kernels.tune` times these three and XLA at some
+numbers of rows and stores the best kernel and configuration of each in `tuned/<gpu>.json`, with M1
+and M2 for readers. What is fastest on all SMs is not on a share of them, so there are entries for
+each SM count that was tuned. The choice is made while a program is traced, by the entry of the next
+larger number of rows in `ROWS`. A GPU, an SM count, a shape or a number of rows without an entry
+gets a rule, which never takes the GEMV, and `Choice.source` says so.
 """
 
 from __future__ import annotations
@@ -25,18 +25,22 @@ from pallas_kernels.dense_gemm import DenseConfig, dense_gemm
 from pallas_kernels.dense_gemm import default as default_dense
 from pallas_kernels.flat_gemm import FlatConfig, flat_gemm
 from pallas_kernels.flat_gemm import default as default_flat
+from pallas_kernels.gemv import GemvConfig, gemv
 from pallas_kernels.products import checked_shape
 
 TUNED = Path(__file__).parent / "tuned"
-ROWS = (8, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+ROWS = (1, 2, 4, 8, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 """Numbers of rows that a table may have entries for; each speaks for those down to the one before
 it, the last one also for more."""
+FEW_ROWS = 8
+"""Up to here an entry speaks for all fewer rows that have none: wgmma's tile has 8 rows anyway."""
 FLAT_ROWS = 64
 """The rule's M2: most rows that go to the flat GEMM where no table says otherwise."""
 XLA_GAIN, XLA_GAIN_US = 1.1, 10.0
 """XLA is chosen where it is this much faster, or so many microseconds: it starts no kernel early,
 and none after it does, which costs a long product no more than a short one. Both are guesses."""
-_CONFIGS = {"flat_gemm": FlatConfig, "dense_gemm": DenseConfig}
+CONFIGS = {"gemv": GemvConfig, "flat_gemm": FlatConfig, "dense_gemm": DenseConfig}
+"""Our kernels, and the class of their configurations."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +48,8 @@ class Choice:
     """What computes a product."""
 
     kernel: str
-    """`flat_gemm`, `dense_gemm` or `xla`."""
-    config: FlatConfig | DenseConfig | None
+    """`gemv`, `flat_gemm`, `dense_gemm` or `xla`."""
+    config: GemvConfig | FlatConfig | DenseConfig | None
     """None for XLA."""
     source: str
     """`table` or `rule`."""
@@ -98,6 +102,13 @@ def coverage() -> str:
     )
 
 
+def entry_for(m: int, entries: dict[int, dict[str, Any]]) -> dict[str, Any] | None:
+    """What the table says of `m` rows, in a product's entries by rows."""
+    first, *larger = [rows for rows in ROWS if rows >= m] or ROWS[-1:]
+    speaking = [first, *(rows for rows in larger if rows <= FEW_ROWS)]
+    return next((entries[rows] for rows in speaking if rows in entries), None)
+
+
 def rule(m: int, n: int, k: int, gated: bool = False) -> Choice:
     """The choice where no table has the shape."""
     if m <= FLAT_ROWS:
@@ -124,13 +135,13 @@ def choose(
     not_empty(M=m, N=n, K=k)
     table = load_table(kind or device_kind(), mosaic.sm_count())
     entries = (table or {}).get((n, k, gated), {})
-    entry = entries.get(next((rows for rows in ROWS if rows >= m), ROWS[-1]))
+    entry = entry_for(m, entries)
     if entry is None:
         return rule(m, n, k, gated)
     xla_us = entry.get("xla_us")
     if not pallas_only and xla_us is not None and _with_gaps(xla_us) < entry["us"]:
         return Choice("xla", None, "table")
-    return Choice(entry["kernel"], _CONFIGS[entry["kernel"]](**entry["config"]), "table")
+    return Choice(entry["kernel"], CONFIGS[entry["kernel"]](**entry["config"]), "table")
 
 
 def _with_gaps(xla_us: float) -> float:
@@ -159,6 +170,8 @@ def linear(
     choice = choose(m, n, k, gated=gated, pallas_only=pallas_only)
     operands = {"bias": bias, "residual": residual, "gated": gated, "interpret": interpret}
     match choice.kernel:
+        case "gemv":
+            return gemv(x, w, **operands, config=choice.config)
         case "flat_gemm":
             return flat_gemm(x, w, **operands, config=choice.config)
         case "dense_gemm":

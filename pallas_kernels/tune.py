@@ -3,7 +3,8 @@
 `python -m pallas_kernels.tune` times every candidate of every kernel for the products of common
 models, with weights that rotate through more than the L2 holds, and writes `tuned/<gpu>.json`, for
 the number of SMs that it sees: under an MPS share (`CUDA_MPS_ACTIVE_THREAD_PERCENTAGE`) these.
-XLA is timed without its own search for the fastest product, which would take seconds a shape.
+XLA is timed without its own search for the fastest product, which would take seconds a shape, and
+for one row with a sum over K, which is faster than its product.
 What the stored table names, for this product and for others, is tried first: `--candidates` then
 leaves out what is least likely to win. `--seconds` ends in time with the products done so far.
 """
@@ -30,7 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import dataflow, dense_gemm, flat_gemm, mosaic, products
+from pallas_kernels import dataflow, dense_gemm, flat_gemm, gemv, mosaic, products
 from pallas_kernels.timing import STREAM_OPTIONS, device_us
 
 # N, K, gated: fused qkv, output, gate and up, down projection, and the logits.
@@ -41,6 +42,7 @@ MODELS = {
     "llama3-70b-tp4": ((2560, 8192), (8192, 2048), (14336, 8192), (8192, 7168)),
 }
 _GATED = {(22016, 4096), (28672, 4096), (37888, 3584), (14336, 8192)}
+GEMV_ROWS = tuple(rows for rows in dataflow.ROWS if rows <= gemv.MAX_ROWS)
 FLAT_ROWS = tuple(rows for rows in dataflow.ROWS if rows <= flat_gemm.MAX_ROWS)
 DENSE_ROWS = tuple(rows for rows in dataflow.ROWS if rows >= dataflow.FLAT_ROWS)
 _ROTATED_BYTES = 400_000_000
@@ -51,10 +53,18 @@ _AGAIN = 3
 _TIE = 1.01
 """The rule's choice is taken if it is at most this much slower than the fastest."""
 _MOST_DENSE = 5
+_RUN = {
+    "gemv": gemv.gemv,
+    "flat_gemm": flat_gemm.flat_gemm,
+    "dense_gemm": dense_gemm.dense_gemm,
+}
 
 
 def _xla(x, w, gated):
-    y = jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=x.dtype)
+    if x.shape[0] == 1:
+        y = (w.astype(jnp.float32) * x.astype(jnp.float32)).sum(-1)[None].astype(x.dtype)
+    else:
+        y = jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=x.dtype)
     if not gated:
         return y
     gate, up = jnp.split(y, 2, axis=1)
@@ -68,9 +78,8 @@ Shape = tuple[int, int, bool]
 
 def entry_candidate(entry: Mapping[str, Any]) -> Candidate | None:
     """What an entry of a table names; None if the kernel has other settings by now."""
-    kind = {"flat_gemm": flat_gemm.FlatConfig, "dense_gemm": dense_gemm.DenseConfig}
     try:
-        return entry["kernel"], kind[entry["kernel"]](**entry["config"])
+        return entry["kernel"], dataflow.CONFIGS[entry["kernel"]](**entry["config"])
     except (KeyError, TypeError):
         return None
 
@@ -126,8 +135,11 @@ class Product:
             # No clusters: pairs of blocks may find no room beside other kernels.
             for config in [c for c in found if not c.cluster][:_MOST_DENSE]:
                 yield "dense_gemm", config
+        outputs = self.n // (1 + self.gated)
+        if rows in GEMV_ROWS:
+            for config in gemv.candidates(rows, outputs, self.k, self.gated):
+                yield "gemv", config
         if rows in FLAT_ROWS:
-            outputs = self.n // (1 + self.gated)
             for config in flat_gemm.candidates(rows, outputs, self.gated):
                 yield "flat_gemm", config
         yield "xla", None
@@ -138,13 +150,20 @@ class Product:
         def call(x, w):
             if kernel == "xla":
                 return _xla(x, w, self.gated)
-            run = flat_gemm.flat_gemm if kernel == "flat_gemm" else dense_gemm.dense_gemm
-            return run(x, w, gated=self.gated, config=config)
+            return _RUN[kernel](x, w, gated=self.gated, config=config)
 
         # The library's own choice for XLA: a search of XLA's would take seconds for every shape.
         options = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
         x = jax.ShapeDtypeStruct((rows, self.k), jnp.bfloat16)
-        lowered = jax.jit(lambda x, ws: [call(x, w) for w in ws]).lower(x, self.weights)
+
+        def chain(x, ws):
+            ys = []
+            for w in ws:  # one after another: XLA may make one kernel of sums that share an operand
+                x, y = jax.lax.optimization_barrier((x, call(x, w)))
+                ys.append(y)
+            return ys
+
+        lowered = jax.jit(chain).lower(x, self.weights)
         return lowered, STREAM_OPTIONS | (options if kernel == "xla" else {})
 
     def x(self, rows: int) -> jax.Array:
@@ -250,7 +269,8 @@ def tune(
         (kernel, config), us = fastest, times[fastest]
         best = {
             name: min((us for case, us in times.items() if case[0] == name), default=None)
-            for name in ("flat_gemm", "dense_gemm")
+            for name in dataflow.CONFIGS
+            if name != "gemv" or rows in GEMV_ROWS
         }
         entries[rows] = {
             "kernel": kernel,
@@ -274,7 +294,8 @@ def tune(
 def inflection_points(entries: dict[int, dict[str, Any]]) -> dict[str, int | None]:
     """M1 and M2 of section 5: fewest rows at which the flat GEMM wins, and from where it loses.
 
-    Fewer rows than 8 take the flat GEMM as long as 8 do: M1 is 1 where it wins at 8.
+    Rows for which nothing was timed count as the next more that was: M1 is 1 where the flat GEMM
+    wins at the fewest rows that were.
     """
     wins = [
         rows
@@ -282,7 +303,8 @@ def inflection_points(entries: dict[int, dict[str, Any]]) -> dict[str, int | Non
         if entry["kernel"] == "flat_gemm" and entry["us"] <= (entry["xla_us"] or float("inf"))
     ]
     if not wins:
-        return {"m1": None, "m2": min(entries)}
+        more = (rows for rows, entry in entries.items() if entry["kernel"] != "gemv")
+        return {"m1": None, "m2": min(more, default=None)}
     m1 = 1 if min(wins) == min(entries) else min(wins)
     return {"m1": m1, "m2": min((rows for rows in entries if rows > max(wins)), default=None)}
 

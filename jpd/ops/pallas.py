@@ -214,7 +214,7 @@ def _linear(x, weight, *, bias, residual, gated):
 
 
 def linear_pallas(x, weight, *, bias=None, residual=None):
-    """Flat GEMM, dense GEMM or, unless `pallas_only`, a refusal in favour of XLA: by the table."""
+    """GEMV, flat or dense GEMM or, unless `pallas_only`, a refusal in favour of XLA: by table."""
     return _linear(x, weight, bias=bias, residual=residual, gated=False)
 
 

@@ -1,10 +1,18 @@
 """Products with a weight against float64."""
 
+import json
+from dataclasses import asdict
+
+import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jpd import ops
+from jpd.config import KernelConfig
+from jpd.ops import registry
+from jpd.ops.pallas import kernels_without_gpu
+from pallas_kernels import dataflow, gemv
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5])
@@ -44,3 +52,34 @@ def test_the_gate_is_the_first_half() -> None:
     gate, up = y[:, :5], y[:, 5:]
     want = gate / (1 + np.exp(-gate)) * up
     np.testing.assert_allclose(ops.gated_linear(x, weight, bias=bias), want, rtol=1e-4, atol=1e-5)
+
+
+def test_the_kernel_for_one_row_is_the_table_s(tmp_path, monkeypatch) -> None:
+    config = gemv.GemvConfig(2, 1, 2)
+    entry = {"kernel": "gemv", "config": asdict(config), "us": 1, "xla_us": 1}
+    shapes = ({"n": 64, "k": 256, "gated": False}, {"n": 64, "k": 256, "gated": True})
+    table = {"products": {"132": [shape | {"rows": {"1": entry}} for shape in shapes]}}
+    (tmp_path / "nvidia_h200.json").write_text(json.dumps(table))
+    monkeypatch.setattr(dataflow, "TUNED", tmp_path)
+    taken = []
+
+    def spy(*args, **options):
+        taken.append(options["config"])
+        return gemv.gemv(*args, **options)
+
+    monkeypatch.setattr(dataflow, "gemv", spy)
+    dataflow.load_table.cache_clear()
+    made = arrays((1, 256), (64, 256), (64,), (1, 64))
+    x, weight, bias, residual = (array.astype("bfloat16") for array in made)
+    with registry.using(KernelConfig(), "gpu"), kernels_without_gpu(plgpu.InterpretGPUParams()):
+        got = ops.linear(x, weight, bias=bias, residual=residual)
+        gated = ops.gated_linear(x, weight, bias=bias)
+    dataflow.load_table.cache_clear()
+    assert taken == [config, config]
+    kernels = KernelConfig(linear="xla", gated_linear="xla")
+    with registry.using(kernels):
+        want = ops.linear(x, weight, bias=bias, residual=residual)
+        want_gated = ops.gated_linear(x, weight, bias=bias)
+    for one, other in ((got, want), (gated, want_gated)):
+        one, other = np.asarray(one, np.float32), np.asarray(other, np.float32)
+        assert np.linalg.norm(one - other) <= 0.01 * np.linalg.norm(other)

@@ -19,6 +19,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from typing import Any, NamedTuple
 
 PLACES = (
+    "tests.pallas_kernels.test_gemv",
     "tests.pallas_kernels.test_flat_gemm",
     "tests.pallas_kernels.test_dense_gemm",
     "tests.pallas_kernels.test_dataflow",

@@ -15,6 +15,8 @@ from pallas_kernels.dense_gemm import DenseConfig
 from pallas_kernels.flat_gemm import FlatConfig
 from pallas_kernels.flat_gemm.config import smem_bytes
 from pallas_kernels.flat_gemm.schedule import schedule_of
+from pallas_kernels.gemv import GemvConfig
+from pallas_kernels.gemv.config import suits
 from pallas_kernels.tune import inflection_points
 from tests.pallas_kernels import modes, sass
 
@@ -45,6 +47,8 @@ class Entry(NamedTuple):
         if choice.kernel == "flat_gemm":
             with mosaic.tracing_for(self.gpu, self.sms):
                 shared = schedule_of(choice.config, outputs, self.k).most_shares > 1
+        elif choice.kernel == "gemv":  # how many parts a row has decides what is unrolled
+            shared = self.k
         return choice, self.m, self.gated, shared
 
     def call(self, given: dict[str, Any]) -> jax.Array:
@@ -78,6 +82,7 @@ def sass_cases() -> list[tuple[str, Callable[..., Any], tuple[Any, ...]]]:
 
 
 PROGRAMS = {entry.program(): entry for entry in shipped()}
+GEMV, OTHER = GemvConfig(2, 1, 2), GemvConfig(1, 1, 2)
 
 
 @pytest.fixture
@@ -95,7 +100,12 @@ def table(tmp_path, monkeypatch):
         "4096": entry("dense_gemm", DENSE, 1200.0, 1185.0),
     }
     few = {"8": rows["8"]}
+    gemv = entry("gemv", GEMV, 4.0, 4.1)
+    fewer = {"1": gemv, "2": entry("gemv", OTHER, 4.2, 6.0), **few}
+    gap = {"1": entry("gemv", GEMV, 5.0, 4.0), "64": rows["64"]}
     products = [
+        {"n": 512, "k": 256, "gated": False, "m1": 8, "m2": None, "rows": fewer},
+        {"n": 768, "k": 256, "gated": False, "m1": None, "m2": 64, "rows": gap},
         {"n": 256, "k": 128, "gated": False, "m1": 1, "m2": 256, "rows": rows},
         {"n": 384, "k": 128, "gated": False, "m1": 1, "m2": None, "rows": few},
     ]
@@ -160,6 +170,48 @@ def test_rows_without_an_entry_get_the_rule(table, m, kernel):
     assert (choice.kernel, choice.source) == (kernel, "rule")
 
 
+@pytest.mark.parametrize(
+    ("m", "kernel", "config"),
+    [
+        (1, "gemv", GEMV),
+        (2, "gemv", OTHER),
+        (3, "flat_gemm", FLAT),
+        (4, "flat_gemm", FLAT),
+        (8, "flat_gemm", FLAT),
+    ],
+)
+def test_an_entry_of_eight_rows_speaks_for_fewer_that_have_none(table, m, kernel, config):
+    assert dataflow.choose(m, 512, 256, kind=table) == dataflow.Choice(kernel, config, "table")
+    assert dataflow.choose(m, 384, 128, kind=table) == dataflow.Choice("flat_gemm", FLAT, "table")
+
+
+def test_entries_beside_a_gap_do_not_speak_for_it(table):
+    """Of 1 row for more, and of 64 rows for 8 or fewer."""
+    for m in (2, 3, 8, 32):
+        choice = dataflow.choose(m, 768, 256, kind=table)
+        assert (choice.kernel, choice.source) == ("flat_gemm", "rule")
+    assert dataflow.choose(1, 768, 256, kind=table) == dataflow.Choice("xla", None, "table")
+    choice = dataflow.choose(1, 768, 256, kind=table, pallas_only=True)
+    assert choice == dataflow.Choice("gemv", GEMV, "table")
+
+
+@pytest.mark.parametrize("m", [1, 2])
+def test_linear_runs_the_gemv(table, m, monkeypatch):
+    monkeypatch.setattr(dataflow, "device_kind", lambda: table)
+    x = jax.random.normal(jax.random.key(0), (m, 256), jnp.bfloat16)
+    w = jax.random.normal(jax.random.key(1), (512, 256), jnp.bfloat16)
+    extra = {
+        "bias": jnp.full((512,), 2, jnp.bfloat16),
+        "residual": jnp.ones((m, 512), jnp.bfloat16),
+    }
+    call = partial(dataflow.linear, **extra)
+    assert "gemv" in modes.lower(call, x, w)
+    y = modes.run(call, x, w)
+    expected = np.asarray(products.reference(x, w, **extra))
+    error = np.linalg.norm(y.astype(jnp.float32) - expected) / np.linalg.norm(expected)
+    assert error <= 4e-3
+
+
 def test_linear_runs_the_choice(table, monkeypatch):
     monkeypatch.setattr(dataflow, "device_kind", lambda: table)
     x = jax.random.normal(jax.random.key(0), (8, 128), jnp.bfloat16)
@@ -187,6 +239,19 @@ def test_inflection_points():
     assert inflection_points(rows) == {"m1": 64, "m2": 128}
     rows[64]["xla_us"] = 5
     assert inflection_points(rows) == {"m1": None, "m2": 8}
+
+
+def test_inflection_points_beside_a_gemv():
+    def entry(kernel):
+        return {"kernel": kernel, "us": 5, "xla_us": 6}
+
+    rows = {1: entry("gemv"), 2: entry("gemv"), 4: entry("flat_gemm"), 8: entry("flat_gemm")}
+    assert inflection_points(rows) == {"m1": 4, "m2": None}
+    assert inflection_points(rows | {64: entry("dense_gemm")}) == {"m1": 4, "m2": 64}
+    assert inflection_points(rows | {1: entry("flat_gemm")}) == {"m1": 1, "m2": None}
+    assert inflection_points({1: entry("gemv"), 8: entry("flat_gemm")}) == {"m1": 8, "m2": None}
+    assert inflection_points({1: entry("gemv")}) == {"m1": None, "m2": None}
+    assert inflection_points({1: entry("gemv"), 64: entry("dense_gemm")}) == {"m1": None, "m2": 64}
 
 
 @pytest.mark.parametrize("file", sorted(dataflow.TUNED.glob("*.json")), ids=lambda f: f.stem)
@@ -220,8 +285,12 @@ def check_shipped(product, gpu):
     assert inflection_points(entries) == {"m1": product["m1"], "m2": product["m2"]}
     for m in dataflow.ROWS:
         choice = dataflow.choose(m, n, k, gated=gated, pallas_only=True, kind=gpu)
-        assert choice.kernel in ("flat_gemm", "dense_gemm")
-        assert choice.source == ("table" if m in entries else "rule")
+        assert choice.kernel in dataflow.CONFIGS
+        assert choice.source == ("rule" if dataflow.entry_for(m, entries) is None else "table")
+        if m >= dataflow.FEW_ROWS:
+            assert choice.source == ("table" if m in entries else "rule")
+        if choice.kernel == "gemv":
+            assert suits(choice.config, n // (1 + gated), k)
         if choice.kernel == "flat_gemm":  # DenseConfig refuses what does not fit
             assert smem_bytes(choice.config, m, gated) <= mosaic.SMEM_BYTES
 
@@ -244,8 +313,8 @@ def test_a_weight_that_is_no_matrix_is_refused():
 def test_says_what_the_table_covers(table):
     with mosaic.tracing_for(table, 132):
         assert dataflow.coverage() == (
-            "nvidia_toy.json, for 132 and 38 SMs: 2 products on 132, each with some of up to "
-            "8, 64, 256, 2048, 4096 rows; a rule decides all others"
+            "nvidia_toy.json, for 132 and 38 SMs: 4 products on 132, each with some of up to "
+            "1, 2, 8, 64, 256, 2048, 4096 rows; a rule decides all others"
         )
     with mosaic.tracing_for(table, 66):
         assert dataflow.coverage() == (

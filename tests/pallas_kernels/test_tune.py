@@ -4,10 +4,11 @@ import argparse
 from contextlib import nullcontext
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import tune
+from pallas_kernels import products, tune
 from pallas_kernels.flat_gemm import candidates, default
 
 SHAPE = (4096, 4096, False)
@@ -63,6 +64,26 @@ def test_xla_is_timed_for_any_number_of_rows(rows):
     kernels = [kernel for kernel, _ in tune.Product.candidates(product, rows)]
     assert kernels[-1] == "xla"
     assert {*kernels[:-1]} == {"flat_gemm" if rows == 8 else "dense_gemm"}
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_few_rows_are_tried_with_a_gemv_too(rows):
+    product = SimpleNamespace(n=2560, k=8192, gated=False)
+    kernels = [kernel for kernel, _ in tune.Product.candidates(product, rows)]
+    assert {*kernels} == {"gemv", "flat_gemm", "xla"}
+    case = next(tune.Product.candidates(product, rows))
+    entry = {"kernel": case[0], "config": vars_of(case[1])}
+    assert tune.entry_candidate(entry) == case
+
+
+@pytest.mark.parametrize(("rows", "gated"), [(1, False), (1, True), (2, False)])
+def test_what_is_timed_of_xla_is_the_product(rows, gated):
+    x = jax.random.normal(jax.random.key(0), (rows, 64), jnp.bfloat16)
+    w = jax.random.normal(jax.random.key(1), (32, 64), jnp.bfloat16) / 8
+    expected = products.reference(x, w, gated=gated)
+    y = tune._xla(x, w, gated).astype(jnp.float32)
+    assert y.shape == expected.shape
+    assert jnp.linalg.norm(y - expected) <= 0.01 * jnp.linalg.norm(expected)
 
 
 class FakeProduct:
