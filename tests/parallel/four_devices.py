@@ -377,7 +377,9 @@ def test_every_rank_is_checked_before_it_serves(
     seen = []
     monkeypatch.setattr(Executor, "compile_ahead", lambda executor: None)
 
-    def run_check(widths: Any, kernels: Any, products: Any, device: jax.Device) -> list[str]:
+    def run_check(
+        widths: Any, kernels: Any, products: Any, batches: Any, device: jax.Device
+    ) -> list[str]:
         seen.append((device, widths.num_heads, {p.name: p.weight for p in products}))
         return []
 
