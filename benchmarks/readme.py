@@ -246,7 +246,8 @@ LINES = (
         "steps of prefill and decode side by side, against the same shares alone, Llama-3.1-8B",
         lambda s: (
             f"prefill takes up to {s['prefill_max_slowdown_beside']:.2f}×, decode up to "
-            f"{s['decode_max_slowdown_beside']:.2f}×; mean error of jpd's models "
+            f"{s['decode_max_slowdown_beside']:.2f}×; mean error, on these very steps, "
+            "of jpd's models "
             f"{100 * s['prefill_model_mean_error']:.0f} % and "
             f"{100 * s['decode_model_mean_error']:.0f} %, of the paper's (steps alone) "
             f"{100 * s['paper_prefill_mean_error']:.0f} % and "

@@ -11,6 +11,7 @@ from pallas_kernels.gemv import MAX_ROWS, GemvConfig, candidates, default, gemv
 from pallas_kernels.gemv.config import parts_of, suits
 from pallas_kernels.products import reference
 from tests.pallas_kernels import modes
+from tests.pallas_kernels.test_flat_gemm import draw, operands
 
 BF16, FP16 = jnp.bfloat16, jnp.float16
 SHAPES = (  # outputs, inputs, gated: projections of 7B and 8B models, and logits
@@ -31,17 +32,6 @@ SHAPES = (  # outputs, inputs, gated: projections of 7B and 8B models, and logit
 )
 
 
-def operands(m, outputs, k, *, dtype=BF16, gated=False, bias=False, residual=False):
-    """Shapes of the arguments of one call, by name."""
-    n = outputs * (1 + gated)
-    made = {"x": (m, k), "w": (n, k)}
-    if bias:
-        made["bias"] = (n,)
-    if residual:
-        made["residual"] = (m, outputs)
-    return {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in made.items()}
-
-
 def _call(given, **static):
     return gemv(**given, **static)
 
@@ -56,17 +46,6 @@ def sass_cases():
                 call = functools.partial(_call, gated=gated, config=config)
                 found.append((f"gemv-{m}x{outputs}x{k}-{config}", call, (given,)))
     return found
-
-
-def draw(shapes, seed):
-    keys = jax.random.split(jax.random.key(seed), len(shapes))
-    given = {
-        name: jax.random.normal(key, s.shape, s.dtype)
-        for key, (name, s) in zip(keys, shapes.items(), strict=True)
-    }
-    scaled = given["w"].astype(jnp.float32) / shapes["x"].shape[1] ** 0.5
-    given["w"] = scaled.astype(shapes["w"].dtype)
-    return given
 
 
 ALL = {"bias": True, "residual": True}
