@@ -7,6 +7,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
+
 from benchmarks.attention_cases import HEAD_SIZE, PAGE_TOKENS, Decode, Pages, Prefill
 
 SCALE = HEAD_SIZE**-0.5
@@ -38,12 +40,17 @@ def _paged(case: Decode, op: Callable[..., Any], calls: int, scope: Any) -> Any:
 
 
 def decode_chain(case: Decode, softmax: str, calls: int) -> Any:
-    """Our kernel, which gives (out, recomputed); interpreted where there is no GPU."""
+    """Our kernel, which gives (out, recomputed); interpreted where there is no GPU.
+
+    "async_by_head" is "async" with a unified value for each head in place of one number.
+    """
     from benchmarks.gemm_impls import interpreted
     from pallas_kernels.decode_attention import decode_attention
     from pallas_kernels.workspace import workspace
 
-    options = {"scale": SCALE, "softmax": softmax, **interpreted()}
+    options: dict[str, Any] = {"scale": SCALE, "softmax": softmax, **interpreted()}
+    if softmax == "async_by_head":
+        options |= {"softmax": "async", "phi": np.zeros(case.q_heads, np.float32)}
     called: list[bool] = []
 
     @contextlib.contextmanager

@@ -3,7 +3,8 @@
 One new token for each sequence; bf16, head size 128, pages of 16 tokens in random order. Ours:
 ``jpd_async`` (asynchronous softmax with a unified value, FlashDecoding++ §3), ``jpd_sync`` and
 ``jpd_lazy``, the same kernel otherwise; `default` in the summary names the one that a call without
-`softmax=` takes, and that is held against the peers. (On a CPU ``--quick`` interprets ``jpd_async``
+`softmax=` takes, and that is held against the peers. ``jpd_async_by_head`` takes a unified value
+for each head, as a model with `jpd_phi.json` does. (On a CPU ``--quick`` interprets ``jpd_async``
 alone, beside jpd's ``xla``.) Peers: ``torch_sdpa`` (no pages: cases of one length only),
 ``flashinfer``, and ``jax_triton``, jax's own `paged_attention`.
 
@@ -55,7 +56,7 @@ from benchmarks.ratios import fill_bounds, put, speedups, times
 from benchmarks.report import Report, add_arguments
 
 PEERS = ("torch_sdpa", "flashinfer", "jax_triton")
-SOFTMAX = ("async", "sync", "lazy")
+SOFTMAX = ("async", "async_by_head", "sync", "lazy")
 LARGE_KV_BYTES = 500_000_000
 
 
@@ -226,7 +227,12 @@ def summarise(
             summary["pct_of_bw_large_over"] = f"{len(rates)} of {len(large)}"
         summary["pct_of_bw_large"] = sum(rates) / len(rates)
         summary["pct_of_bw_large_min"] = min(rates)
-    for other, key in (("sync", "async_speedup"), ("lazy", "async_vs_lazy")):
+    against = (
+        ("sync", "async_speedup"),
+        ("lazy", "async_vs_lazy"),
+        ("async_by_head", "async_vs_by_head"),
+    )
+    for other, key in against:
         ratios = speedups(rows, ours("async"), [ours(other)])
         put(summary, f"{key}_geomean", ratios)
         if ratios:

@@ -86,6 +86,16 @@ def test_what_is_timed_of_xla_is_the_product(rows, gated):
     assert jnp.linalg.norm(y - expected) <= 0.01 * jnp.linalg.norm(expected)
 
 
+@pytest.mark.parametrize("gated", [False, True])
+def test_the_reference_is_the_product_in_float32(gated):
+    product = tune.Product(64, 128, gated, nullcontext())
+    x, w = product.x(3), product.weights[-1]
+    expected = products.reference(x, w, gated=gated)
+    found = product.reference(3)(x, w)
+    assert found.dtype == jnp.float32
+    assert jnp.linalg.norm(found - expected) <= 1e-6 * jnp.linalg.norm(expected)
+
+
 class FakeProduct:
     """Candidates take the times that they are given, and the clock runs on with each."""
 
