@@ -29,7 +29,7 @@ from pallas_kernels.gemv import GemvConfig, gemv
 from pallas_kernels.products import checked_shape
 
 TUNED = Path(__file__).parent / "tuned"
-ROWS = (1, 2, 4, 8, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 """Numbers of rows that a table may have entries for; each speaks for those down to the one before
 it, the last one also for more."""
 FEW_ROWS = 8

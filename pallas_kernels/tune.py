@@ -43,7 +43,7 @@ MODELS = {
 _GATED = {(22016, 4096), (28672, 4096), (37888, 3584), (14336, 8192)}
 GEMV_ROWS = tuple(rows for rows in dataflow.ROWS if rows <= gemv.MAX_ROWS)
 FLAT_ROWS = tuple(rows for rows in dataflow.ROWS if rows <= flat_gemm.MAX_ROWS)
-DENSE_ROWS = tuple(rows for rows in dataflow.ROWS if rows >= dataflow.FLAT_ROWS)
+DENSE_ROWS = tuple(rows for rows in dataflow.ROWS if rows > dataflow.FEW_ROWS)
 _ROTATED_BYTES = 400_000_000
 _CALLS = 24
 _MOST_ERROR = 0.01
