@@ -16,10 +16,13 @@ import itertools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.gemm_cases import LAYERS, Gemm
 from benchmarks.rows import failed_row, make_row
+
+if TYPE_CHECKING:
+    import torch
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -39,38 +42,51 @@ def keys_of(args: argparse.Namespace) -> list[tuple[str, str]]:
     return keys
 
 
+def cublas_products(weights: list[torch.Tensor]) -> list[Callable[[Any], Any]]:
+    """A product for each weight, a function of activations."""
+    import torch
+
+    return [lambda x, w=w: torch.nn.functional.linear(x, w) for w in weights]
+
+
+def gemlite_products(weights: list[torch.Tensor]) -> list[Callable[[Any], Any]]:
+    """A product for each weight, a function of activations."""
+    from gemlite.core import DType, GemLiteLinearTriton, set_autotune
+
+    set_autotune("fast")
+    products = []
+    for weight in weights:
+        outputs, inputs = weight.shape
+        layer = GemLiteLinearTriton(
+            W_nbits=16,
+            group_size=None,
+            in_features=inputs,
+            out_features=outputs,
+            input_dtype=DType.BF16,
+            output_dtype=DType.BF16,
+        )
+        layer.pack(weight, scales=None, zeros=None, bias=None)
+        products.append(layer)
+    return products
+
+
+PRODUCTS = {"cublas": cublas_products, "gemlite": gemlite_products}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     import torch
 
     from benchmarks.baselines.torch_time import Rows, call_us, relative_error, rotations
 
-    rows = Rows("torch_gemm", keys_of(args), args.json)
+    keys = keys_of(args)
+    rows = Rows("torch_gemm", keys, args.json)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     torch.backends.cuda.matmul.allow_tf32 = False
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=device, dtype=torch.bfloat16)
-
-    def gemlite_products(weights: list[torch.Tensor]) -> list[Callable[[Any], Any]]:
-        from gemlite.core import DType, GemLiteLinearTriton, set_autotune
-
-        set_autotune("fast")
-        products = []
-        for weight in weights:
-            outputs, inputs = weight.shape
-            layer = GemLiteLinearTriton(
-                W_nbits=16,
-                group_size=None,
-                in_features=inputs,
-                out_features=outputs,
-                input_dtype=DType.BF16,
-                output_dtype=DType.BF16,
-            )
-            layer.pack(weight, scales=None, zeros=None, bias=None)
-            products.append(layer)
-        return products
 
     def attempt(case: Gemm, impl: str, x: torch.Tensor, products: Any, want: torch.Tensor) -> None:
         try:
@@ -95,26 +111,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows.set(failed_row(case.name, impl, problem))
 
     with torch.no_grad():
-        # As given: a run that is stopped has done the first ones.
-        for (outputs, inputs), group in itertools.groupby(args.case, lambda c: c[1:]):
-            cases = list(group)
-            count = rotations(cases[0].weight_bytes)
-            weights = [random(outputs, inputs) for _ in range(count)]
-            impls: dict[str, Any] = {
-                "cublas": [lambda x, w=w: torch.nn.functional.linear(x, w) for w in weights]
-            }
-            if args.gemlite:
+        # As given: a run that is stopped has done the first ones. gemlite tunes each for seconds.
+        for impl in ("cublas", "gemlite") if args.gemlite else ("cublas",):
+            wanted = [case for case in args.case if (case.name, impl) in keys]
+            for (outputs, inputs), group in itertools.groupby(wanted, lambda c: c[1:]):
+                cases = list(group)
+                weights = [random(outputs, inputs) for _ in range(rotations(cases[0].weight_bytes))]
                 try:
-                    impls["gemlite"] = gemlite_products(weights)
+                    products = PRODUCTS[impl](weights)
                 except Exception as problem:
-                    impls["gemlite"] = problem
-            for case in cases:
-                x = random(case.rows, inputs)
-                want = x[:: max(1, case.rows // 64)].float() @ weights[0].float().T
-                for impl, products in impls.items():
-                    if impl == "cublas" or case.rows <= 64:
-                        attempt(case, impl, x, products, want)
-            del weights, impls
+                    products = problem
+                for case in cases:
+                    x = random(case.rows, inputs)
+                    want = x[:: max(1, case.rows // 64)].float() @ weights[0].float().T
+                    attempt(case, impl, x, products, want)
+                del weights, products
         for layer in args.layer:
             model, tokens = layer.split(":")
             name = f"{model} M={tokens}"
