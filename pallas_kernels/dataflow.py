@@ -25,7 +25,7 @@ from pallas_kernels.dense_gemm import DenseConfig, dense_gemm
 from pallas_kernels.dense_gemm import default as default_dense
 from pallas_kernels.flat_gemm import FlatConfig, flat_gemm
 from pallas_kernels.flat_gemm import default as default_flat
-from pallas_kernels.gemv import GemvConfig, gemv
+from pallas_kernels.gemv import MAX_NORMED_ROWS, GemvConfig, gemv
 from pallas_kernels.products import checked_shape
 
 TUNED = Path(__file__).parent / "tuned"
@@ -53,6 +53,10 @@ class Choice:
     """None for XLA."""
     source: str
     """`table` or `rule`."""
+
+    def takes_norm(self, rows: int) -> bool:
+        """Whether an RMS norm of so many activations costs the kernel no pass of its own."""
+        return self.kernel == "gemv" and rows <= MAX_NORMED_ROWS
 
 
 def slug(device_kind: str) -> str:
@@ -91,7 +95,7 @@ def coverage() -> str:
     file = TUNED / f"{slug(kind)}.json"
     if not file.exists():
         return f"none for {kind}: a rule decides"
-    counts = " and ".join(json.loads(file.read_text())["products"])
+    counts = ", ".join(sorted(json.loads(file.read_text())["products"], key=int))
     table = load_table(kind, sms)
     if table is None:
         return f"{file.name} is for {counts} SMs, here are {sms}: a rule decides"
@@ -155,23 +159,27 @@ def linear(
     bias: jax.Array | None = None,
     residual: jax.Array | None = None,
     gated: bool = False,
+    norm: tuple[jax.Array, float] | None = None,
     pallas_only: bool = False,
     interpret: Any = None,
 ) -> jax.Array:
     """x w^T (+ bias) (+ residual) or its gated form, by the kernel that `choose` names.
 
-    Arguments as for `pallas_kernels.flat_gemm`, w as `[N, K]`.
+    Arguments as for `pallas_kernels.flat_gemm`, w as `[N, K]`, and `norm` as for
+    `pallas_kernels.gemv`.
 
     Raises:
       ValueError: shapes or dtypes that do not fit together.
-      NotImplementedError: XLA is the choice, or no kernel takes the shape.
+      NotImplementedError: XLA is the choice, no kernel takes the shape, or the choice no norm.
     """
     m, n, k = checked_shape(x, w, bias, residual, gated, "nk")
     choice = choose(m, n, k, gated=gated, pallas_only=pallas_only)
+    if norm is not None and not choice.takes_norm(m):
+        raise NotImplementedError(f"M, N, K = {m}, {n}, {k}: {choice.kernel} takes no norm")
     operands = {"bias": bias, "residual": residual, "gated": gated, "interpret": interpret}
     match choice.kernel:
         case "gemv":
-            return gemv(x, w, **operands, config=choice.config)
+            return gemv(x, w, **operands, norm=norm, config=choice.config)
         case "flat_gemm":
             return flat_gemm(x, w, **operands, config=choice.config)
         case "dense_gemm":

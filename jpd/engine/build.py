@@ -200,9 +200,9 @@ def check_kernels(
         widths_of(config, model),
         config.kernels,
         [
-            product("qkv", attention["qkv"], rows),
+            product("qkv", attention["qkv"], rows, eps=model.rms_eps),
             product("out", attention["out"], rows, residual=True),
-            product("gate and up", mlp["gate_up"], rows, gated=True),
+            product("gate and up", mlp["gate_up"], rows, gated=True, eps=model.rms_eps),
             product("down", mlp["down"], rows, residual=True),
             product("logits", head, ends),
         ],

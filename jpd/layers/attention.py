@@ -48,7 +48,7 @@ class Attention(nnx.Module):
 
     def __call__(
         self,
-        x: jax.Array,
+        x: jax.Array | ops.Unnormed,
         cos: jax.Array,
         sin: jax.Array,
         attend: Attend,
@@ -61,7 +61,7 @@ class Attention(nnx.Module):
             weights = self.q_norm.weight[...], self.k_norm.weight[...]
             norms = ops.HeadNorms(*weights, self.q_norm.eps)
         out = attend(self.layer, qkv, cos, sin, norms)
-        return self.out(out.reshape(x.shape[0], -1), residual)
+        return self.out(out.reshape(len(out), -1), residual)
 
 
 def causal_attend(config, observe: Observe | None = None) -> Attend:

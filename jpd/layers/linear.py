@@ -21,13 +21,13 @@ class Linear(nnx.Module):
         self.weight = normal(rngs, (outputs, inputs), dtype)
         self.bias = nnx.Param(jnp.zeros((outputs,), dtype)) if bias else None
 
-    def __call__(self, x: jax.Array, residual: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array | ops.Unnormed, residual: jax.Array | None = None) -> jax.Array:
         """The product, plus the bias if there is one, plus `residual` `[M, N]` if given."""
-        return ops.linear(x, self.weight[...], bias=self._bias(), residual=residual)
+        return ops.linear_of(x, self.weight[...], bias=self._bias(), residual=residual)
 
-    def gated(self, x: jax.Array) -> jax.Array:
+    def gated(self, x: jax.Array | ops.Unnormed) -> jax.Array:
         """`silu(gate) * up` `[M, N / 2]`, where gate and up are the halves of the product."""
-        return ops.gated_linear(x, self.weight[...], bias=self._bias())
+        return ops.gated_linear_of(x, self.weight[...], bias=self._bias())
 
     def _bias(self) -> jax.Array | None:
         return None if self.bias is None else self.bias[...]

@@ -14,6 +14,10 @@ class RMSNorm(nnx.Module):
         self.weight = nnx.Param(jnp.ones((width,), dtype))
         self.eps = eps
 
-    def __call__(self, x: ops.Stream) -> tuple[jax.Array, jax.Array]:
-        """The norm of a residual stream `[M, N]`, and the stream with all that was added to it."""
+    def __call__(self, x: ops.Stream) -> tuple[jax.Array | ops.Unnormed, jax.Array]:
+        """A residual stream `[M, N]` to be read through the norm, and the stream itself.
+
+        The latter with all that was added to it; `ops.normed` of the former, or a `Linear` that
+        reads it, takes the norm.
+        """
         return ops.normed_stream(x, self.weight[...], self.eps)

@@ -32,7 +32,9 @@ class MLP(nnx.Module):
         self.gate_up = Linear(width, 2 * ffn, bias=bias, dtype=dtype, rngs=rngs)
         self.down = SummedLinear(ffn, width, over="ffn", bias=bias, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array, residual: jax.Array | None = None) -> ops.Stream:
+    def __call__(
+        self, x: jax.Array | ops.Unnormed, residual: jax.Array | None = None
+    ) -> ops.Stream:
         return self.down(self.gate_up.gated(x), residual)
 
 
@@ -75,7 +77,7 @@ class Decoder(nnx.Module):
         x = self.embed(tokens)
         for layer in self.layers:
             x = layer(x, cos, sin, attend)
-        return self.norm(x)[0]
+        return ops.normed(self.norm(x)[0])
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Logits `[M, V]` float32 of hidden states `[M, E]`."""

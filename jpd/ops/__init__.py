@@ -3,6 +3,7 @@
 from jpd.ops.attention import DecodeAttention, decode_attention, prefill_attention
 from jpd.ops.linear import gated_linear, linear
 from jpd.ops.norm import rms_norm
+from jpd.ops.normed import Unnormed, gated_linear_of, linear_of, normed
 from jpd.ops.pallas import describe as describe_kernels
 from jpd.ops.pallas import kernels_without_gpu, may_run, workspace
 from jpd.ops.ranks import (
@@ -22,17 +23,21 @@ __all__ = [
     "HeadNorms",
     "Ranks",
     "Stream",
+    "Unnormed",
     "check",
     "choices",
     "decode_attention",
     "describe_kernels",
     "embedding",
     "gated_linear",
+    "gated_linear_of",
     "gathered_logits",
     "implementations",
     "kernels_without_gpu",
     "linear",
+    "linear_of",
     "may_run",
+    "normed",
     "normed_stream",
     "over_ranks",
     "prefill_attention",

@@ -149,7 +149,24 @@ def product_choice(rows: int, n: int, k: int, *, gated: bool) -> Any:
 
     only = registry.selection().pallas_only
     choice = dataflow.choose(rows, n, k, gated=gated, pallas_only=only)
-    return choice.kernel, choice.config
+    return choice.kernel, choice.config, choice.takes_norm(rows)
+
+
+def takes_norm(rows: int, n: int, k: int, *, gated: bool) -> bool:
+    """Whether a product in the program that is traced takes an RMS norm of its activations along.
+
+    Only where the norm would be a kernel too, and the product's op turns to no other implementation
+    first: these have no argument `norm`. Arguments as for `product_choice`.
+    """
+    selected, name = registry.selection(), "gated_linear" if gated else "linear"
+    op = registry.ops()[name]
+    first = op.candidates(getattr(selected, name), pallas_only=selected.pallas_only)[:1]
+    if first != [NAME] or not _tried("rms_norm"):
+        return False
+    from pallas_kernels import dataflow
+
+    choice = dataflow.choose(rows, n, k, gated=gated, pallas_only=selected.pallas_only)
+    return choice.takes_norm(rows)
 
 
 def decode_choice(batch: int, heads: int, kv_heads: int, head_dim: int) -> Any:
@@ -198,7 +215,7 @@ def describe() -> dict[str, str]:
     }
 
 
-def _linear(x, weight, *, bias, residual, gated):
+def _linear(x, weight, *, bias, residual, gated, norm):
     interpret = interpret_mode()
     from pallas_kernels import dataflow
 
@@ -208,19 +225,24 @@ def _linear(x, weight, *, bias, residual, gated):
         bias=bias,
         residual=residual,
         gated=gated,
+        norm=norm,
         pallas_only=registry.selection().pallas_only,
         interpret=interpret,
     )
 
 
-def linear_pallas(x, weight, *, bias=None, residual=None):
-    """GEMV, flat or dense GEMM or, unless `pallas_only`, a refusal in favour of XLA: by table."""
-    return _linear(x, weight, bias=bias, residual=residual, gated=False)
+def linear_pallas(x, weight, *, bias=None, residual=None, norm=None):
+    """GEMV, flat or dense GEMM or, unless `pallas_only`, a refusal in favour of XLA: by table.
+
+    Where `takes_norm` says so, `norm`, a weight `[K]` and what is added to the mean square, is of
+    an RMS norm of x that comes first.
+    """
+    return _linear(x, weight, bias=bias, residual=residual, gated=False, norm=norm)
 
 
-def gated_linear_pallas(x, weight, *, bias=None):
+def gated_linear_pallas(x, weight, *, bias=None, norm=None):
     """The same with the activation in the epilogue."""
-    return _linear(x, weight, bias=bias, residual=None, gated=True)
+    return _linear(x, weight, bias=bias, residual=None, gated=True, norm=norm)
 
 
 def rms_norm_pallas(x, weight, eps):

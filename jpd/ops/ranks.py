@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jpd.ops.linear import linear
-from jpd.ops.norm import rms_norm
+from jpd.ops.normed import Unnormed
 from jpd.ops.overlap import Packed, matmul_all_reduce, rms_norm_residual
 
 
@@ -99,8 +99,10 @@ def summed_linear(
     return y if residual is None else Unadded(residual, y)
 
 
-def normed_stream(x: Stream, weight: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
-    """The RMS norm of a residual stream, and the stream.
+def normed_stream(
+    x: Stream, weight: jax.Array, eps: float
+) -> tuple[jax.Array | Unnormed, jax.Array]:
+    """The RMS norm of a residual stream, or the stream for a product to normalise, and the stream.
 
     Args:
       x: what a layer left to be added to it is added first.
@@ -109,7 +111,7 @@ def normed_stream(x: Stream, weight: jax.Array, eps: float) -> tuple[jax.Array, 
     """
     if isinstance(x, Unadded):
         return rms_norm_residual(x.output, x.stream, weight, eps)
-    return rms_norm(x, weight, eps), x
+    return Unnormed(x, weight, eps), x
 
 
 def embedding(tokens: jax.Array, weight: jax.Array) -> jax.Array:

@@ -26,11 +26,11 @@ from jpd.config import KernelConfig
 from jpd.errors import KernelError
 from jpd.ops import registry
 from jpd.ops.attention import decode_attention, prefill_attention
-from jpd.ops.linear import gated_linear, linear
 from jpd.ops.norm import rms_norm
+from jpd.ops.normed import Unnormed, gated_linear_of, linear_of
 from jpd.ops.overlap import Packed, rms_norm_residual
 from jpd.ops.overlap.packed import Layout
-from jpd.ops.pallas import decode_choice, product_choice
+from jpd.ops.pallas import decode_choice, product_choice, takes_norm
 from jpd.ops.rope import HeadNorms, rope_write
 
 MAX_RELATIVE_ERROR = 1e-2
@@ -71,6 +71,9 @@ class Product:
     bias: jax.Array | None = None
     residual: bool = False
     gated: bool = False
+    eps: float | None = None
+    """Of the norm that its activations are read through, which its kernel may take along; None if
+    there is none."""
 
 
 Draw = Callable[..., np.ndarray]
@@ -247,7 +250,10 @@ def sampled_rows(rows: int) -> np.ndarray:
 
 
 def _product_cases(product: Product, checked: Columns, draw: Draw) -> Iterator[Case]:
-    """The fewest, a middle and the most rows, and some of each kernel and configuration."""
+    """The fewest, a middle and the most rows, and some of each kernel and configuration.
+
+    With a norm where the kernel takes it along; others are compared alone.
+    """
     rows, (n, k), gated = product.rows, product.weight.shape, product.gated
     x = draw(rows[-1], k)
     residual = draw(rows[-1], n // (1 + gated)) if product.residual else None
@@ -257,18 +263,27 @@ def _product_cases(product: Product, checked: Columns, draw: Draw) -> Iterator[C
         [rows[0], rows[len(rows) // 2], rows[-1]],
     ):
         part = None if residual is None else residual[:some]
-        yield _product_case(product, checked, x[:some], part)
+        through_norm = product.eps is not None and takes_norm(some, n, k, gated=gated)
+        norm = draw(k) if through_norm else None
+        yield _product_case(product, checked, x[:some], part, norm)
 
 
 def _product_case(
-    product: Product, checked: Columns, x: np.ndarray, residual: np.ndarray | None
+    product: Product,
+    checked: Columns,
+    x: np.ndarray,
+    residual: np.ndarray | None,
+    norm: np.ndarray | None,
 ) -> Case:
     weight, bias, gated = product.weight, product.bias, product.gated
     some = sampled_rows(len(x))
 
     def want(got: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         at = np.ix_(some, checked.columns)
-        y, *up = checked.multiply(as_float(x[some]))
+        rows = as_float(x[some])
+        if norm is not None:
+            rows = normed_rows(rows, as_float(norm), product.eps)
+        y, *up = checked.multiply(rows)
         if gated:
             y = y * np.exp(-np.logaddexp(0, -y)) * up[0]
         if residual is not None:
@@ -276,14 +291,15 @@ def _product_case(
         yield as_float(got[at]), y
         yield _all_finite(got)
 
-    def run(x: jax.Array, weight: jax.Array, bias: Any, residual: Any) -> jax.Array:
+    def run(x: jax.Array, weight: jax.Array, bias: Any, residual: Any, norm: Any) -> jax.Array:
+        read = x if norm is None else Unnormed(x, norm, product.eps)
         if gated:
-            return gated_linear(x, weight, bias=bias)
-        return linear(x, weight, bias=bias, residual=residual)
+            return gated_linear_of(read, weight, bias=bias)
+        return linear_of(read, weight, bias=bias, residual=residual)
 
     op = "gated_linear" if gated else "linear"
     name = f"{op} {product.name} {x.dtype}{list(x.shape)} x {list(weight.shape)}"
-    return Case(name, run, (x, weight, bias, residual), want)
+    return Case(name, run, (x, weight, bias, residual, norm), want)
 
 
 def _all_finite(got: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

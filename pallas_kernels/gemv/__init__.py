@@ -7,16 +7,24 @@ from typing import Any
 
 import jax
 
+from pallas_kernels import checks
 from pallas_kernels.gemv import kernel
-from pallas_kernels.gemv.config import MAX_ROWS, GemvConfig, candidates, default, suits
+from pallas_kernels.gemv.config import (
+    MAX_NORMED_ROWS,
+    MAX_ROWS,
+    GemvConfig,
+    candidates,
+    default,
+    suits,
+)
 from pallas_kernels.products import checked_shape
 
-__all__ = ["MAX_ROWS", "GemvConfig", "candidates", "default", "gemv"]
+__all__ = ["MAX_NORMED_ROWS", "MAX_ROWS", "GemvConfig", "candidates", "default", "gemv"]
 
 
-@functools.partial(jax.jit, static_argnames=("config", "gated", "interpret"))
-def _run(x, w, bias, residual, **static):
-    return kernel.run(x, w, bias, residual, **static)
+@functools.partial(jax.jit, static_argnames=("eps", "config", "gated", "interpret"))
+def _run(x, w, bias, residual, norm, **static):
+    return kernel.run(x, w, bias, residual, norm, **static)
 
 
 def gemv(
@@ -26,6 +34,7 @@ def gemv(
     bias: jax.Array | None = None,
     residual: jax.Array | None = None,
     gated: bool = False,
+    norm: tuple[jax.Array, float] | None = None,
     config: GemvConfig | None = None,
     interpret: Any = None,
 ) -> jax.Array:
@@ -43,6 +52,9 @@ def gemv(
       bias: `[N]` or None.
       residual: `[M, N]` (gated: `[M, F]`) or None, added last.
       gated: whether w holds a gate and an up projection.
+      norm: the weight `[K]` of an RMS norm of x that comes first, and what it adds to the mean
+        square, or None; of at most 2 rows. Nothing is rounded between norm and product. The weight
+        is read early, as w is.
       config: how to cut the work up; `config.default` when not given.
       interpret: None, or `plgpu.InterpretGPUParams` to run on a CPU.
 
@@ -58,6 +70,13 @@ def gemv(
         raise NotImplementedError(
             f"M, N, K = {m}, {n}, {k}: M is from 1 to {MAX_ROWS}, K a multiple of 64"
         )
+    weight, eps = norm or (None, 0.0)
+    if weight is not None:
+        if weight.shape != (k,) or weight.dtype != x.dtype:
+            raise ValueError(f"norm: {weight.dtype}{list(weight.shape)}, expected {x.dtype}[{k}]")
+        checks.positive(eps=eps, or_zero=True)
+        if m > MAX_NORMED_ROWS:
+            raise NotImplementedError(f"norm: M is {m}, at most {MAX_NORMED_ROWS} is supported")
     outputs = n // 2 if gated else n
     config = config or default(m, outputs, k, gated)
     if config is None or not suits(config, outputs, k):
@@ -65,4 +84,5 @@ def gemv(
             f"M, N, K = {m}, {n}, {k}: the outputs of a block must divide the {outputs} outputs, "
             f"and the threads of a row need two inputs each: {config}"
         )
-    return _run(x, w, bias, residual, config=config, gated=gated, interpret=interpret)
+    static = {"eps": float(eps), "config": config, "gated": gated, "interpret": interpret}
+    return _run(x, w, bias, residual, weight, **static)

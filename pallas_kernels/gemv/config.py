@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pallas_kernels import checks, mosaic
 
 MAX_ROWS = 4
+MAX_NORMED_ROWS = 2
+"""Rows whose norm the kernel takes: for more, ptxas spills."""
 _WARPS, _LANES = 4, 32
 """Of a block, which is one warpgroup, and of a warp."""
 _REGISTERS, _MOST_BLOCKS = 65536, 16

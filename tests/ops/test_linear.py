@@ -54,13 +54,23 @@ def test_the_gate_is_the_first_half() -> None:
     np.testing.assert_allclose(ops.gated_linear(x, weight, bias=bias), want, rtol=1e-4, atol=1e-5)
 
 
-def test_the_kernel_for_one_row_is_the_table_s(tmp_path, monkeypatch) -> None:
-    config = gemv.GemvConfig(2, 1, 2)
-    entry = {"kernel": "gemv", "config": asdict(config), "us": 1, "xla_us": 1}
+GEMV = gemv.GemvConfig(2, 1, 2)
+
+
+@pytest.fixture
+def gemv_table(tmp_path, monkeypatch):
+    """One row of 256 inputs is the GEMV's."""
+    entry = {"kernel": "gemv", "config": asdict(GEMV), "us": 1, "xla_us": 1}
     shapes = ({"n": 64, "k": 256, "gated": False}, {"n": 64, "k": 256, "gated": True})
     table = {"products": {"132": [shape | {"rows": {"1": entry}} for shape in shapes]}}
     (tmp_path / "nvidia_h200.json").write_text(json.dumps(table))
     monkeypatch.setattr(dataflow, "TUNED", tmp_path)
+    dataflow.load_table.cache_clear()
+    yield
+    dataflow.load_table.cache_clear()
+
+
+def test_the_kernel_for_one_row_is_the_table_s(gemv_table, monkeypatch) -> None:
     taken = []
 
     def spy(*args, **options):
@@ -68,14 +78,12 @@ def test_the_kernel_for_one_row_is_the_table_s(tmp_path, monkeypatch) -> None:
         return gemv.gemv(*args, **options)
 
     monkeypatch.setattr(dataflow, "gemv", spy)
-    dataflow.load_table.cache_clear()
     made = arrays((1, 256), (64, 256), (64,), (1, 64))
     x, weight, bias, residual = (array.astype("bfloat16") for array in made)
     with registry.using(KernelConfig(), "gpu"), kernels_without_gpu(plgpu.InterpretGPUParams()):
         got = ops.linear(x, weight, bias=bias, residual=residual)
         gated = ops.gated_linear(x, weight, bias=bias)
-    dataflow.load_table.cache_clear()
-    assert taken == [config, config]
+    assert taken == [GEMV, GEMV]
     kernels = KernelConfig(linear="xla", gated_linear="xla")
     with registry.using(kernels):
         want = ops.linear(x, weight, bias=bias, residual=residual)
@@ -83,3 +91,47 @@ def test_the_kernel_for_one_row_is_the_table_s(tmp_path, monkeypatch) -> None:
     for one, other in ((got, want), (gated, want_gated)):
         one, other = np.asarray(one, np.float32), np.asarray(other, np.float32)
         assert np.linalg.norm(one - other) <= 0.01 * np.linalg.norm(other)
+
+
+NORM_EPS = 1e-5
+
+
+def read_through_a_norm(kernels: KernelConfig) -> set[str]:
+    """Products of a row that is not normalised yet; gives the ops that were traced."""
+    made = arrays((1, 256), (64, 256), (256,), (64,))
+    x, weight, norm, bias = (array.astype("bfloat16") for array in made)
+    unnormed = ops.Unnormed(x, norm, NORM_EPS)
+    before = registry.choices()
+    with registry.using(kernels, "gpu"), kernels_without_gpu(plgpu.InterpretGPUParams()):
+        got = ops.linear_of(unnormed, weight, bias=bias), ops.gated_linear_of(unnormed, weight)
+    taken = {op for (op, name), n in registry.choices().items() if n > before.get((op, name), 0)}
+    with registry.using(KernelConfig(linear="xla", gated_linear="xla", rms_norm="xla")):
+        x = ops.rms_norm(x, norm, NORM_EPS)
+        want = ops.linear(x, weight, bias=bias), ops.gated_linear(x, weight)
+    for one, other in zip(got, want, strict=True):
+        one, other = np.asarray(one, np.float32), np.asarray(other, np.float32)
+        assert np.linalg.norm(one - other) <= 0.01 * np.linalg.norm(other)
+    return taken
+
+
+def test_a_gemv_takes_the_norm_along(gemv_table) -> None:
+    assert read_through_a_norm(KernelConfig()) == {"linear", "gated_linear"}
+    # A norm that is to be XLA's is not the kernel's.
+    kernels = KernelConfig(rms_norm="xla")
+    assert read_through_a_norm(kernels) == {"linear", "gated_linear", "rms_norm"}
+
+
+def test_another_product_s_rows_are_normalised_first(gemv_table) -> None:
+    seen = []
+
+    def mine(x, weight, *, bias=None, residual=None):
+        seen.append(x)
+        return registry.ops()["linear"].implementations["xla"](x, weight, bias=bias)
+
+    before = dict(registry.ops()["linear"].implementations)
+    ops.register("linear", "mine", mine, first=True)
+    try:
+        assert "rms_norm" in read_through_a_norm(KernelConfig())
+    finally:
+        registry.ops()["linear"].implementations = before
+    assert seen

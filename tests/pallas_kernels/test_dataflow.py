@@ -34,6 +34,8 @@ class Entry(NamedTuple):
     n: int
     k: int
     gated: bool
+    normed: bool = False
+    """Of activations through a norm."""
 
     def choice(self) -> dataflow.Choice:
         with mosaic.tracing_for(self.gpu, self.sms):
@@ -49,9 +51,11 @@ class Entry(NamedTuple):
                 shared = schedule_of(choice.config, outputs, self.k).most_shares > 1
         elif choice.kernel == "gemv":  # how many parts a row has decides what is unrolled
             shared = self.k
-        return choice, self.m, self.gated, shared
+        return choice, self.m, self.gated, self.normed, shared
 
     def call(self, given: dict[str, Any]) -> jax.Array:
+        if self.normed:
+            given = given | {"norm": (given["norm"], 1e-5)}
         with mosaic.tracing_for(self.gpu, self.sms):
             return dataflow.linear(**given, gated=self.gated, pallas_only=True)
 
@@ -59,21 +63,27 @@ class Entry(NamedTuple):
         """Name, function and arguments, with all that a model's layers add."""
         m, n, k = self.m, self.n, self.k
         shapes: dict[str, tuple[int, ...]] = {"x": (m, k), "w": (n, k)}
-        if not self.gated:
+        if self.normed:  # no layer of a model adds a residual then
+            shapes |= {"bias": (n,), "norm": (k,)}
+        elif not self.gated:
             shapes |= {"bias": (n,), "residual": (m, n)}
         given = {name: jax.ShapeDtypeStruct(shape, BF16) for name, shape in shapes.items()}
-        name = f"tuned-{self.sms}-{m}x{n}x{k}{'-gated' * self.gated}-{self.choice().config}"
+        kind = "-gated" * self.gated + "-norm" * self.normed
+        name = f"tuned-{self.sms}-{m}x{n}x{k}{kind}-{self.choice().config}"
         return name, self.call, (given,)
 
 
 def shipped() -> Iterator[Entry]:
-    """Every entry of every table."""
+    """Every entry of every table, with a norm too where the kernel takes it."""
     for file in sorted(dataflow.TUNED.glob("*.json")):
         table = json.loads(file.read_text())
         for sms, found in table["products"].items():
             for p in found:
                 for rows in p["rows"]:
-                    yield Entry(table["gpu"], int(sms), int(rows), p["n"], p["k"], p["gated"])
+                    entry = Entry(table["gpu"], int(sms), int(rows), p["n"], p["k"], p["gated"])
+                    yield entry
+                    if entry.choice().takes_norm(entry.m):
+                        yield entry._replace(normed=True)
 
 
 def sass_cases() -> list[tuple[str, Callable[..., Any], tuple[Any, ...]]]:
@@ -225,6 +235,24 @@ def test_linear_runs_the_choice(table, monkeypatch):
         dataflow.linear(jnp.zeros((256, 128), jnp.bfloat16), w)
 
 
+def test_linear_takes_a_norm_along_where_the_kernel_does(table, monkeypatch):
+    monkeypatch.setattr(dataflow, "device_kind", lambda: table)
+    x = 3 * jax.random.normal(jax.random.key(0), (1, 256), jnp.bfloat16)
+    w = jax.random.normal(jax.random.key(1), (512, 256), jnp.bfloat16)
+    weight = jax.random.normal(jax.random.key(2), (256,), jnp.bfloat16)
+    assert dataflow.choose(1, 512, 256).takes_norm(1)
+    y = modes.run(partial(dataflow.linear, norm=(weight, 1e-5)), x, w)
+    x32 = x.astype(jnp.float32)
+    normed = x32 / jnp.sqrt((x32 * x32).mean() + 1e-5) * weight.astype(jnp.float32)
+    expected = np.asarray(products.reference(normed, w))
+    error = np.linalg.norm(y.astype(jnp.float32) - expected) / np.linalg.norm(expected)
+    assert error <= 4e-3
+    eight = jnp.zeros((8, 256), jnp.bfloat16)
+    assert not dataflow.choose(8, 512, 256).takes_norm(8)
+    with pytest.raises(NotImplementedError, match="8, 512, 256: flat_gemm takes no norm"):
+        dataflow.linear(eight, w, norm=(weight, 1e-5))
+
+
 def test_inflection_points():
     def entry(kernel, us, xla_us):
         return {"kernel": kernel, "us": us, "xla_us": xla_us}
@@ -313,12 +341,12 @@ def test_a_weight_that_is_no_matrix_is_refused():
 def test_says_what_the_table_covers(table):
     with mosaic.tracing_for(table, 132):
         assert dataflow.coverage() == (
-            "nvidia_toy.json, for 132 and 38 SMs: 4 products on 132, each with some of up to "
+            "nvidia_toy.json, for 38, 132 SMs: 4 products on 132, each with some of up to "
             "1, 2, 8, 64, 256, 2048, 4096 rows; a rule decides all others"
         )
     with mosaic.tracing_for(table, 66):
         assert dataflow.coverage() == (
-            "nvidia_toy.json is for 132 and 38 SMs, here are 66: a rule decides"
+            "nvidia_toy.json is for 38, 132 SMs, here are 66: a rule decides"
         )
     with mosaic.tracing_for("NVIDIA Unknown", 132):
         assert dataflow.coverage() == "none for NVIDIA Unknown: a rule decides"

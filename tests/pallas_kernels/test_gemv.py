@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.gemv import MAX_ROWS, GemvConfig, candidates, default, gemv
+from pallas_kernels.gemv import MAX_NORMED_ROWS, MAX_ROWS, GemvConfig, candidates, default, gemv
 from pallas_kernels.gemv.config import parts_of, suits
 from pallas_kernels.products import reference
-from tests.pallas_kernels import modes
-from tests.pallas_kernels.test_flat_gemm import draw, operands
+from tests.pallas_kernels import modes, test_flat_gemm
+from tests.pallas_kernels.test_flat_gemm import draw
 
 BF16, FP16 = jnp.bfloat16, jnp.float16
 SHAPES = (  # outputs, inputs, gated: projections of 7B and 8B models, and logits
@@ -32,8 +32,28 @@ SHAPES = (  # outputs, inputs, gated: projections of 7B and 8B models, and logit
 )
 
 
+EPS = 1e-2
+
+
+def operands(m, outputs, k, *, norm=False, **others):
+    """Shapes of the arguments of one call, by name."""
+    made = test_flat_gemm.operands(m, outputs, k, **others)
+    return made | ({"norm": jax.ShapeDtypeStruct((k,), made["x"].dtype)} if norm else {})
+
+
 def _call(given, **static):
-    return gemv(**given, **static)
+    norm = (given["norm"], EPS) if "norm" in given else None
+    return gemv(**(given | {"norm": norm}), **static)
+
+
+def expected_of(given, gated):
+    """In float32, nothing rounded between the norm and the product."""
+    given = dict(given)
+    if "norm" in given:
+        x, weight = given["x"].astype(jnp.float32), given.pop("norm").astype(jnp.float32)
+        root = jnp.sqrt((x * x).mean(-1, keepdims=True) + EPS)
+        given["x"] = x / root * weight
+    return reference(**given, gated=gated)
 
 
 def sass_cases():
@@ -42,9 +62,13 @@ def sass_cases():
     for outputs, k, gated in SHAPES:
         for m in (1, 2, 4):
             for config in candidates(m, outputs, k, gated)[:: 2 if m == 4 else 3]:
-                given = operands(m, outputs, k, gated=gated, residual=not gated, bias=k == 3584)
+                extra = {"gated": gated, "residual": not gated, "bias": k == 3584}
                 call = functools.partial(_call, gated=gated, config=config)
-                found.append((f"gemv-{m}x{outputs}x{k}-{config}", call, (given,)))
+                name = f"{m}x{outputs}x{k}-{config}"
+                found.append((f"gemv-{name}", call, (operands(m, outputs, k, **extra),)))
+                if m <= MAX_NORMED_ROWS:
+                    given = operands(m, outputs, k, **extra, norm=True)
+                    found.append((f"gemv-norm-{name}", call, (given,)))
     return found
 
 
@@ -69,6 +93,12 @@ CASES = {  # M, outputs, K, configuration, what else
     "fp16": (1, 8, 1024, GemvConfig(2, 4, 4), {"dtype": FP16, **ALL}),
     "short rows": (1, 8, 192, GemvConfig(2, 1, 4), {"bias": True}),
     "shortest rows": (4, 8, 64, GemvConfig(1, 1, 2), ALL),
+    "norm": (1, 16, 2048, GemvConfig(2, 4, 2), {"norm": True}),
+    "norm, two rows, a warp a row": (2, 16, 2048, GemvConfig(2, 1, 4), {"norm": True, **ALL}),
+    "norm, two warps a row": (2, 8, 3072, GemvConfig(1, 2, 2, True), {"norm": True, **ALL}),
+    "norm, gated, ragged": (2, 8, 1152, GemvConfig(1, 2, 4), {"norm": True, "gated": True}),
+    "norm, in a loop, ragged": (1, 8, 256 * 17 + 64, GemvConfig(2, 1, 2), {"norm": True}),
+    "norm, fp16, short rows": (1, 8, 192, GemvConfig(2, 1, 4), {"norm": True, "dtype": FP16}),
     "odd outputs": (1, 7, 1024, GemvConfig(1, 4, 4), ALL),
     "the rule": (1, 12, 1536, None, ALL),
 }
@@ -82,7 +112,7 @@ def test_equals_reference(name, capfd):
     gated = extra.get("gated", False)
     call = functools.partial(_call, gated=gated, config=config)
     out = modes.run(call, given)
-    expected = reference(**given, gated=gated)
+    expected = expected_of(given, gated)
     assert out.shape == expected.shape
     assert out.dtype == shapes["x"].dtype
     error = np.linalg.norm(out.astype(jnp.float32) - expected) / np.linalg.norm(expected)
@@ -151,6 +181,14 @@ def test_any_size_has_a_configuration(outputs, k):
         ({"x": jnp.zeros((1, 256)), "w": jnp.zeros((64, 256))}, NotImplementedError, "float32"),
         ({"bias": jnp.zeros((65,), BF16)}, ValueError, "bias has shape"),
         ({"residual": jnp.zeros((1, 65), BF16)}, ValueError, "residual has shape"),
+        ({"norm": (jnp.zeros((255,), BF16), 0.1)}, ValueError, r"norm: bfloat16\[255\], expected"),
+        (
+            {"x": jnp.zeros((3, 256), BF16), "norm": (jnp.zeros((256,), BF16), 0.1)},
+            NotImplementedError,
+            "M is 3, at most 2",
+        ),
+        ({"norm": (jnp.zeros((256,), FP16), 0.1)}, ValueError, "norm: float16"),
+        ({"norm": (jnp.zeros((256,), BF16), -0.1)}, ValueError, "eps is -0.1"),
         ({"config": GemvConfig(48, 4)}, NotImplementedError, "must divide the 64 outputs"),
         (
             {"x": jnp.zeros((1, 64), BF16), "w": jnp.zeros((6, 64), BF16)},
