@@ -57,7 +57,7 @@ XLA_OPS = (
 )
 ENGINES: dict[str, dict[str, str]] = {"jpd": {}, "jpd_xla": dict.fromkeys(XLA_OPS, "xla")}
 """Implementations of ops that the engines choose."""
-RUNS = 6
+RUNS = 13
 Shape = tuple[int, int]
 """Batch and context."""
 

@@ -122,13 +122,13 @@ LINES = (
     Line(
         "h200/flat_gemm.json",
         lambda s: (
-            "products of 1-64 rows by the table's choice, nearly all flat GEMM, of four models, "
+            "products of 1-64 rows by the table (GEMV, flat or dense GEMM) of four models, "
             f"{_over(s, 'geomean_vs_cublas_m_le_64')} cases"
         ),
         lambda s: (
             f"{s['geomean_vs_cublas_m_le_64']:.2f}× cuBLAS in geometric mean, worst case "
             f"{s['min_vs_cublas_m_le_64']:.2f}×; by rows: "
-            + ", ".join(f"{m}: {s[f'geomean_vs_cublas_m{m}']:.2f}×" for m in (1, 8, 16, 32, 64))
+            + ", ".join(f"{m}: {s[f'geomean_vs_cublas_m{m}']:.2f}×" for m in (1, 2, 8, 16, 32, 64))
             + f"; 128: {s['geomean_vs_cublas_m128']:.2f}×"
         ),
         "1.20×, 0.98×",

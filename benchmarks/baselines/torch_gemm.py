@@ -65,7 +65,7 @@ def gemlite_products(weights: list[torch.Tensor]) -> list[Callable[[Any], Any]]:
             input_dtype=DType.BF16,
             output_dtype=DType.BF16,
         )
-        layer.pack(weight, scales=None, zeros=None, bias=None)
+        layer.pack(weight, scales=None, zeros=None, bias=None, contiguous=True)
         products.append(layer)
     return products
 
