@@ -27,7 +27,7 @@ from jpd.errors import ConfigError
 from jpd.models import init_params
 from jpd.semi_pd.page_push import PushProgress
 from native.kv_push import link
-from pallas_kernels import mosaic
+from pallas_kernels import dataflow, gemv, mosaic
 from tests.aot import compile_for_h200, needs_wheels
 from tests.engine.kernel_model import kernel_config, kernel_model
 from tests.engine.tiny_engine import greedy, one_executor, run
@@ -197,6 +197,25 @@ def test_the_compiled_step_is_a_chain_of_kernels(shape: StepShape) -> None:
         # Of the second layer, from before its last kernels to before the third's.
         kernels = [i for i, kind in enumerate(run) if kind == "custom-call"]
         assert kernels[14] - kernels[6] == 8, run
+
+
+@needs_wheels
+def test_products_of_one_row_take_the_norms_of_layers_along(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def choose(m: int, n: int, k: int, *, gated: bool = False, **_: Any) -> dataflow.Choice:
+        assert m == 1
+        return dataflow.Choice("gemv", gemv.default(m, n // (1 + gated), k, gated), "table")
+
+    monkeypatch.setattr(dataflow, "choose", choose)
+    _, executor = make_executor("qwen3", layers=3)
+    fn, inputs = gpu_step(executor, StepShape(1, 0, 64, True))
+    with ops.kernels_without_gpu(), ops.using(ONLY, "gpu"):
+        options = step_options(ONLY)
+        text = compile_for_h200(fn, inputs, donate=(1, 2), options=options).as_text()
+    text = re.sub(r'module = "[^"]*"', "", text)
+    # Product, rotation, attention, three products; last come a norm and the logits.
+    assert text.count('custom_call_target="mosaic_gpu_v2"') == 3 * 6 + 2
 
 
 @needs_wheels
