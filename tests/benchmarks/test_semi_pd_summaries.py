@@ -422,7 +422,7 @@ def test_models_that_made_the_times_have_no_error() -> None:
     steps = {}
     for x, y in ((30, 70), (50, 50), (80, 20), (100, 100)):
         shares = Shares(x, y)
-        alone = decode_curve(y, 40.0)
+        alone = (1 + 32 / 128) * decode_curve(y, 45.0)
         beside = H200.decode_slowdown * alone + overlap_wait(shares, H200)
         key = share_fits.Key(decode, shares, None)
         steps[key] = measured(0.01 * alone, rows=32)
