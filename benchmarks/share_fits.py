@@ -152,6 +152,22 @@ def summarise(steps: Mapping[Key, MeasuredStep]) -> dict[str, float]:
     return summary
 
 
+def clock_ratio(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The SMs' clock alone over that side by side, where prefill is slowed down most.
+
+    Nothing where it is not known. If the clock is why prefill is slowed down, it is as much.
+    """
+    steps = steps_of(rows)
+    clocks = {key: row.get("sm_mhz") for row in rows for key in steps_of([row])}
+    found = {}
+    for key, step in steps.items():
+        alone = key._replace(beside=None)
+        if key.size.phase == "prefill" and key.beside is not None and alone in steps:
+            found[step.seconds / steps[alone].seconds] = clocks[alone], clocks[key]
+    before, beside = found[max(found)] if found else (None, None)
+    return {"prefill_max_slowdown_clock_ratio": before / beside} if before and beside else {}
+
+
 def panels(steps: Mapping[Key, MeasuredStep]) -> list[list[Panel]]:
     """Time over the share of the phase, alone and side by side."""
     grid = []

@@ -9,7 +9,10 @@ A row is one kind of step under one pair of shares. `seconds` is the median on t
 device, `other_busy` the part of a step's time, 0..1, in which the other phase ran one too (mean);
 `tokens` and `context` are the prompt chunk and where it ends, or what each decoding sequence began
 with, `beside` is what the other phase was given (null: nothing); the other columns are those of
-`jpd.simulate.fit.MeasuredStep`. A file of those, `sm_share_surface_steps.json`, is what
+`jpd.simulate.fit.MeasuredStep`. `sm_mhz` and `watts` are the clock of the SMs and the power of the
+board while the configuration ran, from a second after its begin on, for which it goes on if its
+steps take less (null without nvidia-smi): two phases side by side may draw what the card is limited
+to, and are clocked down then. A file of those, `sm_share_surface_steps.json`, is what
 `jpd simulate` fits its latency model to; it has no overheads of the host, which are not measured
 here.
 
@@ -22,7 +25,8 @@ The summary has the errors |predicted / measured - 1| of what is fitted to these
 largest. `prefill_model` and `decode_model` are those of `jpd/semi_pd/share_models.py`, a fit for
 each size of step since they know only how its time depends on shares (and decode's on rows);
 `paper_prefill` and `paper_decode` are the paper's Eq. 4 (arXiv 2504.19867 §5) on the steps that ran
-alone, as it takes no account of the other phase.
+alone, as it takes no account of the other phase. `prefill_max_slowdown_clock_ratio` is the clock
+alone over that side by side where prefill is slowed down most.
 """
 
 from __future__ import annotations
@@ -43,9 +47,18 @@ from benchmarks import options, topologies
 from benchmarks.budget import Budget
 from benchmarks.curves import write_svg
 from benchmarks.engine_load import Load, LoadRequest, LoggedStep, StepLog
+from benchmarks.gpu_clock import GpuClock
 from benchmarks.report import Report, add_arguments
 from benchmarks.rows import load
-from benchmarks.share_fits import Key, Size, fields_of, panels, steps_of, summarise
+from benchmarks.share_fits import (
+    Key,
+    Size,
+    clock_ratio,
+    fields_of,
+    panels,
+    steps_of,
+    summarise,
+)
 from benchmarks.stopping import end_on_sigterm, say
 from jpd.engine.build import Engine
 from jpd.engine.shapes import shape_table
@@ -57,6 +70,9 @@ from jpd.simulate.latency import Overheads, StepWork
 IMPL = "jpd"
 WARM_STEPS = 2
 """Steps of each phase that are passed over in each configuration."""
+SETTLE_S, SAMPLE_S = 1.0, 0.5
+"""The clock is sampled for so long, so long after the begin of a configuration: power is a mean
+over a second."""
 
 
 def busy_part(step: LoggedStep, others: Sequence[LoggedStep]) -> float:
@@ -72,10 +88,14 @@ class Bench:
         engine: of semi-PD, with the prefix cache: the prompts that decode begins with are computed
             once.
         steps: of each phase, for each configuration.
+        clock: of the GPU.
     """
 
-    def __init__(self, engine: Engine, steps: int) -> None:
+    def __init__(self, engine: Engine, steps: int, clock: GpuClock) -> None:
         self._engine = engine
+        self._clock = clock
+        self.clock_means = clock.means(0, 0)
+        """Of the last configuration."""
         self._steps = steps
         self._random = np.random.default_rng([0, 1])
         self._prompts: dict[tuple[int, int], list[list[int]]] = {}
@@ -100,6 +120,7 @@ class Bench:
         load = Load(self._engine.coordinator, self._requests(decode, prompt_tokens or 1), rows)
         while load.num_decoding < rows:
             load.step()
+        begun_s = time.monotonic()
         with StepLog() as log:
             if prompt_tokens is not None:
                 # One after the other: two that come at once would go into one step, and on so.
@@ -112,6 +133,10 @@ class Bench:
                     load.step()
                 found = self._measured(log.steps, decode, prompt_tokens, shares)
                 wanted += self._steps  # of some it is not known what ran beside them
+        sampled_s = begun_s + SETTLE_S
+        while self._clock.running and time.monotonic() < sampled_s + SAMPLE_S:
+            load.step()
+        self.clock_means = self._clock.means(sampled_s, time.monotonic())
         load.abort()
         beside = {
             "prefill": f"{decode[0]} x {decode[1]}" if decode else None,
@@ -274,7 +299,7 @@ def main() -> None:
         "How long do prefill and decode steps take under each SM share, alone and side by side?",
         out=args.out,
     )
-    report.summarise = lambda rows: summarise(steps_of(rows))
+    report.summarise = lambda rows: summarise(steps_of(rows)) | clock_ratio(rows)
     model, sizes = topologies.sizes(args, report.env)
     options.merge_of_one_model(parser, report, args, model)
     if args.seconds != 0:
@@ -312,15 +337,15 @@ def measure(
     kept = {"kept_shares": [(shares.prefill, shares.decode) for shares in pairs]}
     say(f"starting {model}")
     engine = topologies.build(**topologies.engine_args(model, "semi_pd", **sizes, semi_pd=kept))
-    with contextlib.closing(engine.coordinator):
-        bench = Bench(engine, args.steps or (5 if args.quick else 20))
+    with contextlib.closing(engine.coordinator), GpuClock() as clock:
+        bench = Bench(engine, args.steps or (5 if args.quick else 20), clock)
         for configuration in wanted:
             if not budget.enough():
                 break
             with budget.case():
                 measured = bench.measure(*configuration)
             for key, steps in measured.items():
-                fields = fields_of(key, steps)
+                fields = fields_of(key, steps) | bench.clock_means
                 report.add(key.case, IMPL, configuration=str(configuration), **fields)
             write(report)
             say(f"{configuration}: {budget.longest_s:.1f} s at most so far")

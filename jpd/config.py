@@ -25,13 +25,14 @@ MatmulAllReduce = Literal["auto", "overlap", "xla"]
 
 MAX_STEP_TOKENS = 65_536
 BREAK_EVEN = 2.0
-"""Default of `SemiPDConfig.break_even`. In `jpd simulate` of Llama-3.1-8B on an H200, requests for
-10 s, four workloads at loads of 0.1 to 1.4, means of two seeds, two executors with `SloController`
-among (100, 100), (70, 30), (60, 40) and (50, 50) had the better mean with azure_conv from load 1.0
-and with arxiv from 0.8 on. The estimate was 2 to 3 at load 0.8 of both and 3 to 7 above; with
+"""Default of `SemiPDConfig.break_even`. In `jpd simulate` of Llama-3.1-8B on an H200, four
+workloads at loads of 0.1 to 1.4, two executors with `SloController` among (100, 100), (70, 30),
+(60, 40) and (50, 50) had the better mean with azure_conv and arxiv at load 1.0 or above it. With an
+earlier fit of the simulator the estimate was 2 to 3 at load 0.8 of both and 3 to 7 above; with
 azure_code, where one executor was better at any load, it was below 1 in nine windows of ten. With
-2, `auto` was within 7 % of the better one everywhere, and where requests came for 20 s within 13 %,
-7 % up to load 1.0. Results are not kept."""
+2, `auto` is within 4 % of the better one everywhere where requests come for 10 s, means of two
+seeds, and within 9 % where they come for 20 s, three seeds, loads of 0.6 to 1.2. Results are not
+kept."""
 
 _SPLITS = (
     "jpd splits a model by tensor_parallel_size alone (topology='disaggregated' gives each phase a "

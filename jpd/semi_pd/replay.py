@@ -72,12 +72,12 @@ class Plant:
 
     def decode_s(self, sequences: int, shares: Shares, beside_prefill: bool) -> float:
         """Seconds for one decode step."""
-        alone = self.decode_step_s + sequences * self.decode_sequence_s
-        times = decode_curve(shares.decode, self.knee)
-        if beside_prefill:
-            times *= self.interference.decode_slowdown
-            times += overlap_wait(shares, self.interference)
-        return alone * times
+        full_s = self.decode_step_s + sequences * self.decode_sequence_s
+        alone_s = full_s * decode_curve(shares.decode, self.knee)
+        if not beside_prefill:
+            return alone_s
+        wait_s = self.decode_step_s * overlap_wait(shares, self.interference)
+        return alone_s * self.interference.decode_slowdown + wait_s
 
 
 @dataclass(slots=True)

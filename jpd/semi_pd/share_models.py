@@ -134,26 +134,34 @@ class Interference:
     """What the two phases do to each other, besides having fewer SMs. Measured once, not fitted.
 
     The defaults describe one H200 with Llama-3.1-8B and jpd's kernels: a prompt chunk of 2048
-    tokens beside decode of 64 x 1024 under (100, 100), (80, 20), (70, 30) and (60, 40), within 3 %
-    of what `python -m benchmarks.sm_share_surface` measured
-    (`benchmarks/results/h200/sm_share_surface.json`). Shares that overlap in part were not
-    measured alone: `overlap_offset` is of serving azure_conv at four rates with a controller that
-    had (90, 100) and (80, 100) (a trial that is not kept), whose mean end-to-end times a simulation
-    with it meets within 8 %.
+    tokens beside decode of 64 x 1024 and 32 x 1024 under (100, 100), (80, 20), (70, 30) and
+    (60, 40), within 5 % of what `python -m benchmarks.sm_share_surface` measured, to which they
+    were fitted (`benchmarks/results/h200/sm_share_surface.json`). What disjoint shares cost is the
+    card's power limit: beside decode's products on 30 % of the SMs, products of 2048 rows on 70 %
+    took 1.29 to 1.33 times as long with the fastest tiles for each, and the SMs were clocked down
+    from 1850 to 1439 MHz, 1.29 times, at 690 of 700 W (a trial whose script is not kept).
+
+    Shares that overlap in part were not measured alone but for (100, 30), where the two took turns
+    step by step, and decode took a quarter longer than this says. `overlap_offset` is of serving
+    azure_conv at four rates with a controller that had (90, 100) and (80, 100), when decode steps
+    were longer (a trial that is not kept).
     """
 
-    prefill_slowdown: float = 1.25
-    """Prefill's time beside decode over its time alone, when both have SMs in common. Under
-    (100, 100) the phases do no more in sum than one of them alone: prefill 80 %, decode 23 %."""
-    prefill_pull: float = 0.9
-    """When they have none it is 1 + prefill_pull * y / 100: decode with more SMs probably takes
-    more of the memory bandwidth, and of the power."""
-    decode_slowdown: float = 1.39
+    prefill_slowdown: float = 1.18
+    """Prefill's time beside decode over its time alone, when both have SMs in common: 1.20 beside
+    64 rows, 1.15 beside 32. Under (100, 100) the phases do no more in sum than one of them alone:
+    prefill 83 %, decode 18 %."""
+    prefill_pull: float = 0.92
+    """When they have none it is 1 + prefill_pull * y / 100: decode with more SMs leaves less of the
+    power."""
+    decode_slowdown: float = 1.27
     """The same for decode, when the shares have no SM in common."""
-    overlap_wait: float = 89.0
+    overlap_wait: float = 218.0
     overlap_offset: float = 30.0
-    """When they have, decode waits for SMs that prefill holds, another
-    overlap_wait / (100 - x + overlap_offset) of its time alone at 100 %; percent of the SMs."""
+    """When they have, each of decode's kernels waits for SMs that prefill holds. A step has as many
+    kernels whatever its rows (32 and 64 waited equally long), so it waits
+    overlap_wait / (100 - x + overlap_offset) of the time that a step without rows takes alone at
+    100 %; percent of the SMs."""
 
     def __post_init__(self) -> None:
         require(self.prefill_slowdown >= 1, "prefill_slowdown", self.prefill_slowdown, ">= 1")
@@ -169,7 +177,7 @@ H200 = Interference()
 def prefill_curve(percent, parallel: float):
     """Prefill's time under a share over that at 100 %: 1 - p + p * 100 / share.
 
-    `parallel` is the part p of the time that more SMs shorten; 0.55 is within 3 % of a chunk of
+    `parallel` is the part p of the time that more SMs shorten; 0.55 is within 4 % of a chunk of
     2048 tokens at 80, 70 and 60 % (`Interference` says where). The real curve has steps, as
     products run in waves of tiles: 70 % is a little better than this, 60 % a little worse. 1 is the
     paper's Eq. 1.
@@ -180,8 +188,9 @@ def prefill_curve(percent, parallel: float):
 def decode_curve(percent, knee: float):
     """Decode's time under a share over that on unlimited SMs: flat above the knee, 1/share below.
 
-    (1 + (knee / share)^4)^(1/4). With the knee at 45 % it is within 5 % of decode of 64 x 1024,
-    padded to 128 rows, at 40, 30 and 20 % (`Interference` says where). Fewer rows need fewer SMs.
+    (1 + (knee / share)^4)^(1/4). With the knee at 46.5 % it is within 3 % of decode of 64 x 1024 at
+    40, 30 and 20 %, at 43 % within 4 % of 32 x 1024 (`Interference` says where), with a table that
+    has products for the SMs of 40 and 30 % and none for those of 20 %. Fewer rows need fewer SMs.
     """
     return (1 + (knee / percent) ** 4) ** 0.25
 
@@ -194,7 +203,7 @@ def prefill_beside(shares: Shares, interference: Interference) -> float:
 
 
 def overlap_wait(shares: Shares, interference: Interference) -> float:
-    """What a decode step waits for prefill's SMs, over its time alone at 100 %."""
+    """What a decode step waits for prefill's SMs, over the time of one without rows at 100 %."""
     if shares.prefill + shares.decode <= 100:
         return 0.0
     return interference.overlap_wait / (100 - shares.prefill + interference.overlap_offset)
@@ -323,7 +332,8 @@ class PrefillTimeModel(_StepModel):
 
 
 class DecodeTimeModel(_StepModel):
-    """Seconds a decode step: `decode_curve`; while prefill works, slower and with `overlap_wait`.
+    """Seconds a decode step: `decode_curve`, longer for more sequences and, while prefill works,
+    for its slowdown; then another `overlap_wait`, whatever the sequences.
 
     Coefficients: `knee`, the share in percent below which decode slows down, 10..90; `log2_wait`,
     -3..3, what the overlap wait must be multiplied with, as a power of two (0: as measured);
@@ -338,7 +348,7 @@ class DecodeTimeModel(_StepModel):
                 "log2_wait": np.linspace(-3, 3, 7),
                 "log2_sequences": np.linspace(3, 11, 9),
             },
-            {"knee": 40.0, "log2_wait": 0.0, "log2_sequences": 7.0},
+            {"knee": 45.0, "log2_wait": 0.0, "log2_sequences": 7.0},
             interference,
             memory_s,
             noise=0.05,
@@ -347,10 +357,6 @@ class DecodeTimeModel(_StepModel):
     def _shape(self, work: Work, parameters: dict):
         alone = decode_curve(work.shares.decode, parameters["knee"])
         wait = overlap_wait(work.shares, self.interference) * np.exp2(parameters["log2_wait"])
-        beside = self.interference.decode_slowdown * alone + wait
         batch = 1 + work.sequences / 2 ** parameters["log2_sequences"]
-        return batch * (alone + work.other_busy * (beside - alone))
-
-    def batch_weight(self, sequences: float) -> float:
-        """Time of a step that this many sequences add, over that of a step with none."""
-        return sequences / 2 ** self._parameters["log2_sequences"]
+        slowdown = 1 + (self.interference.decode_slowdown - 1) * work.other_busy
+        return batch * alone * slowdown + work.other_busy * wait

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import deque
 from collections.abc import Sequence
@@ -279,9 +280,12 @@ class SloController:
             work = self._decoding(shares, min(1.0, work_s / self.horizon_s))
             ratio = self.decode_model.predict(work) / decode_here
             # Requests that take r times as long are r times as many (Little's law), and their
-            # steps longer still: z = r (1 + b z) / (1 + b), b being the batch's part of a step.
-            growth = self.decode_model.batch_weight(self._sequences) * (ratio - 1)
-            return ratio / (1 - min(_NEVER_MORE_BUSY, growth))
+            # steps longer still: z = r + g (z - 1), g being what the batch of now adds to a step
+            # there, over a step of now.
+            without = self.decode_model.predict(dataclasses.replace(work, sequences=0))
+            growth = ratio - without / decode_here
+            most = ratio / (1 - _NEVER_MORE_BUSY)
+            return min(most, 1 + (ratio - 1) / (1 - growth)) if growth < 1 else most
 
         def queue_s(shares: Shares) -> float:
             each_s = token_s(shares)

@@ -39,7 +39,7 @@ class VirtualGpu:
         self._next_s = math.inf
         """When the next of them ends, or another begins."""
         self._updated_s = 0.0
-        self._stretch: dict[tuple[bool, int, int | None, int], float] = {}
+        self._stretch: dict[tuple[bool, int, int | None, int], tuple[float, float]] = {}
 
     def clock(self) -> float:
         """The time, as a function for those who want one."""
@@ -113,10 +113,12 @@ class VirtualGpu:
         for beside in running:
             if beside is not step and beside.executor.place == step.executor.place:
                 other = beside.executor.share
-        case = (step.has_prompt, step.executor.share, other, step.padded_rows)
+        who = (step.has_prompt, step.executor.share, other)
+        case = (*who, step.padded_rows)
         if case not in self._stretch:
-            self._stretch[case] = self.model.stretch(*case)
-        return step.full_s * self._stretch[case]
+            self._stretch[case] = self.model.stretch(*case), self.model.wait_s(*who)
+        stretch, wait_s = self._stretch[case]
+        return step.full_s * stretch + wait_s
 
 
 class SimulatedStep:

@@ -20,7 +20,8 @@ import numpy as np
 from jpd.checkpoint.config import read_json
 from jpd.config import require
 from jpd.errors import ConfigError
-from jpd.semi_pd.share_models import H200, Interference
+from jpd.semi_pd.controller import Shares
+from jpd.semi_pd.share_models import H200, Interference, overlap_wait
 from jpd.simulate.latency import DecodeTime, LatencyModel, Overheads, PromptTime, StepWork
 
 _SLOWDOWN = np.linspace(1, 2.5, 61)
@@ -32,6 +33,8 @@ _GRIDS = {
     "decode_slowdown": _SLOWDOWN,
     "overlap_wait": np.array([0, *np.geomspace(1, 256, 49)]),
 }
+_PASSES = 5
+"""Over decode steps whose waiting depends on what is fitted."""
 _BESIDE = 0.05
 """A step beside which the other phase was busy for less of the time tells nothing of both."""
 
@@ -154,14 +157,26 @@ def fit(times: StepTimes, *, prior: Interference = H200, start_s: float = 15.0) 
 
 def predict(model: LatencyModel, steps: Sequence[MeasuredStep]) -> np.ndarray:
     """Seconds of measured steps of one phase, by the model."""
-    return np.array([model.full_s(step) for step in steps]) * _stretches(model, steps)
+    full_s = np.array([model.full_s(step) for step in steps])
+    return full_s * _stretches(model, steps, _fixed_parts(model, steps))
 
 
-def _stretches(model: LatencyModel, steps: Sequence[MeasuredStep]) -> np.ndarray:
+def _fixed_parts(model: LatencyModel, steps: Sequence[MeasuredStep]) -> np.ndarray:
+    """Part of each decode step's time on the whole GPU that one without rows takes; 1 if unknown.
+
+    It is what a step waits in proportion to, where shares overlap.
+    """
+    full_s = np.array([model.full_s(step) for step in steps])
+    return np.divide(model.decode.step_s, full_s, out=np.ones_like(full_s), where=full_s > 0)
+
+
+def _stretches(
+    model: LatencyModel, steps: Sequence[MeasuredStep], fixed_parts: np.ndarray
+) -> np.ndarray:
     """What the time on the whole GPU is multiplied with, for steps of one phase.
 
     A step that ran beside another for a part f of its time got (1 - f) / a + f / b of itself done
-    in a second, if it takes a alone and b beside the other.
+    in a second, if it takes a alone and b, in which waiting is, beside the other.
     """
     is_prompt = steps[0].prompt_tokens > 0
     shares = np.array([(step.prefill_share, step.decode_share) for step in steps])
@@ -169,9 +184,13 @@ def _stretches(model: LatencyModel, steps: Sequence[MeasuredStep]) -> np.ndarray
     cases = np.column_stack([shares if is_prompt else shares[:, ::-1], rows])
     distinct, index = np.unique(cases, axis=0, return_inverse=True)
     alone = np.array([model.stretch(is_prompt, own, None, n) for own, _, n in distinct.tolist()])
-    beside = np.array([model.stretch(is_prompt, *case) for case in distinct.tolist()])
+    beside = np.array([model.stretch(is_prompt, *case) for case in distinct.tolist()])[index]
+    if not is_prompt:
+        pairs = [Shares(other, own) for own, other, _ in distinct.tolist()]
+        waits = np.array([overlap_wait(pair, model.interference) for pair in pairs])
+        beside += waits[index] * fixed_parts
     busy = np.array([step.other_busy for step in steps])
-    return 1 / ((1 - busy) / alone[index] + busy / beside[index])
+    return 1 / ((1 - busy) / alone[index] + busy / beside)
 
 
 def _with(model: LatencyModel, parameters: dict[str, float]) -> LatencyModel:
@@ -197,14 +216,32 @@ def _told(steps: Sequence[MeasuredStep]) -> list[str]:
 
 
 def _fit_phase(model: LatencyModel, steps: list[MeasuredStep]) -> LatencyModel:
+    """The model with this phase's coefficients and parameters fitted.
+
+    What decode waits depends on the coefficients themselves: they are fitted again with those found
+    until they stay as they are.
+    """
+    for _ in range(_PASSES if "overlap_wait" in _told(steps) else 1):
+        before, model = model, _fit_pass(model, steps)
+        if model == before:
+            break
+    return model
+
+
+def _fit_pass(model: LatencyModel, steps: list[MeasuredStep]) -> LatencyModel:
+    """One of them, with the fixed parts of steps as the model says."""
     is_prompt = steps[0].prompt_tokens > 0
     time = PromptTime if is_prompt else DecodeTime
     counts = np.array([time.counts(step) for step in steps], float)
     measured = np.array([step.seconds for step in steps])
+    fixed_parts = _fixed_parts(model, steps)
+
+    def stretches_of(parameters: dict[str, float]) -> np.ndarray:
+        return _stretches(_with(model, parameters), steps, fixed_parts)
 
     def solve(scale: np.ndarray, parameters: dict[str, float]) -> tuple[float, np.ndarray]:
         """Loss and coefficients, with errors relative to `scale`."""
-        rows = counts * (_stretches(_with(model, parameters), steps) / scale)[:, None]
+        rows = counts * (stretches_of(parameters) / scale)[:, None]
         coefficients = non_negative_least_squares(rows, measured / scale)
         return float(np.square(rows @ coefficients - measured / scale).sum()), coefficients
 
@@ -213,7 +250,7 @@ def _fit_phase(model: LatencyModel, steps: list[MeasuredStep]) -> LatencyModel:
 
         Relative to a noisy time, they would pull towards its short ones and make means too short.
         """
-        stretches = _stretches(_with(model, parameters), steps)
+        stretches = stretches_of(parameters)
         for _ in range(5):
             _, coefficients = solve(scale, parameters)
             scale = np.maximum(counts @ coefficients * stretches, 0.05 * measured.mean())

@@ -163,13 +163,13 @@ class LatencyModel:
     overheads: Overheads = field(default_factory=Overheads)
     parallel: float = 0.55
     """Of `prefill_curve`: 0..1."""
-    knee: float = 35.0
-    """Of `decode_curve`, percent of the SMs, for a step of few rows: its reads need so many. One
-    H200's products of 8 rows and its decode attention have theirs at 34 to 37
-    (`benchmarks/results/h200/sm_shares.json`)."""
-    knee_row: float = 1 / 12
-    """More for each padded row, whose products need SMs: 45 with 128 rows, as a whole step had
-    (`benchmarks/results/h200/sm_share_surface.json`)."""
+    knee: float = 40.0
+    """Of `decode_curve`, percent of the SMs, for a step of no rows: its reads need so many."""
+    knee_row: float = 0.1
+    """More for each padded row, whose products need SMs. Both are fitted to steps of 32 and 64 rows
+    at 20, 30 and 40 %, whose times alone are within 4 % of it
+    (`benchmarks/results/h200/sm_share_surface.json`); fewer and more rows were not measured with
+    the table of products of then."""
     interference: Interference = H200
     page_copy_s: float = 0.0
     """For each KV page that a step of `topology="disaggregated"` sends to the other GPU, beside
@@ -202,7 +202,7 @@ class LatencyModel:
     def stretch(
         self, has_prompt: bool, share: int, other_share: int | None, padded_rows: int = 0
     ) -> float:
-        """What the time on the whole GPU is multiplied with.
+        """What the time on the whole GPU is multiplied with, `wait_s` apart.
 
         Args:
           has_prompt: the step has prompt tokens.
@@ -218,7 +218,10 @@ class LatencyModel:
         # The curve counts from unlimited SMs, `full_s` from 100 %.
         knee = self.knee + self.knee_row * padded_rows
         alone = decode_curve(share, knee) / decode_curve(100, knee)
-        if other_share is None:
-            return alone
-        wait = overlap_wait(Shares(other_share, share), self.interference)
-        return self.interference.decode_slowdown * alone + wait
+        return alone if other_share is None else self.interference.decode_slowdown * alone
+
+    def wait_s(self, has_prompt: bool, share: int, other_share: int | None) -> float:
+        """Seconds more, for SMs that the other executor holds; arguments as of `stretch`."""
+        if has_prompt or other_share is None:
+            return 0.0
+        return overlap_wait(Shares(other_share, share), self.interference) * self.decode.step_s

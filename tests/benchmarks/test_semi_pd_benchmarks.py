@@ -426,10 +426,18 @@ def test_crashes(shared_engine: Engine, tmp_path, monkeypatch) -> None:
 
 
 def test_surface(shared_engine: Engine, tmp_path, monkeypatch) -> None:
+    nvidia_smi = tmp_path / "nvidia-smi"  # that knows clocks, and nothing else
+    loop = "while sleep 0.01; do echo '1700, [N/A]'; done"
+    nvidia_smi.write_text(f'#!/bin/sh\ncase "$*" in *loop-ms*) {loop} ;; esac\nexit 9\n')
+    nvidia_smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(sm_share_surface, "SETTLE_S", 0.0)
+    monkeypatch.setattr(sm_share_surface, "SAMPLE_S", 0.2)
     args = ("--quick", "--pairs", "100,100", "50,50", "--decode", "4x40", "--prompts", "48")
     args += ("--steps", "3", "--out", str(tmp_path))
     assert run_main(sm_share_surface, monkeypatch, *args) == 0
-    rows = load_document(tmp_path / "sm_share_surface.json")["rows"]
+    document = load_document(tmp_path / "sm_share_surface.json")
+    rows = document["rows"]
     sizes = {(r["phase"], r["rows"], r["prompt_tokens"]) for r in rows}
     assert sizes == {("decode", 4, 0), ("prefill", 0, 48)}
     assert {(r["prefill_share"], r["decode_share"]) for r in rows} == {(100, 100), (50, 50)}
@@ -438,6 +446,8 @@ def test_surface(shared_engine: Engine, tmp_path, monkeypatch) -> None:
         assert row["steps"] >= 3
         assert row["seconds"] > 0
         assert ("alone" in row["case"]) <= (row["other_busy"] == 0)
+        assert (row["sm_mhz"], row["watts"]) == (1700, None)
+    assert document["summary"]["prefill_max_slowdown_clock_ratio"] == 1
     beside = [row["other_busy"] for row in rows if "beside" in row["case"]]
     assert max(beside) > 0
     decodes = [row for row in rows if row["rows"]]

@@ -422,7 +422,7 @@ def test_models_that_made_the_times_have_no_error() -> None:
     steps = {}
     for x, y in ((30, 70), (50, 50), (80, 20), (100, 100)):
         shares = Shares(x, y)
-        alone = decode_curve(y, 40.0)
+        alone = (1 + 32 / 128) * decode_curve(y, 45.0)
         beside = H200.decode_slowdown * alone + overlap_wait(shares, H200)
         key = share_fits.Key(decode, shares, None)
         steps[key] = measured(0.01 * alone, rows=32)
@@ -475,6 +475,19 @@ def test_rows_of_the_surface_say_all_that_is_fitted(tmp_path, monkeypatch, capsy
     times = StepTimes.read(tmp_path / "b" / "sm_share_surface_steps.json")
     assert times.steps == list(steps.values())
     assert times.source.startswith(f"tiny on {report.env['gpu'] or report.env['cpu']}, ")
+
+
+def test_the_clock_where_prefill_is_slowed_down_most() -> None:
+    alone = share_fits.Key(share_fits.Size(0, 2048, 2048), Shares(70, 30), None)
+    rows = []
+    for beside, seconds, mhz in ((None, 0.05, 1850.0), ("a", 0.06, 1700.0), ("b", 0.065, 1480.0)):
+        work = {"prompt_tokens": 2048, "prefill_share": 70, "decode_share": 30}
+        fields = share_fits.fields_of(alone._replace(beside=beside), [measured(seconds, **work)])
+        rows.append({"status": "ok", "sm_mhz": mhz} | fields)
+    assert share_fits.clock_ratio(rows) == {"prefill_max_slowdown_clock_ratio": 1.25}
+    rows[2]["sm_mhz"] = None
+    assert share_fits.clock_ratio(rows) == {}
+    assert share_fits.clock_ratio(rows[:1]) == share_fits.clock_ratio([]) == {}
 
 
 def test_the_part_of_a_step_beside_others() -> None:

@@ -24,7 +24,7 @@ from jpd.semi_pd.controller import (
 from jpd.semi_pd.paper_controller import PaperController
 from jpd.semi_pd.share_models import prefill_curve
 from jpd.semi_pd.slo_controller import DEFAULT_SHARES, Forecast, SloController
-from tests.semi_pd.ours import SHARES, ours
+from tests.semi_pd.ours import PAYS, SHARES, ours
 
 SLO = Slo(ttft_s=1.0, tpot_s=0.1)
 GOOD, BAD = 0.5, 2.0  # times the SLO
@@ -461,7 +461,8 @@ def test_ours_has_no_edge_between_waiting_for_sms_and_for_a_place() -> None:
     ttfts = []
     for percent in range(20, 81, 2):
         prefill = {"prefill_tokens": 5 * percent, "prefill_busy_s": percent / 1000}
-        controller = ours(slo=SLO, allowed=allowed, min_gain=0.99)
+        waits = replace(PAYS, overlap_wait=30)  # decode is fastest where it waits for no SMs
+        controller = ours(slo=SLO, allowed=allowed, min_gain=0.99, interference=waits)
         play(controller, lambda s, o=late | prefill: busy(s, **o), Shares(60, 40), until_s=1)
         ttfts.append([controller.forecasts[shares].ttft_s for shares in allowed])
     assert min(ttfts[0]) == ttfts[0][0]
@@ -477,9 +478,9 @@ def test_ours_knows_that_slower_decode_fills_its_own_batch() -> None:
         controller = ours(slo=SLO, allowed=[Shares(50, 50)])
         play(controller, lambda s, n=sequences: busy(s, decoding_requests=n), Shares(50, 50))
         here = controller.forecasts[Shares(50, 50)].tpot_s
-        controller._allowed = (FULL,)
+        controller._allowed = (Shares(75, 25),)
         controller.decide(busy(10.0, decoding_requests=sequences), Shares(50, 50))
-        slowdowns.append(controller.forecasts[FULL].tpot_s / here)
+        slowdowns.append(controller.forecasts[Shares(75, 25)].tpot_s / here)
     assert 1 < slowdowns[0] < 0.9 * slowdowns[1]
     assert slowdowns[2] > 4 * slowdowns[1]  # decode would never get to the end of its batch
 

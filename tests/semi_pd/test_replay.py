@@ -20,11 +20,18 @@ from jpd.semi_pd.controller import (
 )
 from jpd.semi_pd.paper_controller import PaperController
 from jpd.semi_pd.replay import Arrival, Plant, Replay, replay
-from tests.semi_pd.ours import PAYS
-from tests.semi_pd.ours import ours as slo_controller
+from jpd.semi_pd.slo_controller import SloController
+from tests.semi_pd.ours import PAYS, ours
 
-PLANT = Plant(interference=PAYS, parallel=0.6, knee=35.0)
+WAITS = replace(PAYS, overlap_wait=22)
+"""So that many sequences, which wait as long as few, are too slow under full shares."""
+PLANT = Plant(interference=WAITS, parallel=0.6, knee=35.0)
 SLO = Slo(ttft_s=0.6, tpot_s=0.012)
+
+
+def slo_controller(slo: Slo) -> SloController:
+    """Ours, which knows the GPU."""
+    return ours(slo=slo, interference=WAITS)
 
 
 def lengths(rng: np.random.Generator, mean: float, count: int, highest: int) -> list[int]:
@@ -176,7 +183,7 @@ def test_ours_comes_to_meet_slos_that_full_shares_miss(
     [
         replace(PLANT, knee=60),
         replace(PLANT, knee=100, parallel=1),  # the paper's Eq. 1, for both phases
-        replace(PLANT, interference=replace(PAYS, overlap_wait=50, overlap_offset=12)),
+        replace(PLANT, interference=replace(WAITS, overlap_wait=50, overlap_offset=12)),
     ],
 )
 def test_ours_gains_where_the_plant_is_not_what_its_priors_say(plant: Plant) -> None:
@@ -292,7 +299,7 @@ def test_ours_gives_decode_everything_once_prompts_stop() -> None:
     ("rate", "prompt", "output", "slo"),
     [
         (8, 2048, 200, SLO),
-        (40, 251, 338, Slo(ttft_s=0.3, tpot_s=0.03)),
+        (45, 251, 338, Slo(ttft_s=0.3, tpot_s=0.03)),
         (55, 251, 338, Slo(ttft_s=0.3, tpot_s=0.04)),
     ],
 )

@@ -138,7 +138,11 @@ def test_shares_and_overlap(folder):
     half = (1 + 1) ** 0.25 / (1 + 0.5**4) ** 0.25
     assert model.stretch(False, 50, None) == pytest.approx(half)
     assert model.stretch(False, 50, 50) == pytest.approx(1.2 * half)
-    assert model.stretch(False, 50, 100) == pytest.approx(1.2 * half + 10 / 10)
+    assert model.stretch(False, 50, 100) == pytest.approx(1.2 * half)
+    # Ten times over 60 - 50 + 10 % what a step without rows takes alone.
+    assert model.wait_s(False, 100, 50) == pytest.approx(10 / 60 * model.decode.step_s)
+    assert model.wait_s(False, 50, 50) == model.wait_s(False, 50, None) == 0
+    assert model.wait_s(True, 100, 100) == 0
     options = {"topology": "semi_pd", "semi_pd": {"prefill_share": 50}}
     (record,) = run(folder, model, (0, 5, 2), **options)
     assert times_ms(record) == pytest.approx((15, 20))

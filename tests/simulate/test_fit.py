@@ -111,9 +111,9 @@ def test_steps_that_seem_to_take_no_time_do_no_harm():
 
 def test_what_was_not_varied_keeps_its_default():
     found = fit(measured(1, 0.02, pairs=[(100, 100)], busy=False)).model
-    assert (found.parallel, found.knee, found.interference) == (0.55, 35.0, H200)
+    assert (found.parallel, found.knee, found.interference) == (0.55, 40.0, H200)
     beside = fit(measured(1, 0.02, pairs=[(50, 50)])).model
-    assert (beside.parallel, beside.knee) == (0.55, 35.0)
+    assert (beside.parallel, beside.knee) == (0.55, 40.0)
     assert beside.interference.overlap_wait == H200.overlap_wait
     assert beside.interference.prefill_slowdown == H200.prefill_slowdown
     assert beside.interference.prefill_pull == pytest.approx(0.6, abs=0.05)
