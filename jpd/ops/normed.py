@@ -32,7 +32,7 @@ def linear_of(
     residual: jax.Array | None = None,
 ) -> jax.Array:
     """`linear`, of rows that it may have to normalise."""
-    if isinstance(x, Unnormed) and takes_norm(x.rows.shape[0], *weight.shape, gated=False):
+    if isinstance(x, Unnormed) and takes_norm(x.rows, x.weight, weight, gated=False):
         norm = x.weight, x.eps
         return linear(x.rows, weight, bias=bias, residual=residual, norm=norm)
     return linear(normed(x), weight, bias=bias, residual=residual)
@@ -42,6 +42,6 @@ def gated_linear_of(
     x: jax.Array | Unnormed, weight: jax.Array, *, bias: jax.Array | None = None
 ) -> jax.Array:
     """`gated_linear`, of rows that it may have to normalise."""
-    if isinstance(x, Unnormed) and takes_norm(x.rows.shape[0], *weight.shape, gated=True):
+    if isinstance(x, Unnormed) and takes_norm(x.rows, x.weight, weight, gated=True):
         return gated_linear(x.rows, weight, bias=bias, norm=(x.weight, x.eps))
     return gated_linear(normed(x), weight, bias=bias)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
@@ -149,24 +149,32 @@ def product_choice(rows: int, n: int, k: int, *, gated: bool) -> Any:
 
     only = registry.selection().pallas_only
     choice = dataflow.choose(rows, n, k, gated=gated, pallas_only=only)
-    return choice.kernel, choice.config, choice.takes_norm(rows)
+    # The GEMV is another program for each number of rows.
+    return choice.kernel, choice.config, rows if choice.kernel == "gemv" else None
 
 
-def takes_norm(rows: int, n: int, k: int, *, gated: bool) -> bool:
+def takes_norm(x: jax.Array, norm: jax.Array, weight: jax.Array, *, gated: bool) -> bool:
     """Whether a product in the program that is traced takes an RMS norm of its activations along.
 
-    Only where the norm would be a kernel too, and the product's op turns to no other implementation
-    first: these have no argument `norm`. Arguments as for `product_choice`.
-    """
-    selected, name = registry.selection(), "gated_linear" if gated else "linear"
-    op = registry.ops()[name]
-    first = op.candidates(getattr(selected, name), pallas_only=selected.pallas_only)[:1]
-    if first != [NAME] or not _tried("rms_norm"):
-        return False
-    from pallas_kernels import dataflow
+    Only where both ops would turn to these kernels first: no other implementation of a product has
+    an argument `norm`, and no other norm may be left out.
 
-    choice = dataflow.choose(rows, n, k, gated=gated, pallas_only=selected.pallas_only)
-    return choice.takes_norm(rows)
+    Args:
+      x: activations `[M, K]`.
+      norm: weight of the norm `[K]`.
+      weight: of the product, `[N, K]`.
+      gated: the op is `gated_linear`, else `linear`.
+    """
+    product = ("gated_linear", gated_linear_pallas) if gated else ("linear", linear_pallas)
+    if not (_first(*product) and _first("rms_norm", rms_norm_pallas)):
+        return False
+    from pallas_kernels import checks, dataflow
+
+    if len({x.dtype, norm.dtype, weight.dtype}) > 1 or x.dtype.name not in checks.DTYPES:
+        return False
+    only, (n, k) = registry.selection().pallas_only, weight.shape
+    choice = dataflow.choose(len(x), n, k, gated=gated, pallas_only=only)
+    return choice.takes_norm(len(x))
 
 
 def decode_choice(batch: int, heads: int, kv_heads: int, head_dim: int) -> Any:
@@ -178,11 +186,22 @@ def decode_choice(batch: int, heads: int, kv_heads: int, head_dim: int) -> Any:
     return config.choose(head_dim, heads // kv_heads, batch, kv_heads)
 
 
-def _tried(name: str) -> bool:
-    """Whether the program that is traced turns to these kernels for an op."""
+def _candidates(name: str) -> list[str]:
+    """The implementations of an op that the program that is traced tries, if kernels can run."""
     selected, op = registry.selection(), registry.ops()[name]
     names = op.candidates(getattr(selected, name), pallas_only=selected.pallas_only)
-    return NAME in names and _refusal() is None
+    return names if _refusal() is None else []
+
+
+def _tried(name: str) -> bool:
+    """Whether the program that is traced turns to these kernels for an op."""
+    return NAME in _candidates(name)
+
+
+def _first(name: str, implementation: Callable[..., Any]) -> bool:
+    """Whether it turns to this one before any other."""
+    registered = registry.ops()[name].implementations.get(NAME)
+    return _candidates(name)[:1] == [NAME] and registered is implementation
 
 
 @contextlib.contextmanager

@@ -197,7 +197,7 @@ def _cases(
     rng = np.random.default_rng(0)
     draw = drawing(rng, widths.dtype)
     for product in products:
-        yield from _product_cases(product, Columns(product, pool), draw)
+        yield from _product_cases(product, Columns(product, pool), draw, widths.sums)
     # One kernel for all numbers of rows.
     all_rows = [rows for product in products for rows in product.rows]
     least, most = min(all_rows), max(all_rows)
@@ -249,10 +249,11 @@ def sampled_rows(rows: int) -> np.ndarray:
     return np.unique(np.linspace(0, rows - 1, _ROWS).astype(int))
 
 
-def _product_cases(product: Product, checked: Columns, draw: Draw) -> Iterator[Case]:
+def _product_cases(product: Product, checked: Columns, draw: Draw, sums: bool) -> Iterator[Case]:
     """The fewest, a middle and the most rows, and some of each kernel and configuration.
 
-    With a norm where the kernel takes it along; others are compared alone.
+    With a norm where the kernel takes it along, and with `sums` without one too: the norm that adds
+    a sum is never the product's.
     """
     rows, (n, k), gated = product.rows, product.weight.shape, product.gated
     x = draw(rows[-1], k)
@@ -263,9 +264,12 @@ def _product_cases(product: Product, checked: Columns, draw: Draw) -> Iterator[C
         [rows[0], rows[len(rows) // 2], rows[-1]],
     ):
         part = None if residual is None else residual[:some]
-        through_norm = product.eps is not None and takes_norm(some, n, k, gated=gated)
-        norm = draw(k) if through_norm else None
-        yield _product_case(product, checked, x[:some], part, norm)
+        norm = draw(k)
+        along = product.eps is not None and takes_norm(x[:some], norm, product.weight, gated=gated)
+        if along:
+            yield _product_case(product, checked, x[:some], part, norm)
+        if sums or not along:
+            yield _product_case(product, checked, x[:some], part, None)
 
 
 def _product_case(
@@ -298,7 +302,8 @@ def _product_case(
         return linear_of(read, weight, bias=bias, residual=residual)
 
     op = "gated_linear" if gated else "linear"
-    name = f"{op} {product.name} {x.dtype}{list(x.shape)} x {list(weight.shape)}"
+    kind = "" if norm is None else " through a norm"
+    name = f"{op} {product.name}{kind} {x.dtype}{list(x.shape)} x {list(weight.shape)}"
     return Case(name, run, (x, weight, bias, residual, norm), want)
 
 

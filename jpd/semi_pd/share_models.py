@@ -142,9 +142,9 @@ class Interference:
     from 1850 to 1439 MHz, 1.29 times, at 690 of 700 W (a trial whose script is not kept).
 
     Shares that overlap in part were not measured alone but for (100, 30), where the two took turns
-    step by step, and decode took a quarter longer than this says. `overlap_offset` is of serving
-    azure_conv at four rates with a controller that had (90, 100) and (80, 100), when decode steps
-    were longer (a trial that is not kept).
+    step by step, and decode took a quarter (64 rows) to a third (32) longer than this says.
+    `overlap_offset` is of serving azure_conv at four rates with a controller that had (90, 100) and
+    (80, 100), when decode steps were longer (a trial that is not kept).
     """
 
     prefill_slowdown: float = 1.18

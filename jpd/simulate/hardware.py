@@ -37,8 +37,8 @@ class Gpu:
 
 H200 = Gpu(
     name="H200",
-    # Of 4.8e12 in the data sheet; a copy gets 4.3e12. With it decode steps of 32 and 64 rows are
-    # within 2 % of benchmarks/results/h200/sm_share_surface.json.
+    # Of 4.8e12 in the data sheet; a copy gets 4.3e12. With it decode steps of 32 and 64 rows
+    # alone on all SMs are within 2 % of benchmarks/results/h200/sm_share_surface.json.
     bytes_per_s=3.8e12,
     # The next three are of dense_gemm, prefill_attention and flat_gemm in benchmarks/results/h200.
     # Of 989e12 in the data sheet; the products of a layer of Llama-3.1-8B get 700e12 with 2048
@@ -90,7 +90,8 @@ def arithmetic(
     policies' end-to-end times are 0 to 9 % shorter than those served then. No run of today's steps
     has been compared; single steps are (`benchmarks/results/h200/sm_share_surface.json`): decode
     within 6 % of what was measured, 2 % in the mean, and 2048 prompt tokens within 7 %, 3 % in the
-    mean, but under (100, 30), where decode takes a quarter longer than this says.
+    mean, but under (100, 30), where decode takes a quarter (64 rows) to a third (32) longer than
+    this says and prefill 5 to 9 % less.
 
     Args:
       split: of the model over ranks; windows are not looked at.

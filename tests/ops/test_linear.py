@@ -1,8 +1,5 @@
 """Products with a weight against float64."""
 
-import json
-from dataclasses import asdict
-
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
@@ -54,22 +51,6 @@ def test_the_gate_is_the_first_half() -> None:
     np.testing.assert_allclose(ops.gated_linear(x, weight, bias=bias), want, rtol=1e-4, atol=1e-5)
 
 
-GEMV = gemv.GemvConfig(2, 1, 2)
-
-
-@pytest.fixture
-def gemv_table(tmp_path, monkeypatch):
-    """One row of 256 inputs is the GEMV's."""
-    entry = {"kernel": "gemv", "config": asdict(GEMV), "us": 1, "xla_us": 1}
-    shapes = ({"n": 64, "k": 256, "gated": False}, {"n": 64, "k": 256, "gated": True})
-    table = {"products": {"132": [shape | {"rows": {"1": entry}} for shape in shapes]}}
-    (tmp_path / "nvidia_h200.json").write_text(json.dumps(table))
-    monkeypatch.setattr(dataflow, "TUNED", tmp_path)
-    dataflow.load_table.cache_clear()
-    yield
-    dataflow.load_table.cache_clear()
-
-
 def test_the_kernel_for_one_row_is_the_table_s(gemv_table, monkeypatch) -> None:
     taken = []
 
@@ -83,7 +64,7 @@ def test_the_kernel_for_one_row_is_the_table_s(gemv_table, monkeypatch) -> None:
     with registry.using(KernelConfig(), "gpu"), kernels_without_gpu(plgpu.InterpretGPUParams()):
         got = ops.linear(x, weight, bias=bias, residual=residual)
         gated = ops.gated_linear(x, weight, bias=bias)
-    assert taken == [GEMV, GEMV]
+    assert taken == [gemv_table, gemv_table]
     kernels = KernelConfig(linear="xla", gated_linear="xla")
     with registry.using(kernels):
         want = ops.linear(x, weight, bias=bias, residual=residual)
@@ -119,6 +100,31 @@ def test_a_gemv_takes_the_norm_along(gemv_table) -> None:
     # A norm that is to be XLA's is not the kernel's.
     kernels = KernelConfig(rms_norm="xla")
     assert read_through_a_norm(kernels) == {"linear", "gated_linear", "rms_norm"}
+
+
+def test_a_norm_of_one_s_own_is_not_left_out(gemv_table) -> None:
+    seen = []
+
+    def mine(x, weight, eps):
+        seen.append(x)
+        return registry.ops()["rms_norm"].implementations["xla"](x, weight, eps)
+
+    before = dict(registry.ops()["rms_norm"].implementations)
+    ops.register("rms_norm", "mine", mine, first=True)
+    try:
+        assert "rms_norm" in read_through_a_norm(KernelConfig())
+    finally:
+        registry.ops()["rms_norm"].implementations = before
+    assert seen
+
+
+def test_float32_is_normalised_first_as_no_kernel_takes_it(gemv_table) -> None:
+    """Widths for which the table has a GEMV: it refuses the dtype, and XLA's op takes no norm."""
+    x, weight, norm = arrays((1, 256), (64, 256), (256,))
+    with registry.using(KernelConfig(), "gpu"), kernels_without_gpu(plgpu.InterpretGPUParams()):
+        got = ops.linear_of(ops.Unnormed(x, norm, NORM_EPS), weight)
+    want = ops.linear(ops.rms_norm(x, norm, NORM_EPS), weight)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
 def test_another_product_s_rows_are_normalised_first(gemv_table) -> None:

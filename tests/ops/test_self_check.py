@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from jpd.errors import KernelError
 from jpd.ops import pallas, registry, self_check
 from jpd.ops.overlap import packed
 from jpd.ops.self_check import Product, Widths
+from pallas_kernels import dataflow
 from tests import tiny_models
 from tests.engine.tiny_engine import MODEL, tiny_engine
 
@@ -134,7 +136,9 @@ def test_each_choice_of_kernel_for_a_product_is_tried(
 ) -> None:
     product = Product("", jax.ShapeDtypeStruct((n, k), "bfloat16"), ROWS, gated=gated)
     with registry.using(kernels, "gpu"), pallas.tracing_for(H200):
-        cases = self_check._product_cases(product, None, lambda *shape: np.zeros(shape, np.int8))
+        cases = self_check._product_cases(
+            product, None, lambda *shape: np.zeros(shape, np.int8), False
+        )
         tried = [len(case.arrays[0]) for case in cases]
 
         def choices(rows: Any) -> set[Any]:
@@ -143,8 +147,68 @@ def test_each_choice_of_kernel_for_a_product_is_tried(
         assert choices(tried) == choices(ROWS)
         assert len(choices(ROWS)) >= 7
         # The table prefers XLA for 96 and 128 rows of one of them.
-        assert (("xla", None, False) in choices(ROWS)) == (k == 18944 and not kernels.pallas_only)
+        assert (("xla", None, None) in choices(ROWS)) == (k == 18944 and not kernels.pallas_only)
         assert len(tried) <= len(choices(ROWS)) + 2
+
+
+EPS = 0.5
+"""So large that a result without it is wrong."""
+KINDS = ("linear qkv", "gated_linear gate and up")
+
+
+def check_products(*, sums: bool = False) -> list[str]:
+    """Of one and two rows that are read through a norm, for which the table has a GEMV."""
+    rng = np.random.default_rng(0)
+    weight = jnp.asarray(rng.normal(size=(64, 256)), "bfloat16")
+    products = [
+        Product("qkv", weight, (1, 2), bias=weight[:, 0], eps=EPS),
+        Product("gate and up", weight, (1, 2), gated=True, eps=EPS),
+    ]
+    draw = self_check.drawing(rng, "bfloat16")
+
+    def cases(pool: Any) -> Iterator[self_check.Case]:
+        for product in products:
+            columns = self_check.Columns(product, pool)
+            yield from self_check._product_cases(product, columns, draw, sums)
+
+    with (
+        registry.using(KernelConfig(), "gpu"),
+        pallas.kernels_without_gpu(plgpu.InterpretGPUParams()),
+    ):
+        return self_check.run_cases(cases)
+
+
+@pytest.mark.usefixtures("gemv_table")
+@pytest.mark.parametrize("sums", [False, True])
+def test_products_that_take_a_norm_along_are_tried_with_each_number_of_rows(sums: bool) -> None:
+    through = [f"{name} through a norm bfloat16[{rows}," for name in KINDS for rows in (1, 2)]
+    alone = [f"{name} bfloat16[{rows}," for name in KINDS for rows in (1, 2)]
+    checked = check_products(sums=sums)
+    assert len(checked) == (8 if sums else 4)
+    for start in through + alone * sums:
+        assert sum(one.startswith(start) for one in checked) == 1
+
+
+def no_eps(norm: Any) -> Any:
+    return norm[0], 0.0
+
+
+def no_weight(norm: Any) -> Any:
+    return jnp.ones_like(norm[0]), norm[1]
+
+
+@pytest.mark.usefixtures("gemv_table")
+@pytest.mark.parametrize("wrong", [no_eps, no_weight])
+def test_a_norm_that_a_product_takes_along_wrongly_is_found(
+    wrong: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gemv(*args: Any, norm: Any, **options: Any) -> jax.Array:
+        return right(*args, norm=norm and wrong(norm), **options)
+
+    right = dataflow.gemv
+    monkeypatch.setattr(dataflow, "gemv", gemv)
+    with pytest.raises(KernelError, match="linear qkv through a norm"):
+        check_products()
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(32, 8), (28, 4), (16, 1)])

@@ -40,9 +40,9 @@ BESIDE = {  # rows, (x, y): prefill, decode
 }
 
 
-def close(modelled: list[float], measured: list[float]) -> None:
-    """A time is within 5 %, and their mean error is 3 % at most."""
-    assert modelled == pytest.approx(measured, rel=0.05)
+def close(modelled: list[float], measured: list[float], most: float) -> None:
+    """A time is within `most`, and their mean error is 3 % at most."""
+    assert modelled == pytest.approx(measured, rel=most)
     off = np.abs(np.divide(modelled, measured) - 1)
     assert off.mean() <= 0.03
 
@@ -51,20 +51,23 @@ def test_the_curves_follow_what_the_h200_took() -> None:
     for rows, alone in DECODE_ALONE.items():
         knee = 40 + 0.1 * rows  # of `LatencyModel`
         curve = [alone[100] * decode_curve(x, knee) / decode_curve(100, knee) for x in alone]
-        close(curve, list(alone.values()))
+        close(curve, list(alone.values()), 0.04)
     curve = [PREFILL_ALONE[100] * prefill_curve(percent, 0.55) for percent in PREFILL_ALONE]
-    close(curve, list(PREFILL_ALONE.values()))
+    close(curve, list(PREFILL_ALONE.values()), 0.04)
 
 
-def test_the_interference_follows_what_the_h200_took() -> None:
-    pairs = [Shares(x, y) for _, x, y in BESIDE]
-    prefills, decodes = map(list, zip(*BESIDE.values(), strict=True))
-    close([PREFILL_ALONE[s.prefill] * prefill_beside(s, H200) for s in pairs], prefills)
+@pytest.mark.parametrize("rows", [32, 64])
+def test_the_interference_follows_what_the_h200_took(rows: int) -> None:
+    beside = {Shares(x, y): times for (r, x, y), times in BESIDE.items() if r == rows}
+    prefills, decodes = map(list, zip(*beside.values(), strict=True))
+    modelled = [PREFILL_ALONE[s.prefill] * prefill_beside(s, H200) for s in beside]
+    close(modelled, prefills, 0.05)
     small, large = DECODE_ALONE[32][100], DECODE_ALONE[64][100]
     step_ms = 2 * small - large  # of a step without rows
-    alone = [DECODE_ALONE[rows][y] for rows, _, y in BESIDE]
-    waits = [step_ms * overlap_wait(shares, H200) for shares in pairs]
-    close([H200.decode_slowdown * a + w for a, w in zip(alone, waits, strict=True)], decodes)
+    alone = [DECODE_ALONE[rows][s.decode] for s in beside]
+    waits = [step_ms * overlap_wait(shares, H200) for shares in beside]
+    modelled = [H200.decode_slowdown * a + w for a, w in zip(alone, waits, strict=True)]
+    close(modelled, decodes, 0.05)
 
 
 def test_disjoint_shares_never_wait_and_overlapping_ones_wait_more_for_a_larger_prefill() -> None:
