@@ -1,7 +1,8 @@
 """How fast the GPU's SMs are clocked while something runs, and what power the board draws.
 
-Both are sampled by nvidia-smi in a process of its own, which only reads. On Hopper its power is a
-mean over the second before (`power.draw`), so what is said of a time should begin a second into it.
+Both are sampled by nvidia-smi in a process of its own, which only reads. Its power is a mean over
+the second before (`power.draw` from Ampere on, by `nvidia-smi --help-query-gpu`), so what is said
+of a time should begin a second into it.
 """
 
 from __future__ import annotations
@@ -68,12 +69,10 @@ class GpuClock:
         """
         samples = [of for at_s, *of in list(self._samples) if since_s <= at_s <= until_s]
         found: dict[str, float | None] = {}
-        for name, values in zip(
-            FIELDS, zip(*samples, strict=True) if samples else (), strict=False
-        ):
-            known = [value for value in values if value is not None]
+        for i, name in enumerate(FIELDS):
+            known = [sample[i] for sample in samples if sample[i] is not None]
             found[name] = float(np.mean(known)) if known else None
-        return dict.fromkeys(FIELDS) | found
+        return found
 
     def _read(self, process: subprocess.Popen[str]) -> None:
         assert process.stdout is not None

@@ -54,9 +54,12 @@ def reference(
     gated: bool = False,
     w_layout: str = "nk",
 ) -> jax.Array:
-    """y = x w^T (+ bias), or silu(gate) * up of its halves, (+ residual), all in float32."""
-    x, w = x.astype(jnp.float32), w.astype(jnp.float32)
-    y = jnp.dot(x, w.T if w_layout == "nk" else w, precision="highest")
+    """y = x w^T (+ bias), or silu(gate) * up of its halves, (+ residual), all in float32.
+
+    Row by row, as sums: a library's products may be wrong under an MPS share.
+    """
+    w = (w if w_layout == "nk" else w.T).astype(jnp.float32)
+    y = jax.lax.map(lambda row: (w * row).sum(-1), x.astype(jnp.float32))
     if bias is not None:
         y = y + bias.astype(jnp.float32)
     if gated:

@@ -12,6 +12,7 @@ leaves out what is least likely to win. `--seconds` ends in time with the produc
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import multiprocessing
@@ -30,7 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import dataflow, dense_gemm, flat_gemm, gemv, mosaic
+from pallas_kernels import dataflow, dense_gemm, flat_gemm, gemv, mosaic, products
 from pallas_kernels.timing import STREAM_OPTIONS, device_us
 
 # N, K, gated: fused qkv, output, gate and up, down projection, and the logits.
@@ -59,23 +60,15 @@ _RUN = {
 }
 
 
-def _product_of_row(row, w):
-    return (w.astype(jnp.float32) * row.astype(jnp.float32)).sum(-1)
-
-
-def _activated(y, gated):
+def _xla(x, w, gated):
+    if x.shape[0] == 1:
+        y = (w.astype(jnp.float32) * x.astype(jnp.float32)).sum(-1)[None].astype(x.dtype)
+    else:
+        y = jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=x.dtype)
     if not gated:
         return y
     gate, up = jnp.split(y, 2, axis=1)
     return jax.nn.silu(gate) * up
-
-
-def _xla(x, w, gated):
-    if x.shape[0] == 1:
-        y = _product_of_row(x[0], w)[None].astype(x.dtype)
-    else:
-        y = jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=x.dtype)
-    return _activated(y, gated)
 
 
 Candidate = tuple[str, Any]
@@ -179,15 +172,8 @@ class Product:
         return jnp.asarray(values.astype(jnp.bfloat16))
 
     def reference(self, rows: int) -> Any:
-        """A program that computes the product of activations and the last weight in float32.
-
-        Row by row, as sums: a library's products are wrong under an MPS share.
-        """
-
-        def compute(x, w):
-            outputs = jax.lax.map(lambda row: _product_of_row(row, w), x)
-            return _activated(outputs, self.gated)
-
+        """A program that computes the product of activations and the last weight in float32."""
+        compute = functools.partial(products.reference, gated=self.gated)
         return jax.jit(compute).lower(self.x(rows), self.weights[-1]).compile()
 
     def time(self, rows: int, program: Any, expected: jax.Array) -> float:

@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     with torch.no_grad():
         # As given: a run that is stopped has done the first ones. gemlite tunes each for seconds.
-        for impl in ("cublas", "gemlite") if args.gemlite else ("cublas",):
+        for impl in PRODUCTS:
             wanted = [case for case in args.case if (case.name, impl) in keys]
             for (outputs, inputs), group in itertools.groupby(wanted, lambda c: c[1:]):
                 cases = list(group)

@@ -31,7 +31,17 @@ def linear_of(
     bias: jax.Array | None = None,
     residual: jax.Array | None = None,
 ) -> jax.Array:
-    """`linear`, of rows that it may have to normalise."""
+    """`linear` `[M, N]` of rows `[M, K]`, which it normalises if that was left to be done.
+
+    Where the kernel takes the norm along, nothing is rounded between the two, and `choices()`
+    counts no `rms_norm`.
+
+    Args:
+      x: `[M, K]`.
+      weight: `[N, K]`.
+      bias: `[N]`.
+      residual: `[M, N]`, added last.
+    """
     if isinstance(x, Unnormed) and takes_norm(x.rows, x.weight, weight, gated=False):
         norm = x.weight, x.eps
         return linear(x.rows, weight, bias=bias, residual=residual, norm=norm)
@@ -41,7 +51,7 @@ def linear_of(
 def gated_linear_of(
     x: jax.Array | Unnormed, weight: jax.Array, *, bias: jax.Array | None = None
 ) -> jax.Array:
-    """`gated_linear`, of rows that it may have to normalise."""
+    """`gated_linear` `[M, F]` likewise, of `weight` `[2F, K]` and `bias` `[2F]`."""
     if isinstance(x, Unnormed) and takes_norm(x.rows, x.weight, weight, gated=True):
         return gated_linear(x.rows, weight, bias=bias, norm=(x.weight, x.eps))
     return gated_linear(normed(x), weight, bias=bias)

@@ -134,8 +134,8 @@ def may_run(kernels: KernelConfig, platform: str | None = None) -> bool:
 
 
 def product_choice(rows: int, n: int, k: int, *, gated: bool) -> Any:
-    """Kernel and configuration of a product in the program that is traced; None where no kernel is
-    tried.
+    """What decides which program computes a product in the one that is traced; None where no kernel
+    is tried.
 
     Args:
       rows: of the activations.
@@ -145,10 +145,7 @@ def product_choice(rows: int, n: int, k: int, *, gated: bool) -> Any:
     """
     if not _tried("gated_linear" if gated else "linear"):
         return None
-    from pallas_kernels import dataflow
-
-    only = registry.selection().pallas_only
-    choice = dataflow.choose(rows, n, k, gated=gated, pallas_only=only)
+    choice = _dataflow_choice(rows, n, k, gated)
     # The GEMV is another program for each number of rows.
     return choice.kernel, choice.config, rows if choice.kernel == "gemv" else None
 
@@ -168,13 +165,18 @@ def takes_norm(x: jax.Array, norm: jax.Array, weight: jax.Array, *, gated: bool)
     product = ("gated_linear", gated_linear_pallas) if gated else ("linear", linear_pallas)
     if not (_first(*product) and _first("rms_norm", rms_norm_pallas)):
         return False
-    from pallas_kernels import checks, dataflow
+    from pallas_kernels import checks
 
     if len({x.dtype, norm.dtype, weight.dtype}) > 1 or x.dtype.name not in checks.DTYPES:
         return False
-    only, (n, k) = registry.selection().pallas_only, weight.shape
-    choice = dataflow.choose(len(x), n, k, gated=gated, pallas_only=only)
-    return choice.takes_norm(len(x))
+    return _dataflow_choice(len(x), *weight.shape, gated).takes_norm(len(x))
+
+
+def _dataflow_choice(rows: int, n: int, k: int, gated: bool) -> Any:
+    from pallas_kernels import dataflow
+
+    only = registry.selection().pallas_only
+    return dataflow.choose(rows, n, k, gated=gated, pallas_only=only)
 
 
 def decode_choice(batch: int, heads: int, kv_heads: int, head_dim: int) -> Any:

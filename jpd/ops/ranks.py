@@ -108,6 +108,9 @@ def normed_stream(
       x: what a layer left to be added to it is added first.
       weight: `[N]` of the norm.
       eps: added to the mean square.
+
+    Returns:
+      Both `[M, N]`.
     """
     if isinstance(x, Unadded):
         return rms_norm_residual(x.output, x.stream, weight, eps)

@@ -136,10 +136,11 @@ class Interference:
     The defaults describe one H200 with Llama-3.1-8B and jpd's kernels: a prompt chunk of 2048
     tokens beside decode of 64 x 1024 and 32 x 1024 under (100, 100), (80, 20), (70, 30) and
     (60, 40), within 5 % of what `python -m benchmarks.sm_share_surface` measured, to which they
-    were fitted (`benchmarks/results/h200/sm_share_surface.json`). What disjoint shares cost is the
-    card's power limit: beside decode's products on 30 % of the SMs, products of 2048 rows on 70 %
-    took 1.29 to 1.33 times as long with the fastest tiles for each, and the SMs were clocked down
-    from 1850 to 1439 MHz, 1.29 times, at 690 of 700 W (a trial whose script is not kept).
+    were fitted (`benchmarks/results/h200/sm_share_surface.json`). What disjoint shares cost seems
+    to be mostly the card's power limit: beside decode's products on 30 % of the SMs, products of
+    2048 rows on 70 % took 1.29 to 1.33 times as long with the fastest tiles for each, and the SMs
+    were clocked down from 1850 to 1439 MHz, 1.29 times, at 690 of 700 W (a trial whose script is
+    not kept).
 
     Shares that overlap in part were not measured alone but for (100, 30), where the two took turns
     step by step, and decode took a quarter (64 rows) to a third (32) longer than this says.

@@ -94,9 +94,9 @@ def candidates(rows: int, outputs: int, gated: bool = False) -> tuple[FlatConfig
 
     A block that has the SM alone loads deep: the next kernel's block takes its place when it ends
     and fills the SM while this kernel's last blocks add up. Or two fit an SM, of which the second
-    is the next kernel's, or (`waves`) this one's. For many rows, and on few SMs, a tile has several
-    consumers, so that the rows, which every block reads again from L2, weigh less beside the
-    weights; and more may be lost by adding up than by uneven shares, so that whole tiles are tried.
+    is the next kernel's, or (`waves`) this one's. For many rows a tile has several consumers, so
+    that the rows, which every block reads again from L2, weigh less beside the weights; and more
+    may be lost by adding up than by uneven shares, so that whole tiles are tried.
     """
     found: dict[FlatConfig, None] = {}
 
@@ -122,7 +122,8 @@ def candidates(rows: int, outputs: int, gated: bool = False) -> tuple[FlatConfig
         for split in narrow:
             add(64, 128, 1, 2, split=split)
         add(64, 128, 1, 2)
-        add(256, 64, 2)
+        if not gated:
+            add(256, 64, 2)
     elif gated and rows > 64:  # so many sums leave room for one consumer only
         add(64, 64)
         for split in narrow[:1]:
@@ -138,9 +139,10 @@ def candidates(rows: int, outputs: int, gated: bool = False) -> tuple[FlatConfig
         for split in narrow[:1]:
             add(64, 64, 1, beside, split=split)
         add(64, 64, 1, beside)
-        add(192, 64, 3)
-        if not gated and rows <= 64:  # more sums than the registers of three warpgroups hold
-            add(256, 64, 2)
+        if not gated:
+            add(192, 64, 3)
+            if rows <= 64:  # more sums than the registers of three warpgroups hold
+                add(256, 64, 2)
     return tuple(found)
 
 

@@ -62,7 +62,8 @@ def gemv(
       `[M, N]` (gated: `[M, F]`) of x's dtype.
 
     Raises:
-      ValueError: shapes or dtypes that do not fit together.
+      ValueError: shapes or dtypes that do not fit together, or a norm's number that is negative or
+        not finite.
       NotImplementedError: a dtype, a shape or a configuration that the kernel does not support.
     """
     m, n, k = checked_shape(x, w, bias, residual, gated, "nk")

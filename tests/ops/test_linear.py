@@ -102,19 +102,20 @@ def test_a_gemv_takes_the_norm_along(gemv_table) -> None:
     assert read_through_a_norm(kernels) == {"linear", "gated_linear", "rms_norm"}
 
 
-def test_a_norm_of_one_s_own_is_not_left_out(gemv_table) -> None:
-    seen = []
+@pytest.mark.parametrize("op", ["rms_norm", "linear"])
+def test_an_op_of_one_s_own_is_not_passed_over(op, gemv_table) -> None:
+    """Neither is its norm left out, nor does its product get rows that are not normalised."""
+    seen, before = [], dict(registry.ops()[op].implementations)
 
-    def mine(x, weight, eps):
-        seen.append(x)
-        return registry.ops()["rms_norm"].implementations["xla"](x, weight, eps)
+    def mine(*args, **options):
+        seen.append(args)
+        return before["xla"](*args, **options)
 
-    before = dict(registry.ops()["rms_norm"].implementations)
-    ops.register("rms_norm", "mine", mine, first=True)
+    ops.register(op, "mine", mine, first=True)
     try:
         assert "rms_norm" in read_through_a_norm(KernelConfig())
     finally:
-        registry.ops()["rms_norm"].implementations = before
+        registry.ops()[op].implementations = before
     assert seen
 
 
@@ -125,19 +126,3 @@ def test_float32_is_normalised_first_as_no_kernel_takes_it(gemv_table) -> None:
         got = ops.linear_of(ops.Unnormed(x, norm, NORM_EPS), weight)
     want = ops.linear(ops.rms_norm(x, norm, NORM_EPS), weight)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
-
-
-def test_another_product_s_rows_are_normalised_first(gemv_table) -> None:
-    seen = []
-
-    def mine(x, weight, *, bias=None, residual=None):
-        seen.append(x)
-        return registry.ops()["linear"].implementations["xla"](x, weight, bias=bias)
-
-    before = dict(registry.ops()["linear"].implementations)
-    ops.register("linear", "mine", mine, first=True)
-    try:
-        assert "rms_norm" in read_through_a_norm(KernelConfig())
-    finally:
-        registry.ops()["linear"].implementations = before
-    assert seen
