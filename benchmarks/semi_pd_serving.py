@@ -16,11 +16,11 @@ waits for its turn takes memory and nothing else.
    requests within the SLOs (`tight`, `loose`: both latencies; `tight_ttft` ...: one of them).
    `kv_bytes_sent` are keys and values that went from prefill to decode (with `disaggregated`),
    `kv_wait_s` the time for which prompts that were computed waited for theirs to arrive.
-3. One engine is measured as `chunked` and `prefill_first`, another as three: `semi_pd_100_100`
-   leaves both phases all SMs; `semi_pd_dynamic` lets jpd's `SloController` choose among shares that
-   are kept ready, aiming at the tight SLO; `auto` is that with `topology="auto"`, which serves with
-   one executor below `--break-even`, a ratio (see `jpd/semi_pd/mode.py`). The other two are held on
-   two executors.
+3. One engine is measured as `chunked` and `prefill_first`, another as the rest: `semi_pd_100_100`
+   leaves both phases all SMs, and `semi_pd_70_30`, measured only if it is asked for, divides them;
+   `semi_pd_dynamic` lets jpd's `SloController` choose among shares that are kept ready, aiming at
+   the tight SLO; `auto` is that with `topology="auto"`, which serves with one executor below
+   `--break-even`, a ratio (see `jpd/semi_pd/mode.py`). The others are held on two executors.
 
 A run too long for one call is cut into several: with `--seconds N` no case begins that may not end
 in time, `--merge` keeps the rows of earlier runs, with their SLOs and capacities, so that a load is
@@ -91,12 +91,15 @@ ENGINES = {
     "chunked": "unified",
     "prefill_first": "unified",
     STATIC: "semi_pd",
+    "semi_pd_70_30": "semi_pd",
     DYNAMIC: "semi_pd",
     AUTO: "semi_pd",
     "time_slices": "time_slices",
     "disaggregated": "disaggregated",
 }
 """Whose engine is whose, in the order of their turns."""
+FIXED = {STATIC: Shares(100, 100), "semi_pd_70_30": Shares(70, 30)}
+"""Shares that stay, of those that are kept ready."""
 UNIFIED_MEMORY = "0.4"
 """Part of the GPU's memory that JAX takes for the unified engine; the rest is for its peers."""
 UNLOADED_TOKENS = 64
@@ -206,8 +209,9 @@ def run_point(
     options, coordinator = llm.config.semi_pd, llm._engine.coordinator
     steered = isinstance(options.controller, Steering)
     if steered:
-        options.controller.inner = controllers.StaticController()
-        if impl != STATIC:
+        if impl in FIXED:
+            options.controller.inner = controllers.StaticController(FIXED[impl])
+        else:
             aim = controllers.Slo(ttft_s=target.ttft_s, tpot_s=target.tpot_s)
             allowed = [Shares(*pair) for pair in options.kept_shares]
             options.controller.inner = SloController(slo=aim, allowed=allowed)

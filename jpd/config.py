@@ -24,15 +24,14 @@ Controller = Literal["static", "paper", "slo"]
 MatmulAllReduce = Literal["auto", "overlap", "xla"]
 
 MAX_STEP_TOKENS = 65_536
-BREAK_EVEN = 2.0
-"""Default of `SemiPDConfig.break_even`. In `jpd simulate` of Llama-3.1-8B on an H200, four
-workloads at loads of 0.1 to 1.4, two executors with `SloController` among (100, 100), (70, 30),
-(60, 40) and (50, 50) had the better mean with azure_conv and arxiv at load 1.0 or above it. With an
-earlier fit of the simulator the estimate was 2 to 3 at load 0.8 of both and 3 to 7 above; with
-azure_code, where one executor was better at any load, it was below 1 in nine windows of ten. With
-2, `auto` is within 4 % of the better one everywhere where requests come for 10 s, means of two
-seeds, and within 9 % where they come for 20 s, three seeds, loads of 0.6 to 1.2. Results are not
-kept."""
+BREAK_EVEN = 1.5
+"""Default of `SemiPDConfig.break_even`. In `jpd simulate` of Llama-3.1-8B on an H200, with requests
+for 20 s, `SloController` among (100, 100), (70, 30), (60, 40) and (50, 50), and prefill's measured
+times under these shares, two executors had the better mean with azure_conv and arxiv (eight seeds)
+from load 0.8 or 0.9 on, with the ShareGPT-like lengths (four) from 1.2 on and with azure_code at
+none. With 1.5, `auto` had 0.94 times the better one's speed or more everywhere, and kept the tight
+SLO for 90 % of the requests up to 0.96 to 1.0 times chunked prefill's rate; with 2, 3 and 4 it was
+much the same, with 1 it lost up to 3 % with azure_code. Trials that are not kept."""
 
 _SPLITS = (
     "jpd splits a model by tensor_parallel_size alone (topology='disaggregated' gives each phase a "

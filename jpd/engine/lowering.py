@@ -65,6 +65,9 @@ _NOT_LOWERING = (
 )
 """Parts of names of jax's settings that differ between processes and do not change a module."""
 
+_LAYOUT = "LayoutConstraint"
+"""What jax lowers `with_layout_constraint` to; `jax.export` does not know its own."""
+
 _LOWERING = threading.RLock()
 """Held while a step is traced and lowered: Mosaic does one at a time."""
 
@@ -137,7 +140,7 @@ class StepSource:
         platform = "cuda" if self.platform == "gpu" else self.platform
         # A module is kept for this version of the code alone, so these calls are what they are.
         targets = () if self.progress is None else self.progress.targets
-        known = [export.DisabledSafetyCheck.custom_call(target) for target in targets]
+        known = [export.DisabledSafetyCheck.custom_call(t) for t in (_LAYOUT, *targets)]
         exporting = export.export(
             jax.jit(step_of_leaves), platforms=[platform], disabled_checks=known
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections import deque
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from jpd.semi_pd.controller import (
     SwitchInFlight,
     require_positive,
 )
+from jpd.semi_pd.flow import Flow, Load, follow
 from jpd.semi_pd.share_models import H200, DecodeTimeModel, Interference, PrefillTimeModel, Work
 
 DEFAULT_SHARES = (*(Shares(x, 100 - x) for x in (30, 40, 50, 60, 70, 80)), FULL)
@@ -26,8 +26,8 @@ DEFAULT_SHARES = (*(Shares(x, 100 - x) for x in (30, 40, 50, 60, 70, 80)), FULL)
 overlap in part gained nothing over those on an H200."""
 
 _URGENCY = 4
-"""Power of an SLO's miss in the cost: twice too late weighs like 16 times as many requests."""
-_LOST = 3.0
+"""Power of an SLO's miss in the cost: twice too late weighs like 16 times the mean time."""
+_LOST = 1.5
 """Miss from which on an SLO is lost: later is no worse, and the mean decides."""
 _TOKEN_NOISE = 0.3
 """Spread of the logarithm of a prompt token's time: prompts of a window differ in length."""
@@ -44,11 +44,10 @@ class Forecast:
     tpot_s: float
     miss: float
     """The larger of TTFT and TPOT over its SLO: 1 is just within both."""
-    inside: float
-    """Requests that would wait or decode at a time. By Little's law it is the arrival rate times
-    the mean end-to-end time, so the least of it is the least mean latency."""
+    e2e_s: float
+    """Mean time to the end of the requests that are here and that come soon (`flow.Flow`)."""
     cost: float
-    """`inside`, and more where an SLO is in danger: what the controller makes small."""
+    """`e2e_s`, and more where an SLO is in danger: what the controller makes small."""
 
 
 @dataclass(kw_only=True)
@@ -64,18 +63,19 @@ class SloController:
        before serve again at once, unless that was `memory_s` ago;
     3. forecasts under every allowed share (`forecasts`)
 
-       - TPOT: the mean gap between tokens now, times the ratio that the decode model gives, and
-         what that does to the batch; decoding requests change as TPOT does;
+       - the mean end-to-end time and TPOT: of the requests that are here, and that come in the next
+         `load_window_s` if it brings what the last one did, followed through both phases until all
+         have ended (`jpd.semi_pd.flow`), with waits of at least the mean TTFT seen, times the ratio
+         below;
        - TTFT, the largest of: what the SLO percentile of the waiting requests will see; what the
          queue will be in `horizon_s` if tokens arrive faster than they are computed; the percentile
-         seen in `load_window_s`, times the ratio of s / (1 - load) (the paper's Eq. 3). Waiting
-         requests change as that ratio does;
+         seen in `load_window_s`, times the ratio of s / (1 - load) (the paper's Eq. 3);
 
-    4. takes the share with the least cost, requests inside * max(1, miss / `act_above`)^4, if that
+    4. takes the share with the least cost, end-to-end time * max(1, miss / `act_above`)^4, if that
        is lower by `min_gain`. Far from both SLOs this is the least mean end-to-end time; near one
-       of them, and where all shares fail by a little, the share whose worse SLO is best. There is
-       no edge between the two at which to flap. A miss of more than 3 counts as 3: where an SLO is
-       lost under all shares the least mean decides again.
+       of them, the share whose worse SLO is best. There is no edge between the two at which to
+       flap. A miss of more than 1.5 counts as 1.5: where an SLO is lost under all shares the least
+       mean decides again.
 
     Two such decisions are `min_dwell_s` apart. A share whose miss is above `act_above` may be left
     before that, unless another one was left so less than `min_dwell_s` ago. Going back to shares
@@ -111,7 +111,7 @@ class SloController:
     act_above: float = 0.8
     """Part, 0..1, of an SLO from which on it costs: percentiles of requests come later and lie
     higher than a mean of now, and both SLOs are to be met by the same requests."""
-    min_gain: float = 0.05
+    min_gain: float = 0.07
     """Part, 0..1, by which a switch must lower the cost."""
     min_dwell_s: float = 2.0
     """Time between two decisions, at least."""
@@ -145,7 +145,6 @@ class SloController:
         require(len(self._allowed) > 0, "allowed", self._allowed, "at least one share")
         self.prefill_model = PrefillTimeModel(self.interference, self.memory_s, _TOKEN_NOISE)
         self.decode_model = DecodeTimeModel(self.interference, self.memory_s)
-        self._sequences = 1.0
         self._prefill_busy = 0.0
         self._starved = 0.0  # 0..1: how far TTFT follows decode's speed
         # What was seen last, over what the models say of it.
@@ -252,68 +251,73 @@ class SloController:
         gaps = [gap for o in recent for gap in o.token_gap_s]
         if sum(gaps):
             seconds = sum(gaps) / len(gaps)
-            self._sequences = sum(o.decoding_requests for o in recent) / len(recent)
-            work = self._decoding(current, self._prefill_busy)
+            sequences = sum(o.decoding_requests for o in recent) / len(recent)
+            work = Work(shares=current, other_busy=self._prefill_busy, sequences=sequences)
             self.decode_model.update(now_s, work, seconds)
             self._decode_scale = seconds / self.decode_model.predict(work)
         return bool(self.prefill_model.points and self.decode_model.points)
 
-    def _decoding(self, shares: Shares, prefill_busy: float) -> Work:
-        return Work(shares=shares, other_busy=prefill_busy, sequences=self._sequences)
-
     def _forecast_all(self, observation: Observation, current: Shares) -> None:
         """Fills `forecasts`, the current shares among them."""
-        tokens_per_s = self._arriving_tokens_per_s()
-        waiting = observation.waiting_tokens
+        load = self._load(observation)
 
         # Both phases work, or there would be nothing to divide. What was seen last sets the scale,
-        # the models say what another share would change: batch and context are as they are now.
+        # the models say what another share would change: contexts are as they are now.
         def token_s(shares: Shares) -> float:
             work = Work(shares=shares, other_busy=1.0)
             return self._prefill_scale * self.prefill_model.predict(work)
 
-        decode_here = self.decode_model.predict(self._decoding(current, self._prefill_busy))
+        def flow_under(shares: Shares) -> Flow:
+            def step_s(decoding: float, busy: float) -> float:
+                work = Work(shares=shares, other_busy=busy, sequences=decoding)
+                return self._decode_scale * self.decode_model.predict(work)
 
-        def slower(shares: Shares) -> float:
-            """TPOT over what it is now."""
-            work_s = (waiting + tokens_per_s * self.horizon_s) * token_s(shares)
-            work = self._decoding(shares, min(1.0, work_s / self.horizon_s))
-            ratio = self.decode_model.predict(work) / decode_here
-            # Requests that take r times as long are r times as many (Little's law), and their
-            # steps longer still: z = r + g (z - 1), g being what the batch of now adds to a step
-            # there, over a step of now.
-            without = self.decode_model.predict(dataclasses.replace(work, sequences=0))
-            growth = ratio - without / decode_here
-            most = ratio / (1 - _NEVER_MORE_BUSY)
-            return min(most, 1 + (ratio - 1) / (1 - growth)) if growth < 1 else most
+            return follow(load, token_s(shares), step_s)
 
         def queue_s(shares: Shares) -> float:
             each_s = token_s(shares)
-            return each_s / (1 - min(_NEVER_MORE_BUSY, tokens_per_s * each_s))
+            return each_s / (1 - min(_NEVER_MORE_BUSY, load.tokens_per_s * each_s))
 
         # In units of `queue_s`: what is seen under one share says what it would be under another.
-        seen = [(o, queue_s(shares)) for o, shares in self._seen if shares is not None]
-        ttfts = [ttft_s / queue for o, queue in seen for ttft_s in o.ttft_s]
+        under = [(o, queue_s(shares)) for o, shares in self._seen if shares is not None]
+        ttfts = [ttft_s / queue for o, queue in under for ttft_s in o.ttft_s]
         ttft = float(np.quantile(ttfts, self.slo.percentile)) if ttfts else 0.0
-        waits = sum(o.waiting_requests / queue for o, queue in seen) / max(1, len(seen))
+        mean_ttft = sum(ttfts) / max(1, len(ttfts))
+        flows = {shares: flow_under(shares) for shares in {*self._allowed, current}}
 
         def forecast(shares: Shares) -> Forecast:
-            each_s, times = token_s(shares), slower(shares)
-            starved_s = queue_s(current) * times
+            each_s, flow = token_s(shares), flows[shares]
+            starved_s = queue_s(current) * flow.tpot_s / flows[current].tpot_s
             queue = self._starved * starved_s + (1 - self._starved) * queue_s(shares)
+            growing = load.waiting_tokens + load.tokens_per_s * self.horizon_s
             ttft_s = max(
-                self.slo.percentile * waiting * each_s,
-                (waiting + tokens_per_s * self.horizon_s) * each_s - self.horizon_s,
+                self.slo.percentile * load.waiting_tokens * each_s,
+                growing * each_s - self.horizon_s,
                 ttft * queue,
             )
-            tpot_s = self._decode_scale * decode_here * times
-            miss = max(ttft_s / self.slo.ttft_s, tpot_s / self.slo.tpot_s)
-            inside = waits * queue + self._sequences * times
-            danger = min(miss, _LOST) / self.act_above
-            cost = inside * max(1.0, danger) ** _URGENCY
-            return Forecast(ttft_s, tpot_s, miss, inside, cost)
+            e2e_s = flow.new * max(flow.wait_s, mean_ttft * queue) + flow.decode_s
+            miss = max(ttft_s / self.slo.ttft_s, flow.tpot_s / self.slo.tpot_s)
+            cost = e2e_s * max(1.0, min(miss, _LOST) / self.act_above) ** _URGENCY
+            return Forecast(ttft_s, flow.tpot_s, miss, e2e_s, cost)
 
-        self.forecasts = {shares: forecast(shares) for shares in {*self._allowed, current}}
+        self.forecasts = {shares: forecast(shares) for shares in flows}
+
+    def _load(self, observation: Observation) -> Load:
+        """Requests of now, and as many more as came in `load_window_s`."""
+        first, *later = (o for o, _ in self._seen)
+        decoding = observation.decoding_requests
+        tokens, begun = sum(o.prefill_tokens for o in later), sum(len(o.ttft_s) for o in later)
+        ended = begun + first.decoding_requests - decoding
+        # The long ones of them are still here: tokens for each end count what those have made.
+        made = sum(o.decoding_requests * len(o.token_gap_s) for o in later)
+        return Load(
+            waiting_tokens=observation.waiting_tokens,
+            decoding=decoding,
+            tokens_per_s=self._arriving_tokens_per_s(),
+            seconds=self.load_window_s,
+            prompt_tokens=max(1.0, tokens / max(1, begun)),
+            output_tokens=max(1.0, made / max(1, ended)),
+        )
 
     def _arriving_tokens_per_s(self) -> float:
         first, last = self._seen[0][0], self._seen[-1][0]

@@ -33,6 +33,8 @@ class Gpu:
     """Of a collective over such GPUs, whatever it sends."""
     memory_bytes: int
     """For weights, pages and work space."""
+    prefill_at: tuple[tuple[int, float], ...] = ()
+    """As `LatencyModel` has it."""
 
 
 H200 = Gpu(
@@ -55,6 +57,9 @@ H200 = Gpu(
     link_bytes_per_s=300e9,
     link_latency_s=20e-6,
     memory_bytes=int(0.95 * 139 * 2**30),
+    # 2048 prompt tokens of Llama-3.1-8B alone: 47.3 ms on all SMs, 54.9, 56.2, 66.4 on 80, 70 and
+    # 60 % of them (sm_share_surface.json).
+    prefill_at=((80, 1.16), (70, 1.19), (60, 1.40)),
 )
 
 TIME_SLICES = Interference(prefill_slowdown=1.94, decode_slowdown=1.57, overlap_wait=0.0)
@@ -80,18 +85,11 @@ def arithmetic(
     decode step of 16 layers took 3 % longer in a process of its own on an H200 (a trial that is not
     kept) is left out.
 
-    An H200 served Llama-3.1-8B with azure_conv at 13, 18, 22 and 27 requests/s for 10 s (trials of
-    2026-11-22 that are not kept; step sizes 32, 128 and 256), before its products were tuned anew,
-    also for few SMs. With the same requests and constants fitted to the steps of then, means of
-    TTFT, TPOT and end-to-end time of both policies on one executor came within 6 %. On two, under
-    (100, 100), (80, 20), (70, 30) and (60, 40) at up to four of the rates, end-to-end times came
-    within 8 %, TPOT within 7 %, and TTFT within 16 %, but for (60, 40) at 18, where prefill is
-    nearly all busy: 21 % too short. With the constants of today, which are of faster steps, both
-    policies' end-to-end times are 0 to 9 % shorter than those served then. No run of today's steps
-    has been compared; single steps are (`benchmarks/results/h200/sm_share_surface.json`): decode
-    within 6 % of what was measured, 2 % in the mean, and 2048 prompt tokens within 7 %, 3 % in the
-    mean, but under (100, 30), where decode takes a quarter (64 rows) to a third (32) longer than
-    this says and prefill 5 to 9 % less.
+    How near that is to an H200 that served Llama-3.1-8B: `python -m benchmarks.simulated_serving`,
+    `benchmarks/results/cpu/simulated_serving.json`. Its single steps under shares are in
+    `benchmarks/results/h200/sm_share_surface.json`: decode comes within 6 % of them, 2 % in the
+    mean, and 2048 prompt tokens within 4 %, 1 % in the mean, but under (100, 30), where decode
+    takes a quarter (64 rows) to a third (32) longer than this says and prefill 5 to 9 % less.
 
     Args:
       split: of the model over ranks; windows are not looked at.
@@ -136,5 +134,6 @@ def arithmetic(
             message_s=1e-4,
         ),
         page_copy_s=page_size * kv_bytes / gpu.link_bytes_per_s,
+        prefill_at=gpu.prefill_at,
         **({} if sm_shares else {"interference": TIME_SLICES}),
     )

@@ -10,6 +10,8 @@ import math
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import numpy as np
+
 from jpd.config import require
 from jpd.engine.plan import StepPlan
 from jpd.engine.shapes import ShapeTable
@@ -163,6 +165,10 @@ class LatencyModel:
     overheads: Overheads = field(default_factory=Overheads)
     parallel: float = 0.55
     """Of `prefill_curve`: 0..1."""
+    prefill_at: tuple[tuple[int, float], ...] = ()
+    """What prefill's time at 100 % is multiplied with at other shares that were measured: (percent,
+    factor). The curve is bent to go through them, and between and below them as much. Products run
+    in waves of tiles, so the real one is like stairs."""
     knee: float = 40.0
     """Of `decode_curve`, percent of the SMs, for a step of no rows: its reads need so many."""
     knee_row: float = 0.1
@@ -189,6 +195,9 @@ class LatencyModel:
             "at least 1",
         )
         require(0 <= self.parallel <= 1, "parallel", self.parallel, "0..1")
+        for percent, factor in self.prefill_at:
+            require(1 <= percent < 100, "prefill_at", percent, "shares of 1..99 percent")
+            require(factor >= 1, "prefill_at", factor, "factors of at least 1")
         for name in ("knee", "knee_row"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0 percent")
         for name in ("page_copy_s", "start_s"):
@@ -211,7 +220,7 @@ class LatencyModel:
           padded_rows: of the step; of no account if it has prompt tokens.
         """
         if has_prompt:
-            alone = prefill_curve(share, self.parallel)
+            alone = self._prefill_alone(share)
             if other_share is None:
                 return alone
             return alone * prefill_beside(Shares(share, other_share), self.interference)
@@ -219,6 +228,12 @@ class LatencyModel:
         knee = self.knee + self.knee_row * padded_rows
         alone = decode_curve(share, knee) / decode_curve(100, knee)
         return alone if other_share is None else self.interference.decode_slowdown * alone
+
+    def _prefill_alone(self, share: int) -> float:
+        measured = sorted({**dict(self.prefill_at), 100: 1.0}.items())
+        percents = [percent for percent, _ in measured]
+        bends = [factor / prefill_curve(percent, self.parallel) for percent, factor in measured]
+        return prefill_curve(share, self.parallel) * float(np.interp(share, percents, bends))
 
     def wait_s(self, has_prompt: bool, share: int, other_share: int | None) -> float:
         """Seconds more, for SMs that the other executor holds; arguments as of `stretch`."""

@@ -560,6 +560,7 @@ def test_the_dynamic_point_aims_at_the_slo(engine: Engine, monkeypatch) -> None:
     semi_pd_serving.run_point(llm, None, 0, "semi_pd_dynamic", *aim)
     assert isinstance(steering.inner, SloController)
     assert mode.inner.decide(None, "unified") == "semi_pd"
-    semi_pd_serving.run_point(llm, None, 0, "semi_pd_100_100", *aim)
-    assert mode.inner.decide(None, "unified") == "semi_pd"
-    assert steering.inner.decide(None, Shares(50, 50)) == Shares(100, 100)
+    for impl, shares in (("semi_pd_100_100", (100, 100)), ("semi_pd_70_30", (70, 30))):
+        semi_pd_serving.run_point(llm, None, 0, impl, *aim)
+        assert mode.inner.decide(None, "unified") == "semi_pd"
+        assert steering.inner.decide(None, Shares(50, 50)) == Shares(*shares)

@@ -35,6 +35,7 @@ from tests.engine.tiny_engine import greedy, one_executor, run
 ONLY = KernelConfig(pallas_only=True)
 FAMILIES = {
     "llama": {"architecture": "LlamaForCausalLM"},
+    "mha": {"architecture": "LlamaForCausalLM", "num_key_value_heads": 4},
     "mistral": {"architecture": "MistralForCausalLM", "sliding_window": 24},
     "qwen2": {"architecture": "Qwen2ForCausalLM"},
     "qwen3": {"architecture": "Qwen3ForCausalLM", "tie_word_embeddings": True},

@@ -371,6 +371,15 @@ def test_another_gpu_has_no_kernels() -> None:
     assert "compute capability 9.0, this GPU has 8.0" in stored.choices[0].reasons
 
 
+def test_a_step_in_xla_of_heads_that_share_no_keys_is_kept() -> None:
+    """Its attention asks XLA for layouts, by a call that `jax.export` refuses unless it is told."""
+    _, executor = make_executor("mha", kernels=KernelConfig())
+    source, _ = a_source(platform="gpu", gpu=dataclasses.replace(H200, capability="8.0"))
+    source = dataclasses.replace(source, model=executor._model)
+    stored = source.export(SHAPE, gpu_step(executor, SHAPE)[1])
+    assert "LayoutConstraint" in export.deserialize(bytearray(stored.module)).mlir_module()
+
+
 def test_the_sms_of_the_target_decide() -> None:
     source, inputs = a_source(platform="gpu", gpu=H200)
     sizes = {

@@ -175,7 +175,8 @@ def test_ours_comes_to_meet_slos_that_full_shares_miss(
     ours = serve(slo_controller(slo=slo), arrivals, switch_delay_s=delay_s)
     assert fixed.attainment(slo, after_s=20) < 0.8
     assert ours.attainment(slo, after_s=20) >= 0.95
-    assert ours.switches <= 8  # its dwell alone would allow 30
+    assert ours.switches <= 10  # its dwell alone would allow 30
+    assert mean_e2e_s(ours) < 0.9 * mean_e2e_s(fixed)
 
 
 @pytest.mark.parametrize(
@@ -289,10 +290,8 @@ def test_ours_gives_decode_everything_once_prompts_stop() -> None:
     arrivals = poisson(40, 20, 251, 338, seed=0)
     last_s = arrivals[-1].at_s
     seen = serve(slo_controller(slo=slo), arrivals)
-    assert [s for at_s, s in seen.shares if at_s <= last_s][-1] != FULL
-    idle_s, shares = seen.shares[-1]
-    assert shares == FULL
-    assert last_s + 1 <= idle_s <= last_s + 1.5
+    assert max(at_s for at_s, _ in seen.shares) <= last_s + 1.5
+    assert seen.shares[-1][1].decode == 100
 
 
 @pytest.mark.parametrize(
