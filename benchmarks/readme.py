@@ -279,8 +279,8 @@ LINES = (
     ),
     Line(
         "cpu/simulated_serving.json",
-        "the same run by `jpd simulate`, from the GPU's arithmetic alone: error of mean TTFT and "
-        "TPOT, over the rates, at most (mean)",
+        "the same run by `jpd simulate`, which is fitted to single steps and not to it: error of "
+        "mean TTFT and TPOT, over the rates, at most (mean)",
         _simulated,
         "15 %",
     ),

@@ -99,7 +99,7 @@ ENGINES = {
 }
 """Whose engine is whose, in the order of their turns."""
 FIXED = {STATIC: Shares(100, 100), "semi_pd_70_30": Shares(70, 30)}
-"""Shares that stay, of those that are kept ready."""
+"""Shares that stay; `KEPT` must have them."""
 UNIFIED_MEMORY = "0.4"
 """Part of the GPU's memory that JAX takes for the unified engine; the rest is for its peers."""
 UNLOADED_TOKENS = 64
@@ -535,6 +535,10 @@ def main() -> None:
     report.summarise = summarise
     model, sizes = topologies.sizes(args, report.env)
     options.merge_of_one_model(parser, report, args, model)
+    for impl in args.impls:
+        shares = FIXED.get(impl)
+        if shares is not None and (shares.prefill, shares.decode) not in KEPT[model]:
+            parser.error(f"--impls: {impl}: {shares} is not kept ready for {model}: {KEPT[model]}")
     if (case := stranger(report.all_rows())) is not None:
         parser.error(f"--merge: {case} was measured by another run's SLOs and capacity")
     if args.seconds != 0:

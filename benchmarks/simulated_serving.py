@@ -1,12 +1,13 @@
-"""How far is `jpd simulate`, with nothing measured of an engine, from its run on a GPU?
+"""How far is `jpd simulate` from a served run that it is not fitted to?
 
 The requests of a stored `semi_pd_serving.json` are simulated again, at the same rates and with the
-same engine sizes, on the latencies that `jpd.simulate.hardware` works out for an H200. That takes
-no GPU: only implementations that do not change are compared, since who steers the others may have
-changed after the run. `ttft_error_pct`, `tpot_error_pct` and `e2el_error_pct` are
-100 (simulated mean / measured mean - 1); the summary has the largest and the mean of their sizes
-for each implementation, and the capacity of the reference (requests/s, see
-`benchmarks/semi_pd_serving.py`) as simulated over that measured.
+same engine sizes, on the latencies that `jpd.simulate.hardware` works out for an H200, of which
+what shares do is fitted to single steps (`sm_share_surface.json`). That takes no GPU. Only
+implementations that do not change are compared, since who steers the others may have changed after
+the run. `ttft_error_pct`, `tpot_error_pct` and `e2el_error_pct` are 100 (simulated mean / measured
+mean - 1); the summary has the largest and the mean of their sizes for each implementation, and the
+capacity of the reference (requests/s, see `benchmarks/semi_pd_serving.py`) as simulated over that
+measured.
 """
 
 from __future__ import annotations
@@ -103,11 +104,17 @@ def main() -> None:
     stored = RESULTS / "h200" / "semi_pd_serving.json"
     parser.add_argument("file", nargs="?", type=Path, default=stored, help=f"[{stored.name}]")
     args = parser.parse_args()
+    if not args.file.is_file():
+        parser.error(f"{args.file}: there is no such file")
     served = json.loads(args.file.read_text())
-    model = served["summary"]["model"]
+    model, gpu = served["summary"].get("model"), served["env"]["gpu"]
+    if model not in topologies.SIZES or gpu != "NVIDIA H200":
+        parser.error(
+            f"{args.file}: model {model!r} on {gpu!r}, not a semi_pd_serving.json of an H200"
+        )
     report = Report(
         "simulated_serving",
-        "How far is `jpd simulate`, with nothing measured of an engine, from its run on a GPU?",
+        "How far is `jpd simulate` from a served run that it is not fitted to?",
         out=args.out,
         host_only=True,
     )
@@ -116,7 +123,7 @@ def main() -> None:
         row["case"].split()[0]: row["capacity"] for row in ok if row.get("capacity") is not None
     }
     ratios = {name: capacity(model, name) / of_run for name, of_run in capacities.items()}
-    run = {"run": f"{served['git'][:10]}, {served['env']['gpu']}, {served['date']}"}
+    run = {"run": f"{served['git']}, {gpu}, {served['date']}"}
     report.summarise = lambda rows: (
         run | summarise(rows) | {f"{name}_capacity_ratio": r for name, r in ratios.items()}
     )

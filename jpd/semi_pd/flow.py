@@ -87,11 +87,12 @@ def follow(load: Load, token_s: float, step_s: Callable[[float, float], float]) 
         waited += (waiting + after) / 2 * step / load.prompt_tokens
         waiting, decoding = after, decoding + (balance - decoding) * ended
         now_s += step
+    decoded += decoding * load.output_tokens * step_s(decoding, 0.0)  # of who is left
     new = (load.waiting_tokens + load.tokens_per_s * load.seconds) / load.prompt_tokens
     everyone = new + load.decoding
     return Flow(
         wait_s=waited / new if new else 0.0,
         decode_s=decoded / everyone if everyone else 0.0,
         new=new / everyone if everyone else 0.0,
-        tpot_s=gaps / decoded_here if decoded_here else step_s(0, 0),
+        tpot_s=gaps / decoded_here if gaps else step_s(0.0, 0.0),  # nobody, or nearly so
     )

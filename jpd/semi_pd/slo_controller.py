@@ -26,13 +26,13 @@ DEFAULT_SHARES = (*(Shares(x, 100 - x) for x in (30, 40, 50, 60, 70, 80)), FULL)
 overlap in part gained nothing over those on an H200."""
 
 _URGENCY = 4
-"""Power of an SLO's miss in the cost: twice too late weighs like 16 times the mean time."""
+"""Power of an SLO's miss in the cost: 1.2 times as late weighs like twice the mean time."""
 _LOST = 1.5
 """Miss from which on an SLO is lost: later is no worse, and the mean decides."""
 _TOKEN_NOISE = 0.3
 """Spread of the logarithm of a prompt token's time: prompts of a window differ in length."""
 _NEVER_MORE_BUSY = 0.8
-"""Part, 0..1, of what a phase can do at all: forecasts of short windows must not see the pole."""
+"""Part, 0..1, of what prefill can do at all: forecasts of short windows must not see the pole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +102,8 @@ class SloController:
     """How far back step times and decoding requests count; a quarter of it is the least that they
     are learned from."""
     load_window_s: float = 10.0
-    """How far back arrivals, TTFT and waiting requests count: a rate of whole prompts, and a
-    percentile, need more time to show."""
+    """How far back arrivals, TTFT and the lengths of requests count: a rate of whole prompts, and a
+    percentile, need more time to show. As many are foreseen to come in the next such time."""
     horizon_s: float = 2.0
     """How far ahead a queue that grows is foreseen."""
     idle_after_s: float = 1.0
@@ -284,12 +284,12 @@ class SloController:
         ttft = float(np.quantile(ttfts, self.slo.percentile)) if ttfts else 0.0
         mean_ttft = sum(ttfts) / max(1, len(ttfts))
         flows = {shares: flow_under(shares) for shares in {*self._allowed, current}}
+        growing = load.waiting_tokens + load.tokens_per_s * self.horizon_s
 
         def forecast(shares: Shares) -> Forecast:
             each_s, flow = token_s(shares), flows[shares]
             starved_s = queue_s(current) * flow.tpot_s / flows[current].tpot_s
             queue = self._starved * starved_s + (1 - self._starved) * queue_s(shares)
-            growing = load.waiting_tokens + load.tokens_per_s * self.horizon_s
             ttft_s = max(
                 self.slo.percentile * load.waiting_tokens * each_s,
                 growing * each_s - self.horizon_s,
@@ -305,18 +305,21 @@ class SloController:
     def _load(self, observation: Observation) -> Load:
         """Requests of now, and as many more as came in `load_window_s`."""
         first, *later = (o for o, _ in self._seen)
-        decoding = observation.decoding_requests
-        tokens, begun = sum(o.prefill_tokens for o in later), sum(len(o.ttft_s) for o in later)
-        ended = begun + first.decoding_requests - decoding
-        # The long ones of them are still here: tokens for each end count what those have made.
+        waiting, decoding = observation.waiting_requests, observation.decoding_requests
+        computed, begun = sum(o.prefill_tokens for o in later), sum(len(o.ttft_s) for o in later)
+        prompts = computed + observation.waiting_tokens
+        decoded = begun + first.decoding_requests
+        # The long ones of them are still here: tokens for each end count what those have made. A
+        # quarter has ended at least, or nothing would be known while none has.
         made = sum(o.decoding_requests * len(o.token_gap_s) for o in later)
+        ended = max(1.0, decoded - decoding, decoded / 4)
         return Load(
             waiting_tokens=observation.waiting_tokens,
             decoding=decoding,
             tokens_per_s=self._arriving_tokens_per_s(),
             seconds=self.load_window_s,
-            prompt_tokens=max(1.0, tokens / max(1, begun)),
-            output_tokens=max(1.0, made / max(1, ended)),
+            prompt_tokens=max(1.0, prompts / max(1, begun + waiting)),
+            output_tokens=max(1.0, made / ended),
         )
 
     def _arriving_tokens_per_s(self) -> float:

@@ -29,7 +29,22 @@ def test_the_stored_run_is_simulated(tmp_path: Path, monkeypatch: pytest.MonkeyP
     # The bar for a model that was fitted to the run; this one was not.
     assert max(abs(row[f"{name}_error_pct"]) for name in simulated_serving.MEASURES) < 15
     assert found["summary"]["azure_conv_capacity_ratio"] == pytest.approx(1, abs=0.05)
-    assert found["summary"]["run"].startswith(served["git"][:10])
+    assert found["summary"]["run"].startswith(served["git"])
+
+
+@pytest.mark.parametrize("name", ["nothing.json", "decode_step.json"])
+def test_another_file_is_refused(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["simulated_serving", str(STORED.with_name(name))])
+    with pytest.raises(SystemExit):
+        simulated_serving.main()
+    assert name in capsys.readouterr().err
+
+
+def test_the_stored_comparison_is_of_the_stored_run() -> None:
+    compared = json.loads((RESULTS / "cpu" / "simulated_serving.json").read_text())
+    assert compared["summary"]["run"].startswith(json.loads(STORED.read_text())["git"])
 
 
 def test_errors_of_both_signs_count() -> None:

@@ -231,7 +231,7 @@ def test_ours_lowers_mean_latency_where_both_slos_hold(gap: float) -> None:
     many_decode = {"gap": gap, "decoding_requests": 40, "waiting_requests": 1}
     wanted = first_change(lambda s: busy(s, **many_decode))
     assert wanted.prefill < 90
-    many_wait = {"gap": gap, "ttft_s": [0.1] * 80, "waiting_requests": 80}
+    many_wait = {"gap": gap, "ttft_s": [0.1] * 8, "waiting_requests": 80, "queue": 0.4}
     many_wait |= {"prefill_tokens": 750, "prefill_busy_s": 0.075, "decoding_requests": 2}
     for start in (overlapping, FULL):
         assert first_change(lambda s: busy(s, **many_wait), start).prefill >= 90
@@ -439,6 +439,17 @@ def test_ours_speeds_decode_up_when_requests_wait_for_a_place_not_for_sms() -> N
         controller = ours(slo=SLO, allowed=[Shares(x, 100 - x) for x in range(30, 90, 10)])
         changes += play(controller, lambda s, o=observed: busy(s, **o), Shares(60, 40))[:1]
     assert changes[0][1].prefill < 60 < changes[1][1].prefill
+
+
+def test_ours_gives_up_an_slo_that_is_missed_by_half_and_takes_the_better_mean() -> None:
+    late = {"ttft_s": [2.5], "queue": 2, "waiting_requests": 40, "decoding_requests": 60}
+    late |= {"prefill_tokens": 1000, "prefill_busy_s": 0.1}
+    controller = ours(slo=SLO, allowed=[Shares(70, 30), FULL])
+    changes = play(controller, lambda s: busy(s, gap=1.2, **late), until_s=1)
+    full, divided = (controller.forecasts[shares] for shares in (FULL, Shares(70, 30)))
+    assert 1.5 < full.miss < 0.9 * divided.miss
+    assert divided.e2e_s < 0.93 * full.e2e_s
+    assert [wanted for _, wanted in changes] == [Shares(70, 30)]
 
 
 def test_ours_has_no_edge_between_waiting_for_sms_and_for_a_place() -> None:

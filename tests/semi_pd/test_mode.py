@@ -169,7 +169,7 @@ def auto(**semi_pd: object) -> EngineConfig:
 
 def test_who_decides() -> None:
     assert build.make_mode_policy(auto()).ratio == BREAK_EVEN == BreakEven().ratio
-    assert build.make_mode_policy(auto(break_even=1.5)).ratio == 1.5
+    assert build.make_mode_policy(auto(break_even=7.5)).ratio == 7.5
     own = SimpleNamespace(decide=lambda observation, current: current)
     assert build.make_mode_policy(auto(break_even=own)) is own
     assert build.make_mode_policy(EngineConfig(model="none", topology="semi_pd")) is None

@@ -289,9 +289,12 @@ def test_ours_gives_decode_everything_once_prompts_stop() -> None:
     slo = Slo(ttft_s=0.3, tpot_s=0.03)
     arrivals = poisson(40, 20, 251, 338, seed=0)
     last_s = arrivals[-1].at_s
-    seen = serve(slo_controller(slo=slo), arrivals)
-    assert max(at_s for at_s, _ in seen.shares) <= last_s + 1.5
-    assert seen.shares[-1][1].decode == 100
+    controller = ours(slo=slo, interference=WAITS, allowed=[Shares(50, 50), Shares(60, 40), FULL])
+    seen = serve(controller, arrivals)
+    assert [s for at_s, s in seen.shares if at_s <= last_s][-1] != FULL
+    idle_s, shares = seen.shares[-1]
+    assert shares == FULL
+    assert last_s + 1 <= idle_s <= last_s + 1.5
 
 
 @pytest.mark.parametrize(
