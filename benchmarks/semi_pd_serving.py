@@ -20,7 +20,8 @@ waits for its turn takes memory and nothing else.
    leaves both phases all SMs, and `semi_pd_70_30`, measured only if it is asked for, divides them;
    `semi_pd_dynamic` lets jpd's `SloController` choose among shares that are kept ready, aiming at
    the tight SLO; `auto` is that with `topology="auto"`, which serves with one executor below
-   `--break-even`, a ratio (see `jpd/semi_pd/mode.py`). The others are held on two executors.
+   `--break-even`, a ratio (see `jpd/semi_pd/mode.py`). The others are held on two executors, and
+   points with shares that change begin under (100, 100) with two.
 
 A run too long for one call is cut into several: with `--seconds N` no case begins that may not end
 in time, `--merge` keeps the rows of earlier runs, with their SLOs and capacities, so that a load is
@@ -55,6 +56,7 @@ import contextlib
 import functools
 import math
 import sys
+import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple
@@ -100,6 +102,8 @@ ENGINES = {
 """Whose engine is whose, in the order of their turns."""
 FIXED = {STATIC: Shares(100, 100), "semi_pd_70_30": Shares(70, 30)}
 """Shares that stay; `KEPT` must have them."""
+SHORT = Workload("short", [0.0], [16], [16], source="one request")
+SETTLE_S = 30.0
 UNIFIED_MEMORY = "0.4"
 """Part of the GPU's memory that JAX takes for the unified engine; the rest is for its peers."""
 UNLOADED_TOKENS = 64
@@ -173,6 +177,23 @@ def make_llm(steered: bool, **args: Any) -> AsyncLLM:
     return AsyncLLM(**args)
 
 
+def settle(llm: AsyncLLM, impl: str, shares: Shares) -> None:
+    """Has two executors serve under these shares, whatever the point before left.
+
+    Raises:
+        TimeoutError: they do not after a while.
+    """
+    options, topology = llm.config.semi_pd, llm._engine.topology
+    options.controller.inner = controllers.StaticController(shares)
+    options.break_even.inner = Held()
+    end_s = time.monotonic() + SETTLE_S
+    while (topology.shares, llm.stats.mode) != (shares, "semi_pd"):
+        if time.monotonic() > end_s:
+            now = f"{topology.shares}, {llm.stats.mode}"
+            raise TimeoutError(f"{impl}: not under {shares} after {SETTLE_S:g} s but {now}")
+        send(llm, impl, SHORT, 0, client.run)  # nobody is asked while nothing runs
+
+
 def send(
     llm: AsyncLLM,
     impl: str,
@@ -209,13 +230,13 @@ def run_point(
     options, coordinator = llm.config.semi_pd, llm._engine.coordinator
     steered = isinstance(options.controller, Steering)
     if steered:
-        if impl in FIXED:
-            options.controller.inner = controllers.StaticController(FIXED[impl])
-        else:
+        settle(llm, impl, FIXED.get(impl, Shares(100, 100)))
+        if impl not in FIXED:
             aim = controllers.Slo(ttft_s=target.ttft_s, tpot_s=target.tpot_s)
             allowed = [Shares(*pair) for pair in options.kept_shares]
             options.controller.inner = SloController(slo=aim, allowed=allowed)
-        options.break_even.inner = BreakEven(ratio=break_even) if impl == AUTO else Held()
+        if impl == AUTO:
+            options.break_even.inner = BreakEven(ratio=break_even)
     before = _counts(llm)
     if not steered:
         coordinator.recent()  # of earlier points

@@ -541,12 +541,23 @@ def test_the_dynamic_point_aims_at_the_slo(engine: Engine, monkeypatch) -> None:
     steering = semi_pd_serving.Steering(None)
     mode = semi_pd_serving.Steering(None)
     options = SimpleNamespace(controller=steering, break_even=mode, kept_shares=PAIRS)
+    seats = {phase: getattr(engine.topology, phase) for phase in ("prefill", "decode")}
+    topology = SimpleNamespace(shares=Shares(50, 50), **seats)
     llm = SimpleNamespace(
         config=SimpleNamespace(semi_pd=options),
         stats=engine.coordinator.stats(),
-        _engine=engine,
+        _engine=SimpleNamespace(topology=topology, coordinator=engine.coordinator),
     )
-    monkeypatch.setattr(semi_pd_serving, "send", lambda *args, **options: [])
+    began = []
+
+    def sent(*args: object) -> list:
+        if args[2] is None:  # the point's requests
+            began.append(topology.shares)
+        else:
+            topology.shares = steering.inner.decide(Observation(now_s=0), topology.shares)
+        return []
+
+    monkeypatch.setattr(semi_pd_serving, "send", sent)
     aim = Slo(0.5, 0.05), 1.5
     records, fields = semi_pd_serving.run_point(llm, None, 0, "auto", *aim)
     assert records == []
@@ -564,3 +575,8 @@ def test_the_dynamic_point_aims_at_the_slo(engine: Engine, monkeypatch) -> None:
         semi_pd_serving.run_point(llm, None, 0, impl, *aim)
         assert mode.inner.decide(None, "unified") == "semi_pd"
         assert steering.inner.decide(None, Shares(50, 50)) == Shares(*shares)
+    assert began == [Shares(100, 100)] * 3 + [Shares(70, 30)]
+    monkeypatch.setattr(semi_pd_serving, "send", lambda *args: [])
+    monkeypatch.setattr(semi_pd_serving, "SETTLE_S", 0.01)
+    with pytest.raises(TimeoutError, match=r"auto: not under \(100, 100\) .* but \(70, 30\)"):
+        semi_pd_serving.run_point(llm, None, 0, "auto", *aim)
