@@ -29,9 +29,11 @@ BREAK_EVEN = 1.5
 for 20 s, `SloController` among (100, 100), (70, 30), (60, 40) and (50, 50), and prefill's measured
 times under these shares, two executors had the better mean with azure_conv and arxiv (eight seeds)
 from load 0.8 or 0.9 on, with the ShareGPT-like lengths (four) from 1.2 on and with azure_code at
-none. With 1.5, `auto` had 0.94 times the better one's speed or more everywhere, and kept the tight
-SLO for 90 % of the requests up to 0.96 to 1.0 times chunked prefill's rate; with 2, 3 and 4 it was
-much the same, with 1 it lost up to 3 % with azure_code. Trials that are not kept."""
+none. With 1.5, `auto` had 0.97 times the better one's speed or more everywhere, and kept the tight
+SLO for 90 % of the requests up to 0.99 times chunked prefill's rate or more. With 2, 3 and 4 an
+earlier controller did much the same, with 1 it lost up to 3 % with azure_code. A run on an H200
+with a controller before that asked for 2.3 (azure_conv, `semi_pd_serving.json`). Simulations are
+trials that are not kept."""
 
 _SPLITS = (
     "jpd splits a model by tensor_parallel_size alone (topology='disaggregated' gives each phase a "
