@@ -103,7 +103,9 @@ ENGINES = {
 FIXED = {STATIC: Shares(100, 100), "semi_pd_70_30": Shares(70, 30)}
 """Shares that stay; `KEPT` must have them."""
 SHORT = Workload("short", [0.0], [16], [16], source="one request")
+"""Sent between points, so that executors are steered."""
 SETTLE_S = 30.0
+"""Until which the shares of a point must serve."""
 UNIFIED_MEMORY = "0.4"
 """Part of the GPU's memory that JAX takes for the unified engine; the rest is for its peers."""
 UNLOADED_TOKENS = 64

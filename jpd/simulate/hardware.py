@@ -1,4 +1,6 @@
-"""A latency model from a GPU's data sheet and a model's shape: arithmetic, not measured.
+"""A latency model from a GPU's speeds and a model's shape: arithmetic, no engine is measured.
+
+What SM shares do is fitted to single steps of one model on one H200, see `LatencyModel`.
 
 With tensor parallelism a step is one rank's part of the model, and what ranks send each other.
 """
