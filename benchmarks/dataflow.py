@@ -5,7 +5,8 @@ The four products of a layer (qkv, o, gate and up, down), one after another, wit
 static: ``flat_gemm`` only, ``dense_gemm`` only, ``xla`` only (`jpd.ops.linear.linear_xla`), and
 ``cublas`` only (torch, in a process of its own). A static implementation that does not take the
 shapes fails. `gain_vs_static` in the summary is, for every M and model, the time of the fastest
-static one over that of the table, and `min_gain_vs_static` the least of them.
+static one over that of the table, and `min_gain_vs_static` the least of them. A case in which one
+of them broke has no gain but a reason, in `no_gain_because`: it might have been the fastest.
 
 Times are device times of a whole layer (`benchmarks/device_time.py`), over the weights of several
 layers. Each product gets an input of its own, so that nothing else runs between them; the numbers
@@ -36,6 +37,8 @@ ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 QUICK_ROWS = (1, 8)
 OURS = "table"
 STATIC = ("flat_gemm", "dense_gemm", "xla", "cublas")
+UNTAKEN = NotImplementedError.__name__
+"""In the status of an implementation that does not take the shapes."""
 
 
 def case_name(model: str, rows: int) -> str:
@@ -145,8 +148,14 @@ def _run_layer(
 
 def summarise(rows: Sequence[dict[str, Any]], of: int | None = None) -> dict[str, Any]:
     """The summary's numbers from all rows, `of` so many cases."""
-    gains = speedups(rows, OURS, STATIC)
-    summary: dict[str, Any] = {"gain_vs_static": gains}
+    broken = {
+        row["case"]: f"{row['impl']} {row['status']}"
+        for row in rows
+        if row["impl"] in STATIC and row["status"] != "ok" and UNTAKEN not in row["status"]
+    }
+    found = speedups(rows, OURS, STATIC)
+    gains = {case: gain for case, gain in found.items() if case not in broken}
+    summary: dict[str, Any] = {"gain_vs_static": gains, "no_gain_because": broken}
     if gains:
         summary["min_gain_vs_static"] = min(gains.values())
         put(summary, "geomean_gain_vs_static", gains, of=of)

@@ -19,9 +19,10 @@ waits for its turn takes memory and nothing else.
 3. One engine is measured as `chunked` and `prefill_first`, another as the rest: `semi_pd_100_100`
    leaves both phases all SMs, and `semi_pd_70_30`, measured only if it is asked for, divides them;
    `semi_pd_dynamic` lets jpd's `SloController` choose among shares that are kept ready, aiming at
-   the tight SLO; `auto` is that with `topology="auto"`, which serves with one executor below
-   `--break-even`, a ratio (see `jpd/semi_pd/mode.py`). The others are held on two executors, and
-   points with shares that change begin under (100, 100) with two.
+   the tight SLO, and `semi_pd_mean` at no SLO but the least mean E2E; `auto` is `semi_pd_dynamic`
+   with `topology="auto"`, which serves with one executor below `--break-even`, a ratio (see
+   `jpd/semi_pd/mode.py`). The others are held on two executors, and points with shares that change
+   begin under (100, 100) with two.
 
 A run too long for one call is cut into several: with `--seconds N` no case begins that may not end
 in time, `--merge` keeps the rows of earlier runs, with their SLOs and capacities, so that a load is
@@ -33,7 +34,7 @@ The summary has for each workload, over the means of its seeds:
 
 - `mean_e2e_speedup_max`, `mean_e2e_speedup_at_80pct_load`: mean E2E of the better one of the two
   unified policies over that of `semi_pd_dynamic`; at the rate where it is largest, and at load 0.8
-  (interpolated between rates);
+  (interpolated between rates); `without_slo` has the same for `semi_pd_mean`;
 - `goodput_vs_...`: the rate at which 90 % keep the tight SLO, of `semi_pd_dynamic` over that of
   another (`per_gpu`: over half of it, since it has two); `loose` has the same for the loose SLO.
   Where a curve never crosses 90 % the ratio is a bound, see `relations`;
@@ -71,6 +72,7 @@ from benchmarks.report import Report, add_arguments
 from benchmarks.serving_summary import (
     AUTO,
     DYNAMIC,
+    MEAN,
     SLOS,
     STATIC,
     panels,
@@ -95,6 +97,7 @@ ENGINES = {
     STATIC: "semi_pd",
     "semi_pd_70_30": "semi_pd",
     DYNAMIC: "semi_pd",
+    MEAN: "semi_pd",
     AUTO: "semi_pd",
     "time_slices": "time_slices",
     "disaggregated": "disaggregated",
@@ -236,7 +239,9 @@ def run_point(
         if impl not in FIXED:
             aim = controllers.Slo(ttft_s=target.ttft_s, tpot_s=target.tpot_s)
             allowed = [Shares(*pair) for pair in options.kept_shares]
-            options.controller.inner = SloController(slo=aim, allowed=allowed)
+            options.controller.inner = SloController(
+                slo=None if impl == MEAN else aim, allowed=allowed
+            )
         if impl == AUTO:
             options.break_even.inner = BreakEven(ratio=break_even)
     before = _counts(llm)
@@ -528,7 +533,7 @@ def main() -> None:
         "--impls",
         nargs="+",
         choices=[*ENGINES],
-        default=["chunked", "prefill_first", STATIC, DYNAMIC, AUTO],
+        default=["chunked", "prefill_first", STATIC, DYNAMIC, MEAN, AUTO],
         help="what is measured, in turns; the memory must have room for all their engines "
         "[%(default)s]",
     )

@@ -13,7 +13,7 @@ from jpd.bench import slo
 from jpd.bench.slo import Goodput
 
 UNIFIED = ("chunked", "prefill_first")
-STATIC, DYNAMIC, AUTO = "semi_pd_100_100", "semi_pd_dynamic", "auto"
+STATIC, DYNAMIC, MEAN, AUTO = "semi_pd_100_100", "semi_pd_dynamic", "semi_pd_mean", "auto"
 SLOS = {"tight": slo.TIGHT, "loose": slo.LOOSE}
 """Times the unloaded latencies."""
 GOODPUT_RATIOS = {
@@ -93,6 +93,52 @@ def break_even(rates: Sequence[float], speedups: Sequence[float]) -> tuple[float
     return rates[i] + part * (rates[i + 1] - rates[i]), "="
 
 
+def absent(curves: Mapping[str, Curve], impls: Iterable[str]) -> str | None:
+    """What is said where some of these were not measured."""
+    lacking = [impl for impl in impls if impl not in curves]
+    return f"{', '.join(lacking)} not measured" if lacking else None
+
+
+def common_rates(curves: Mapping[str, Curve], impl: str) -> list[float]:
+    """At which it and both unified policies were measured, rising."""
+    others = [set(curves[unified].rates) for unified in UNIFIED]
+    return [rate for rate in curves[impl].rates if all(rate in rates for rates in others)]
+
+
+def add_speedups(
+    summary: dict[str, Any], missing: dict[str, str], curves: Mapping[str, Curve], impl: str
+) -> str | None:
+    """Adds how much better its mean E2E is than that of the better unified policy.
+
+    Args:
+        summary: gets two keys.
+        missing: why one of them is None.
+        curves: of a workload.
+        impl: whose speed-up.
+
+    Returns:
+        Why nothing can be said of it; None: it can.
+    """
+    highest, at_80 = keys = ("mean_e2e_speedup_max", "mean_e2e_speedup_at_80pct_load")
+    summary |= dict.fromkeys(keys)
+    reason = absent(curves, (*UNIFIED, impl))
+    common = [] if reason else common_rates(curves, impl)
+    if not common:
+        reason = reason or "no rate was measured with all three"
+        missing |= dict.fromkeys(keys, reason)
+        return reason
+    e2e = {of: dict(zip(c.rates, c.e2e_ms, strict=True)) for of, c in curves.items()}
+    speedups = [min(e2e[of][r] for of in UNIFIED) / e2e[impl][r] for r in common]
+    ours = curves[impl]
+    loads = [ours.loads[ours.rates.index(r)] for r in common]
+    summary[highest] = max(speedups)
+    if min(loads) - 0.005 <= 0.8 <= max(loads) + 0.005:  # rates have three digits
+        summary[at_80] = float(np.interp(0.8, loads, speedups))
+    else:
+        missing[at_80] = f"loads {min(loads):.2f} to {max(loads):.2f} were measured"
+    return None
+
+
 def add_break_even(
     summary: dict[str, Any], curves: Mapping[str, Curve], rates: Sequence[float]
 ) -> None:
@@ -140,33 +186,15 @@ def summarise_workload(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     summary: dict[str, Any] = {"relations": {}, "null_because": {}}
     missing = summary["null_because"]
 
-    def absent(impls: Iterable[str]) -> str | None:
-        lacking = [impl for impl in impls if impl not in curves]
-        return f"{', '.join(lacking)} not measured" if lacking else None
-
-    keys = ("mean_e2e_speedup_max", "mean_e2e_speedup_at_80pct_load")
-    keys += ("break_even_rate", "break_even_ratio", "auto_vs_better_min")
+    keys = ("break_even_rate", "break_even_ratio", "auto_vs_better_min")
     summary |= dict.fromkeys(keys)
-    reason = absent((*UNIFIED, DYNAMIC))
+    reason = add_speedups(summary, missing, curves, DYNAMIC)
     if reason is None:
-        ours = curves[DYNAMIC]
-        e2e = {impl: dict(zip(of.rates, of.e2e_ms, strict=True)) for impl, of in curves.items()}
-        common = [r for r in ours.rates if all(r in e2e[impl] for impl in UNIFIED)]
-        if not common:
-            reason = "no rate was measured with all three"
-    if reason is not None:
-        missing |= dict.fromkeys(keys, reason)
+        add_break_even(summary, curves, common_rates(curves, DYNAMIC))
     else:
-        speedups = [min(e2e[impl][r] for impl in UNIFIED) / e2e[DYNAMIC][r] for r in common]
-        loads = [ours.loads[ours.rates.index(r)] for r in common]
-        summary["mean_e2e_speedup_max"] = max(speedups)
-        if min(loads) - 0.005 <= 0.8 <= max(loads) + 0.005:  # rates have three digits
-            summary["mean_e2e_speedup_at_80pct_load"] = float(np.interp(0.8, loads, speedups))
-        else:
-            missing["mean_e2e_speedup_at_80pct_load"] = (
-                f"loads {min(loads):.2f} to {max(loads):.2f} were measured"
-            )
-        add_break_even(summary, curves, common)
+        missing |= dict.fromkeys(keys, reason)
+    summary["without_slo"] = {"null_because": {}}
+    add_speedups(summary["without_slo"], summary["without_slo"]["null_because"], curves, MEAN)
 
     summary["loose"] = {}
     for scale, part in (("tight", summary), ("loose", summary["loose"])):
@@ -174,7 +202,7 @@ def summarise_workload(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         part["goodput"] = {impl: list(found) for impl, found in goodputs.items()}
         for key, (other, gpus) in GOODPUT_RATIOS.items():
             part[key], label = None, key if scale == "tight" else f"{scale} {key}"
-            reason = absent((DYNAMIC, other))
+            reason = absent(curves, (DYNAMIC, other))
             if reason is None:
                 ratio = divide(goodputs[DYNAMIC], goodputs[other], gpus)
                 if ratio is not None:

@@ -182,7 +182,8 @@ def num_executors(config: EngineConfig) -> int:
     options = config.semi_pd
     # Both phases may switch at the same time, and from shares that are not kept. The shares that
     # the SLO controller takes are those that are kept, where there are any.
-    starts = options.is_controlled and not (options.controller == "slo" and options.kept_shares)
+    stays = options.controller in ("slo", "mean") and options.kept_shares  # with kept shares
+    starts = options.is_controlled and not stays
     count = 0
     for phase in ("prefill", "decode"):
         kept = kept_shares(config, phase)
@@ -197,12 +198,13 @@ def make_controller(options: SemiPDConfig) -> Controller | None:
         return options.controller
     if options.controller == "static":
         return None
+    allowed = [Shares(*pair) for pair in options.kept_shares] or None
+    if options.controller == "mean":
+        return SloController(allowed=allowed)
     slo = Slo(ttft_s=options.ttft_slo_s, tpot_s=options.tpot_slo_s)
     if options.controller == "paper":
         return PaperController(slo=slo)
-    if not options.kept_shares:
-        return SloController(slo=slo)
-    return SloController(slo=slo, allowed=[Shares(*pair) for pair in options.kept_shares])
+    return SloController(slo=slo, allowed=allowed)
 
 
 def make_mode_policy(config: EngineConfig) -> ModePolicy | None:

@@ -36,6 +36,9 @@ class Shares:
 
 FULL = Shares(100, 100)
 
+PERCENTILE = 0.9
+"""Part, 0..1, of the requests whose latencies count for an SLO."""
+
 _COUNTS = (
     "prefill_tokens",
     "decoding_beside",
@@ -54,7 +57,7 @@ class Slo:
     """Time from arrival to the first token, waiting included."""
     tpot_s: float
     """Time per output token after the first: (E2E - TTFT) / (n - 1)."""
-    percentile: float = 0.9
+    percentile: float = PERCENTILE
     """The paper's p_SLO, 0..1 without the ends."""
 
     def __post_init__(self) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 from jpd.config import require
 from jpd.semi_pd.controller import (
     FULL,
+    PERCENTILE,
     Observation,
     Shares,
     Slo,
@@ -40,10 +41,10 @@ class Forecast:
     """What requests would see under some shares."""
 
     ttft_s: float
-    """At the SLO's percentile."""
+    """At the SLO's percentile, 0.9 without one."""
     tpot_s: float
     miss: float
-    """The larger of TTFT and TPOT over its SLO: 1 is just within both."""
+    """The larger of TTFT and TPOT over its SLO: 1 is just within both; 0 without SLOs."""
     e2e_s: float
     """Mean time to the end of the requests that are here and that come soon (`flow.Flow`)."""
     cost: float
@@ -52,7 +53,7 @@ class Forecast:
 
 @dataclass(kw_only=True)
 class SloController:
-    """Makes the mean end-to-end time small as far as both SLOs allow it.
+    """Makes the mean end-to-end time small as far as both SLOs, if there are any, allow it.
 
     Each call it
 
@@ -63,10 +64,9 @@ class SloController:
        before serve again at once, unless that was `memory_s` ago;
     3. forecasts under every allowed share (`forecasts`)
 
-       - the mean end-to-end time and TPOT: of the requests that are here, and that come in the next
-         `load_window_s` if it brings what the last one did, followed through both phases until all
-         have ended (`jpd.semi_pd.flow`), with waits of at least the mean TTFT seen, times the ratio
-         below;
+       - the mean end-to-end time and TPOT: of the requests that are here, and that come within
+         `foresee_s` if they come as they did, followed through both phases until all have ended
+         (`jpd.semi_pd.flow`), with waits of at least the mean TTFT seen, times the ratio below;
        - TTFT, the largest of: what the SLO percentile of the waiting requests will see; what the
          queue will be in `horizon_s` if tokens arrive faster than they are computed; the percentile
          seen in `load_window_s`, times the ratio of s / (1 - load) (the paper's Eq. 3);
@@ -94,7 +94,8 @@ class SloController:
     switch ever waits for a process to start.
     """
 
-    slo: Slo
+    slo: Slo | None = None
+    """None: the mean alone decides."""
     allowed: Sequence[Shares] | None = None
     """Shares to choose from, such as those of the warm executors in a pool; None: DEFAULT_SHARES.
     If (100, 100) is not among them, a lone phase gets the largest share that is."""
@@ -103,7 +104,10 @@ class SloController:
     are learned from."""
     load_window_s: float = 10.0
     """How far back arrivals, TTFT and the lengths of requests count: a rate of whole prompts, and a
-    percentile, need more time to show. As many are foreseen to come in the next such time."""
+    percentile, need more time to show."""
+    foresee_s: float = 30.0
+    """For how long requests are foreseen to come. Shares under which a queue grows look the better
+    the shorter it is."""
     horizon_s: float = 2.0
     """How far ahead a queue that grows is foreseen."""
     idle_after_s: float = 1.0
@@ -132,7 +136,7 @@ class SloController:
     """Why the last answer is what it is; for plots and logs."""
 
     def __post_init__(self) -> None:
-        for name in ("window_s", "load_window_s", "horizon_s", "min_dwell_s"):
+        for name in ("window_s", "load_window_s", "foresee_s", "horizon_s", "min_dwell_s"):
             require_positive(name, getattr(self, name))
         require(self.idle_after_s >= 0, "idle_after_s", self.idle_after_s, "at least 0")
         require(0 < self.act_above <= 1, "act_above", self.act_above, "above 0, at most 1")
@@ -281,7 +285,8 @@ class SloController:
         # In units of `queue_s`: what is seen under one share says what it would be under another.
         under = [(o, queue_s(shares)) for o, shares in self._seen if shares is not None]
         ttfts = [ttft_s / queue for o, queue in under for ttft_s in o.ttft_s]
-        ttft = float(np.quantile(ttfts, self.slo.percentile)) if ttfts else 0.0
+        percentile = PERCENTILE if self.slo is None else self.slo.percentile
+        ttft = float(np.quantile(ttfts, percentile)) if ttfts else 0.0
         mean_ttft = sum(ttfts) / max(1, len(ttfts))
         flows = {shares: flow_under(shares) for shares in {*self._allowed, current}}
         growing = load.waiting_tokens + load.tokens_per_s * self.horizon_s
@@ -291,19 +296,21 @@ class SloController:
             starved_s = queue_s(current) * flow.tpot_s / flows[current].tpot_s
             queue = self._starved * starved_s + (1 - self._starved) * queue_s(shares)
             ttft_s = max(
-                self.slo.percentile * load.waiting_tokens * each_s,
+                percentile * load.waiting_tokens * each_s,
                 growing * each_s - self.horizon_s,
                 ttft * queue,
             )
             e2e_s = flow.new * max(flow.wait_s, mean_ttft * queue) + flow.decode_s
-            miss = max(ttft_s / self.slo.ttft_s, flow.tpot_s / self.slo.tpot_s)
+            miss = 0.0
+            if self.slo is not None:
+                miss = max(ttft_s / self.slo.ttft_s, flow.tpot_s / self.slo.tpot_s)
             cost = e2e_s * max(1.0, min(miss, _LOST) / self.act_above) ** _URGENCY
             return Forecast(ttft_s, flow.tpot_s, miss, e2e_s, cost)
 
         self.forecasts = {shares: forecast(shares) for shares in flows}
 
     def _load(self, observation: Observation) -> Load:
-        """Requests of now, and as many more as came in `load_window_s`."""
+        """Requests of now, and those that come if they come as in `load_window_s`."""
         first, *later = (o for o, _ in self._seen)
         waiting, decoding = observation.waiting_requests, observation.decoding_requests
         computed, begun = sum(o.prefill_tokens for o in later), sum(len(o.ttft_s) for o in later)
@@ -317,7 +324,7 @@ class SloController:
             waiting_tokens=observation.waiting_tokens,
             decoding=decoding,
             tokens_per_s=self._arriving_tokens_per_s(),
-            seconds=self.load_window_s,
+            seconds=self.foresee_s,
             prompt_tokens=max(1.0, prompts / max(1, begun + waiting)),
             output_tokens=max(1.0, made / ended),
         )

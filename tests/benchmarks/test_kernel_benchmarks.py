@@ -216,11 +216,16 @@ def test_prefill_and_dataflow_summaries():
         row("llama M=1", "flat_gemm", 4.4),
         row("llama M=1", "cublas", 6.0),
         row("llama M=256", "table", 10.0),
-        failed_row("llama M=256", "flat_gemm", "too many rows"),
+        failed_row("llama M=256", "flat_gemm", "NotImplementedError: M is at most 128"),
         row("llama M=256", "xla", 9.0),
+        row("llama M=2", "table", 4.0),
+        row("llama M=2", "flat_gemm", 4.4),
+        failed_row("llama M=2", "xla", "RuntimeError: it waited for the host"),
     ]
     summary = dataflow.summarise(rows)
     assert summary["gain_vs_static"] == pytest.approx({"llama M=1": 1.1, "llama M=256": 0.9})
+    because = {"llama M=2": "xla failed: RuntimeError: it waited for the host"}
+    assert summary["no_gain_because"] == because
     assert summary["min_gain_vs_static"] == pytest.approx(0.9)
     assert summary["geomean_vs_cublas"] == pytest.approx(1.5)
 

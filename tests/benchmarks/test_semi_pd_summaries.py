@@ -131,6 +131,13 @@ def test_summary_of_a_workload() -> None:
         "loose goodput_vs_disaggregated_per_gpu",
     }
     assert found["seed_spread"] is None
+    assert "semi_pd_mean" in found["without_slo"]["null_because"]["mean_e2e_speedup_max"]
+    faster = points(semi_pd_mean=[(4, 90, 0.5), (10, 300, 0.1)])
+    without = serving_summary.summarise_workload([*rows, *faster])["without_slo"]
+    assert without["mean_e2e_speedup_max"] == pytest.approx(3.0)
+    part = 4 / 6  # of the way from load 0.4, with 100 / 90
+    at_80 = (1 - part) * 100 / 90 + part * 3
+    assert without["mean_e2e_speedup_at_80pct_load"] == pytest.approx(at_80)
     # Two GPUs that bear as much as one are worth half of it.
     rows += [row | {"impl": "disaggregated"} for row in rows if row["impl"] == "semi_pd_dynamic"]
     found = serving_summary.summarise_workload(rows)

@@ -440,14 +440,26 @@ def test_ours_speeds_decode_up_when_requests_wait_for_a_place_not_for_sms() -> N
 
 
 def test_ours_gives_up_an_slo_that_is_missed_by_half_and_takes_the_better_mean() -> None:
-    late = {"ttft_s": [2.5], "queue": 2, "waiting_requests": 40, "decoding_requests": 60}
-    late |= {"prefill_tokens": 1000, "prefill_busy_s": 0.1}
+    late = {"ttft_s": [1.1], "queue": 2, "waiting_requests": 40, "decoding_requests": 60}
     controller = ours(slo=SLO, allowed=[Shares(70, 30), FULL])
-    changes = play(controller, lambda s: busy(s, gap=1.2, **late), until_s=1)
+    changes = play(controller, lambda s: busy(s, gap=0.9, **late), until_s=1)
     full, divided = (controller.forecasts[shares] for shares in (FULL, Shares(70, 30)))
     assert 1.5 < full.miss < 0.9 * divided.miss
     assert divided.e2e_s < 0.93 * full.e2e_s
     assert [wanted for _, wanted in changes] == [Shares(70, 30)]
+
+
+def test_ours_without_an_slo_takes_the_better_mean_however_late_a_first_token() -> None:
+    late = {"ttft_s": [1.1], "queue": 1.3, "waiting_requests": 26, "decoding_requests": 60}
+    allowed = [Shares(70, 30), FULL]
+    for slo, wanted in ((SLO, []), (None, [Shares(70, 30)])):
+        controller = ours(slo=slo, allowed=allowed)
+        changes = play(controller, lambda s: busy(s, gap=0.9, **late), until_s=1)
+        assert [shares for _, shares in changes] == wanted
+        divided, full = (controller.forecasts[shares] for shares in allowed)
+        assert divided.e2e_s < 0.93 * full.e2e_s
+    assert divided.miss == full.miss == 0
+    assert divided.cost == divided.e2e_s
 
 
 def test_ours_has_no_edge_between_waiting_for_sms_and_for_a_place() -> None:

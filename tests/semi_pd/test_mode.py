@@ -191,6 +191,7 @@ def test_who_is_kept_ready_and_what_for() -> None:
     assert build.num_executors(moving.replace(topology="semi_pd")) == 2 + 2
     among_kept = auto(decode_share=50, controller="slo", kept_shares=pairs, **slo)
     assert build.num_executors(among_kept) == 3 + 3
+    assert build.num_executors(auto(decode_share=50, controller="mean", kept_shares=pairs)) == 3 + 3
     assert phases_of("auto", "decode", 100) == (True, True)
     assert phases_of("auto", "decode", 50) == phases_of("semi_pd", "decode", 100) == (False, True)
     assert phases_of("auto", "prefill", 100) == (True, False)
