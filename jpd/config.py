@@ -33,8 +33,7 @@ none. With 1.5, `auto` had 0.97 times the better one's speed or more everywhere,
 SLO for 90 % of the requests up to 0.99 times chunked prefill's rate or more. With 2, 3 and 4 an
 earlier controller did much the same, with 1 it lost up to 3 % with azure_code. A run on an H200
 with a controller before that asked for 2.3 (azure_conv, `semi_pd_serving.json`). Simulations are
-trials that are not kept, of a controller that foresaw arrivals for 10 s; with 30 s four seeds of
-azure_conv and arxiv said the same."""
+trials that are not kept, of a controller before that foresaw fewer requests."""
 
 _SPLITS = (
     "jpd splits a model by tensor_parallel_size alone (topology='disaggregated' gives each phase a "

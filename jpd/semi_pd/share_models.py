@@ -334,7 +334,8 @@ class PrefillTimeModel(_StepModel):
 
 class DecodeTimeModel(_StepModel):
     """Seconds a decode step: `decode_curve`, longer for more sequences and, while prefill works,
-    for its slowdown; then another `overlap_wait`, whatever the sequences.
+    for its slowdown; then another `overlap_wait`, whatever the sequences. Where prefill works for
+    a part of the time it is the mean over the steps of that time, most of which are short.
 
     Coefficients: `knee`, the share in percent below which decode slows down, 10..90; `log2_wait`,
     -3..3, what the overlap wait must be multiplied with, as a power of two (0: as measured);
@@ -358,6 +359,6 @@ class DecodeTimeModel(_StepModel):
     def _shape(self, work: Work, parameters: dict):
         alone = decode_curve(work.shares.decode, parameters["knee"])
         wait = overlap_wait(work.shares, self.interference) * np.exp2(parameters["log2_wait"])
-        batch = 1 + work.sequences / 2 ** parameters["log2_sequences"]
-        slowdown = 1 + (self.interference.decode_slowdown - 1) * work.other_busy
-        return batch * alone * slowdown + work.other_busy * wait
+        batch = alone * (1 + work.sequences / 2 ** parameters["log2_sequences"])
+        beside = batch * self.interference.decode_slowdown + wait
+        return 1 / ((1 - work.other_busy) / batch + work.other_busy / beside)

@@ -132,7 +132,7 @@ def decode_times(knee: float, wait: float, half: float, scale_s: float):
         for sequences in (4, 40, 400):
             alone = (1 + sequences / half) * decode_curve(shares.decode, knee)
             beside = other.decode_slowdown * alone + overlap_wait(shares, other)
-            seconds = scale_s * (0.5 * alone + 0.5 * beside)
+            seconds = scale_s / (0.5 / alone + 0.5 / beside)  # steps of both kinds in a time
             yield Work(shares=shares, other_busy=0.5, sequences=sequences), seconds
 
 
