@@ -148,11 +148,11 @@ def _run_layer(
 
 def summarise(rows: Sequence[dict[str, Any]], of: int | None = None) -> dict[str, Any]:
     """The summary's numbers from all rows, `of` so many cases."""
-    broken = {
-        row["case"]: f"{row['impl']} {row['status']}"
-        for row in rows
-        if row["impl"] in STATIC and row["status"] != "ok" and UNTAKEN not in row["status"]
-    }
+    broken: dict[str, str] = {}
+    for row in rows:
+        if row["impl"] in STATIC and row["status"] != "ok" and UNTAKEN not in row["status"]:
+            of_case = [broken[row["case"]]] if row["case"] in broken else []
+            broken[row["case"]] = "; ".join([*of_case, f"{row['impl']} {row['status']}"])
     found = speedups(rows, OURS, STATIC)
     gains = {case: gain for case, gain in found.items() if case not in broken}
     summary: dict[str, Any] = {"gain_vs_static": gains, "no_gain_because": broken}

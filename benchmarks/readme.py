@@ -35,11 +35,17 @@ def _over(summary: Summary, key: str) -> str:
     return summary.get(f"{key}_over") or "all"
 
 
+_MODELS = {"llama2-7b": "Llama-2-7B", "llama31-8b": "Llama-3.1-8B"}
+
+
 def _gains(summary: Summary) -> str:
-    """The table's gain over the best single implementation, by rows."""
-    return ", ".join(
-        f"{case.split('=')[-1]}: {gain:.2f}×" for case, gain in summary["gain_vs_static"].items()
-    )
+    """The table's gain over the best single implementation, by model and rows."""
+    of_model: dict[str, list[str]] = {}
+    for case, gain in summary["gain_vs_static"].items():
+        model, rows = case.split(" M=")
+        of_model.setdefault(_MODELS.get(model, model), []).append(f"{rows}: {gain:.2f}×")
+    gains = [f"{model} {', '.join(found)}" for model, found in of_model.items()]
+    return "; ".join(gains + [f"none for {case}" for case in summary["no_gain_because"]])
 
 
 _BOUNDS = {"=": "", "<": "below ", "<=": "at most ", ">": "above ", ">=": "at least "}
@@ -52,12 +58,21 @@ def _ratio(found: Summary, key: str) -> str:
     return f"{_BOUNDS[found['relations'].get(key, '=')]}{found[key]:.2f}×"
 
 
+def _without_slo(found: Summary) -> str:
+    """The same two numbers of a controller without SLOs."""
+    of = found.get("without_slo", {})
+    best, at_80 = (of.get(f"mean_e2e_speedup_{at}") for at in ("max", "at_80pct_load"))
+    if best is None:
+        return "aimed at no SLO: not measured"
+    return f"aimed at no SLO {best:.2f}×" + ("" if at_80 is None else f" and {at_80:.2f}×")
+
+
 def _served(summary: Summary) -> str:
     """Semi-PD on each workload."""
     return "; ".join(
         f"{workload}: mean end-to-end time {found['mean_e2e_speedup_max']:.2f}× better than the "
         f"better unified policy at best, {found['mean_e2e_speedup_at_80pct_load']:.2f}× at 80 % "
-        f"load; goodput {_ratio(found, 'goodput_vs_chunked')} chunked, "
+        f"load ({_without_slo(found)}); goodput {_ratio(found, 'goodput_vs_chunked')} chunked, "
         f"{_ratio(found, 'goodput_vs_prefill_first')} prefill-first, "
         f"{_ratio(found, 'goodput_dynamic_vs_100_100')} of (100, 100); `auto` at least "
         f"{found['auto_vs_better_min']:.2f}× the best of all"
@@ -181,7 +196,7 @@ LINES = (
         "h200/dataflow.json",
         lambda s: (
             "all products of a layer by the table's choices, against the best of flat GEMM only, "
-            "dense GEMM only, XLA only and cuBLAS (torch) only, Llama-2-7B, by rows"
+            "dense GEMM only, XLA only and cuBLAS (torch) only, by rows"
         ),
         _gains,
         "above 1.0×",

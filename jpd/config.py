@@ -28,12 +28,12 @@ BREAK_EVEN = 1.5
 """Default of `SemiPDConfig.break_even`. In `jpd simulate` of Llama-3.1-8B on an H200, with requests
 for 20 s, `SloController` among (100, 100), (70, 30), (60, 40) and (50, 50), and prefill's measured
 times under these shares, two executors had the better mean with azure_conv and arxiv (eight seeds)
-from load 0.8 or 0.9 on, with the ShareGPT-like lengths (four) from 1.2 on and with azure_code at
-none. With 1.5, `auto` had 0.97 times the better one's speed or more everywhere, and kept the tight
-SLO for 90 % of the requests up to 0.99 times chunked prefill's rate or more. With 2, 3 and 4 an
-earlier controller did much the same, with 1 it lost up to 3 % with azure_code. A run on an H200
-with a controller before that asked for 2.3 (azure_conv, `semi_pd_serving.json`). Simulations are
-trials that are not kept, of a controller before that foresaw fewer requests."""
+from load 0.8 or 0.9 on, with the ShareGPT-like lengths from 1.2 on and with azure_code at
+none. With 1.5, `auto` had 0.93 times the better one's speed or more everywhere, and kept the tight
+SLO for 90 % of the requests up to 0.97 times chunked prefill's rate or more. With 1 and 0.7 it did
+no better there and lost up to 3 and 5 % with azure_code, with 2, 3 and 4 an earlier controller did
+much the same. A run on an H200 asked for 2.0 (azure_conv, `semi_pd_serving.json`, another
+controller). Simulations are trials that are not kept."""
 
 _SPLITS = (
     "jpd splits a model by tensor_parallel_size alone (topology='disaggregated' gives each phase a "
@@ -196,7 +196,7 @@ class SemiPDConfig:
         require(ok, "semi_pd.controller", self.controller, allowed)
         for name in ("ttft_slo_s", "tpot_slo_s"):
             value = getattr(self, name)
-            needed = self.controller in ("paper", "slo") if named else False
+            needed = named and self.controller in ("paper", "slo")
             require(not needed or value is not None, f"semi_pd.{name}", value, "a time in seconds")
         even = self.break_even
         number = isinstance(even, int | float) and not isinstance(even, bool)

@@ -181,8 +181,8 @@ def num_executors(config: EngineConfig) -> int:
     """Executors that run at once at most, those that switches start in the background included."""
     options = config.semi_pd
     # Both phases may switch at the same time, and from shares that are not kept. The shares that
-    # the SLO controller takes are those that are kept, where there are any.
-    stays = options.controller in ("slo", "mean") and options.kept_shares  # with kept shares
+    # jpd's own controller takes are those that are kept, where there are any.
+    stays = options.controller in ("slo", "mean") and options.kept_shares
     starts = options.is_controlled and not stays
     count = 0
     for phase in ("prefill", "decode"):

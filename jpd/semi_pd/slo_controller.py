@@ -106,8 +106,8 @@ class SloController:
     """How far back arrivals, TTFT and the lengths of requests count: a rate of whole prompts, and a
     percentile, need more time to show."""
     foresee_s: float = 30.0
-    """For how long requests are foreseen to come. Shares under which a queue grows look the better
-    the shorter it is."""
+    """For how long requests are foreseen to come. The shorter this time, the better look shares
+    under which a queue grows."""
     horizon_s: float = 2.0
     """How far ahead a queue that grows is foreseen."""
     idle_after_s: float = 1.0

@@ -77,6 +77,7 @@ def test_shares_are_whole_percents(percent: object) -> None:
         (lambda: paper(max_points=2), "max_points=2"),
         (lambda: paper(switch_timeout_s=0), "switch_timeout_s=0"),
         (lambda: ours(slo=SLO, window_s=0), "window_s=0"),
+        (lambda: ours(slo=SLO, foresee_s=0), "foresee_s=0"),
         (lambda: ours(slo=SLO, load_window_s=1), "load_window_s=1.*window_s=2"),
         (lambda: ours(slo=SLO, horizon_s=-1), "horizon_s=-1"),
         (lambda: ours(slo=SLO, idle_after_s=-1), "idle_after_s=-1"),
@@ -242,6 +243,7 @@ def test_ours_protects_decode_and_then_prefill() -> None:
     ((when_s, wanted), *_) = play(controller, lambda s: busy(s, gap=1.2), until_s=2)
     assert when_s < 1  # it does not wait for requests to finish
     assert wanted.prefill < 100
+    assert controller.forecasts[wanted].tpot_s < controller.forecasts[FULL].tpot_s
     ((_, wanted_then), *_) = play(
         controller, lambda s: busy(s, queue=BAD), wanted, from_s=20, until_s=22
     )
@@ -465,6 +467,17 @@ def test_ours_without_an_slo_takes_the_better_mean_however_late_a_first_token() 
         assert divided.e2e_s < 0.93 * full.e2e_s
     assert divided.miss == full.miss == 0
     assert divided.cost == divided.e2e_s
+
+
+@pytest.mark.parametrize(("foresee_s", "taken"), [(3, True), (30, False)])
+def test_ours_foresees_shares_that_cannot_compute_what_comes(foresee_s: float, taken: bool) -> None:
+    """They are better for decode, and for all until their queue is long."""
+    divided = Shares(60, 40)
+    much = {"ttft_s": [0.05], "decoding_requests": 20}
+    much |= {"prefill_tokens": 900, "prefill_busy_s": 0.09}
+    controller = ours(allowed=[divided, FULL], foresee_s=foresee_s)
+    changes = play(controller, lambda s: busy(s, **much), until_s=1)
+    assert [shares for _, shares in changes] == ([divided] if taken else [])
 
 
 def test_ours_has_no_edge_between_waiting_for_sms_and_for_a_place() -> None:

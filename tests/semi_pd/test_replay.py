@@ -237,7 +237,7 @@ def test_ours_comes_near_the_best_fixed_shares_where_load_comes_in_bursts() -> N
     ours, full = serve(controller, arrivals), serve(StaticController(FULL), arrivals)
     best = replay(StaticController(Shares(80, 100)), arrivals, PLANT, start=Shares(80, 100))
     assert full.attainment(slo) < 0.95 < 0.99 < best.attainment(slo)
-    assert ours.attainment(slo) >= 0.98  # 0.9 is asked for; the mean may cost some
+    assert ours.attainment(slo) >= 0.98  # 0.9 is asked for; it foresees 30 s where 3 s come
     assert mean_e2e_s(best) < 0.95 * mean_e2e_s(full)
     assert mean_e2e_s(ours) < mean_e2e_s(best) + 0.25 * (mean_e2e_s(full) - mean_e2e_s(best))
     assert controller.decided <= 6
