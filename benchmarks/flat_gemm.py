@@ -52,7 +52,7 @@ def summarise(rows: Sequence[dict[str, Any]], cases: Sequence[Gemm]) -> dict[str
         chosen = {name: ratio for name, ratio in versus.items() if name in of_m}
         put(summary, f"geomean_vs_cublas_m{m}", chosen, of=len(of_m))
     for peer in ("xla", "gemlite"):
-        put(summary, f"geomean_vs_{peer}", speedups(rows, OURS, [peer]))
+        put(summary, f"geomean_vs_{peer}", speedups(rows, OURS, [peer]), of=len(cases))
     summary["cases_measured"] = len(times(rows, OURS))
     summary["cases_with_cublas"] = len(versus)
     return summary

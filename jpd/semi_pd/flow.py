@@ -56,9 +56,9 @@ def follow(load: Load, token_s: float, step_s: Callable[[float, float], float]) 
 
     Args:
         load: the requests.
-        token_s: to compute a prompt token.
-        step_s: seconds of a decode step, from the requests that decode and the part of the time,
-            0..1, in which prompts are computed meanwhile.
+        token_s: seconds to compute a prompt token, above 0.
+        step_s: seconds of a decode step, above 0, from the requests that decode and the part of
+            the time, 0..1, in which prompts are computed meanwhile.
     """
     waiting, decoding = load.waiting_tokens, load.decoding
     now_s = waited = decoded = gaps = decoded_here = 0.0

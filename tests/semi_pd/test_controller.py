@@ -240,10 +240,10 @@ def test_ours_lowers_mean_latency_where_both_slos_hold(gap: float) -> None:
 
 def test_ours_protects_decode_and_then_prefill() -> None:
     controller = ours(slo=SLO)
-    ((when_s, wanted), *_) = play(controller, lambda s: busy(s, gap=1.2), until_s=2)
+    often = {"prefill_tokens": 750, "prefill_busy_s": 0.075, "decoding_requests": 20}
+    ((when_s, wanted), *_) = play(controller, lambda s: busy(s, gap=BAD, **often), until_s=2)
     assert when_s < 1  # it does not wait for requests to finish
-    assert wanted.prefill < 100
-    assert controller.forecasts[wanted].tpot_s < controller.forecasts[FULL].tpot_s
+    assert wanted.prefill + wanted.decode <= 100
     ((_, wanted_then), *_) = play(
         controller, lambda s: busy(s, queue=BAD), wanted, from_s=20, until_s=22
     )
@@ -494,6 +494,18 @@ def test_ours_has_no_edge_between_waiting_for_sms_and_for_a_place() -> None:
     assert min(ttfts[-1]) == ttfts[-1][2]
     for before, after in itertools.pairwise(ttfts):
         assert after == pytest.approx(before, rel=0.2)
+
+
+def test_ours_knows_that_slower_decode_fills_its_own_batch() -> None:
+    """As fast now, but what would slow down a step of many would also make them more."""
+    here, there = Shares(50, 50), Shares(75, 25)
+    slowdowns = []
+    for sequences in (1, 30, 300):
+        controller = ours(slo=SLO, allowed=[here, there], min_gain=0.99)
+        play(controller, lambda s, n=sequences: busy(s, decoding_requests=n), here)
+        forecasts = controller.forecasts
+        slowdowns.append(forecasts[there].tpot_s / forecasts[here].tpot_s)
+    assert 1 < slowdowns[0] < slowdowns[1] < 0.95 * slowdowns[2]
 
 
 def test_ours_learns_nothing_from_steps_under_other_shares() -> None:
