@@ -1,10 +1,10 @@
 """What is lost when executors are killed under load, and how long does it take to go on?
 
-Requests are kept running on an engine of semi-PD while executors of a random phase are killed
-(SIGKILL) after a random number of engine steps, the next one when the phase serves again and the
-executors to be kept ready are (until then those that run come to their end). Then the same requests
-run on the same engine undisturbed, as many at once as it takes, with log-probabilities. With
-`--seconds` there are as many kills of each kind as its part of the time allows, and at least one.
+Requests are kept running on an engine of semi-PD while executors are killed (SIGKILL) after a
+random number of engine steps, one of each phase in random order and so on; the next one when the
+phase serves again and the executors to be kept ready are (until then those that run come to their
+end). Then the same engine, undisturbed, checks all tokens. With `--seconds` there are as many kills
+of each kind as its part of the time allows, and at least one.
 
 `ms` is the recovery time: from the kill to the first token that another executor of that phase
 computed (a first token of prefill, any other of decode) and that was published. `cold`: nobody is
@@ -33,7 +33,7 @@ from benchmarks.budget import Budget
 from benchmarks.engine_load import Load, LoadRequest, LoggedStep, StepLog, random_requests, seats
 from benchmarks.report import Report, add_arguments
 from benchmarks.stopping import end_on_sigterm, say
-from benchmarks.token_parity import BF16_TIE, LOGPROBS, Parity, compare, references
+from benchmarks.token_parity import BF16_TIE, Parity, reference, verify
 from jpd.engine.build import Engine
 
 PHASES = ("prefill", "decode")
@@ -109,6 +109,7 @@ def run(engine: Engine, load: Load, kills: int, rng: random.Random, budget: Budg
         budget: of the kills; one is made in any case.
     """
     done, at_once = CrashRun(), load.at_once
+    phases: list[str] = []  # that are still to be hit before one is hit again
     with StepLog() as log:
         while len(done.kills) < kills and (budget.enough() or not done.kills):
             with budget.case():
@@ -119,14 +120,16 @@ def run(engine: Engine, load: Load, kills: int, rng: random.Random, budget: Budg
                     if not engine.coordinator.has_work:
                         time.sleep(0.01)
                 load.at_once = at_once
-                phase = rng.choice(PHASES)
+                if not phases:
+                    phases = rng.sample(PHASES, len(PHASES))
+                phase = phases[-1]
                 for _ in range(rng.randint(1, MOST_STEPS)):
                     load.step()
                 # One that has not served yet would count as a failed start, of which few are
                 # allowed.
                 executor = seats(engine)[phase].executor
                 if executor is not None and executor.num_steps:
-                    done.kills.append(_kill(load, log, phase, engine))
+                    done.kills.append(_kill(load, log, phases.pop(), engine))
                     say(f"kill {len(done.kills)}: {phase}, {_recovery_ms(done.kills[-1]):.0f} ms")
     load.stop()
     load.finish()
@@ -144,10 +147,8 @@ def leaked_pages(engine: Engine) -> int:
 
 def undisturbed(engine: Engine, done: CrashRun, tie_below: float) -> Parity:
     """Runs the same requests again and compares."""
-    at_once = engine.config.max_num_seqs
-    load = Load(engine.coordinator, done.requests, at_once, logprobs=LOGPROBS)
-    load.finish()
-    return compare(references(load.outputs), done.tokens, tie_below)
+    again = reference(engine.coordinator, engine.config.max_num_seqs)
+    return verify(again, done.requests, done.tokens, tie_below)
 
 
 def add_rows(report: Report, case: str, kind: str, done: CrashRun, parity: Parity) -> None:

@@ -1,13 +1,13 @@
 """Do all topologies give the same greedy tokens, while shares switch and executors are killed?
 
-The same requests, some with common beginnings and with the prefix cache on, run on the reference
-(one executor, chunked prefill, with log-probabilities), on one executor with each policy, and on
-executors of semi-PD whose shares are switched every second (on a CPU at every turn) while some of
-them are killed at random. With `--topologies auto` one executor and two also take turns at random.
-Each engine has a process of its own.
+The same requests, some with common beginnings and with the prefix cache on, run on one executor
+with each policy, and on executors of semi-PD whose shares are switched every second (on a CPU at
+every turn) while some of them are killed at random. With `--topologies auto` one executor and two
+also take turns at random. Then the reference (one executor, chunked prefill) checks all their
+tokens by its log-probabilities. Each engine has a process of its own.
 
 In float32, on a CPU, tokens must be identical. In bfloat16 two correct runs may part where two
-tokens tie: `benchmarks/token_parity.py` says what that is. `wrong` must be 0.
+tokens tie: `benchmarks/token_parity.py` says what that is, and goes on after it. `wrong` must be 0.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from benchmarks.engine_load import Load, LoadRequest, random_requests, seats
 from benchmarks.models import MODELS
 from benchmarks.report import Report, add_arguments
 from benchmarks.stopping import end_on_sigterm, say
-from benchmarks.token_parity import BF16_TIE, LOGPROBS, Reference, compare, references
+from benchmarks.token_parity import BF16_TIE, Parity, reference, verify
 from jpd.engine.build import Engine
 from jpd.semi_pd.controller import Observation, Shares
 from jpd.semi_pd.mode import Mode
@@ -94,11 +94,11 @@ class AnyMode:
         return self._random.choice(("unified", "semi_pd"))
 
 
-def run_reference(engine: Engine, work: Sequence[LoadRequest]) -> list[Reference]:
-    """Runs the requests as the reference."""
-    load = Load(engine.coordinator, work, len(work), logprobs=LOGPROBS)
-    load.finish()
-    return references(load.outputs)
+def run_reference(
+    engine: Engine, work: Sequence[LoadRequest], got: Sequence[Sequence[int]], tie_below: float
+) -> Parity:
+    """Checks the tokens that another engine gave for the requests."""
+    return verify(reference(engine.coordinator, len(work)), work, got, tie_below)
 
 
 def run_undisturbed(
@@ -141,13 +141,10 @@ def add_result(
     report: Report,
     case: str,
     topology: str,
-    want: Sequence[Reference],
-    tokens: Sequence[Sequence[int]],
+    parity: Parity,
     counts: dict[str, int],
-    tie_below: float,
 ) -> None:
     """Adds the row of one engine; a wrong token makes it a failed one."""
-    parity = compare(want, tokens, tie_below)
     found = {
         "identical": parity.identical,
         "ties": parity.ties,
@@ -201,10 +198,7 @@ def main() -> None:
     work = make_work(count, topologies.typical_length(sizes), MODELS[model]["vocab_size"])
     case = f"{model} n={count}"
 
-    say("reference")
-    arguments = topologies.engine_args(model, "chunked", **sizes)
-    with topologies.EngineProcess(topologies.build, arguments) as engine:
-        want = engine.call(run_reference, work)
+    runs = {}
     for topology in args.topologies:
         say(topology)
         disturbed = topologies.can_switch(topology)
@@ -216,15 +210,20 @@ def main() -> None:
         try:
             with topologies.EngineProcess(topologies.build, arguments) as engine:
                 if disturbed:
-                    result = engine.call(run_disturbed, work, args.kills, every_s)
+                    runs[topology] = engine.call(run_disturbed, work, args.kills, every_s)
                 else:
-                    result = engine.call(run_undisturbed, work)
+                    runs[topology] = engine.call(run_undisturbed, work)
         except Exception as error:  # one engine must not cost the others
             report.fail(case, topology, error)
-        else:
-            add_result(report, case, topology, want, *result, tie_below)
-        report.summary |= summarise(report.rows) | {"tie_below": tie_below}
-        report.save()
+    say("reference")
+    arguments = topologies.engine_args(model, "chunked", **sizes)
+    with topologies.EngineProcess(topologies.build, arguments) as engine:
+        for topology, (tokens, counts) in runs.items():
+            parity = engine.call(run_reference, work, tokens, tie_below)
+            say(f"{topology}: {parity}")
+            add_result(report, case, topology, parity, counts)
+            report.summary |= summarise(report.rows) | {"tie_below": tie_below}
+            report.save()
     report.finish()
     sys.exit(report.failures > 0)
 

@@ -22,22 +22,26 @@ waits for its turn takes memory and nothing else.
    the tight SLO, and `semi_pd_mean` at no SLO but the least mean E2E; `auto` is `semi_pd_dynamic`
    with `topology="auto"`, which serves with one executor below `--break-even`, a ratio (see
    `jpd/semi_pd/mode.py`). The others are held on two executors, and points with shares that change
-   begin under (100, 100) with two.
+   begin under (100, 100) with two. Each has a twin whose name ends with `_shortest`, measured only
+   if it is asked for: the same with `scheduling_policy="shortest"` in place of "fcfs".
 
 A run too long for one call is cut into several: with `--seconds N` no case begins that may not end
 in time, `--merge` keeps the rows of earlier runs, with their SLOs and capacities, so that a load is
 one and the same rate in all of them, and `--missing` measures the cases that they lack. The file is
 written after every case, and a case is whole or missing. `--seconds 0 --merge FILE ...` measures
-nothing: it merges files and draws the chart.
+nothing: it merges files and draws the chart. With `--decisions FOLDER` what each controller was
+shown and said goes there, a file a point (`jpd/semi_pd/decision_log.py`).
 
 The summary has for each workload, over the means of its seeds:
 
-- `mean_e2e_speedup_max`, `mean_e2e_speedup_at_80pct_load`: mean E2E of the better one of the two
-  unified policies over that of `semi_pd_dynamic`; at the rate where it is largest, and at load 0.8
-  (interpolated between rates); `without_slo` has the same for `semi_pd_mean`;
+- `mean_e2e_speedup_max`, `mean_e2e_speedup_at_80pct_load`: mean E2E of the best one of the unified
+  policies (also with "shortest" where that was measured) over that of `semi_pd_dynamic`; at the
+  rate where it is largest, and at load 0.8 (interpolated between rates); `without_slo` has the same
+  for `semi_pd_mean`;
 - `goodput_vs_...`: the rate at which 90 % keep the tight SLO, of `semi_pd_dynamic` over that of
   another (`per_gpu`: over half of it, since it has two); `loose` has the same for the loose SLO.
   Where a curve never crosses 90 % the ratio is a bound, see `relations`;
+- `shortest`: all these for the controllers' twins, where a twin was measured;
 - `break_even_rate`: the highest rate at which the mean E2E of the better unified policy is as good
   as that of `semi_pd_dynamic`, interpolated between the two measured rates around it; `>=`: it is
   still better at the highest; null: at none. `break_even_ratio` is what `--break-even` should be,
@@ -60,6 +64,7 @@ import sys
 import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -73,6 +78,7 @@ from benchmarks.serving_summary import (
     AUTO,
     DYNAMIC,
     MEAN,
+    SHORTEST,
     SLOS,
     STATIC,
     panels,
@@ -87,6 +93,7 @@ from jpd.bench.workload import Workload
 from jpd.config import BREAK_EVEN
 from jpd.semi_pd import controller as controllers
 from jpd.semi_pd.controller import Observation, Shares
+from jpd.semi_pd.decision_log import LoggedController
 from jpd.semi_pd.mode import BreakEven, Mode, held_up_s, saved_per_waiting
 from jpd.semi_pd.slo_controller import SloController
 
@@ -102,7 +109,8 @@ ENGINES = {
     "time_slices": "time_slices",
     "disaggregated": "disaggregated",
 }
-"""Whose engine is whose, in the order of their turns."""
+"""Whose engine is whose, in the order of their turns; twins have the same one."""
+IMPLS = [twin for impl in ENGINES for twin in (impl, impl + SHORTEST)]
 FIXED = {STATIC: Shares(100, 100), "semi_pd_70_30": Shares(70, 30)}
 """Shares that stay; `KEPT` must have them."""
 SHORT = Workload("short", [0.0], [16], [16], source="one request")
@@ -207,9 +215,10 @@ def send(
     run: Callable[..., Coroutine[Any, Any, list[RequestRecord]]],
 ) -> list[RequestRecord]:
     """Sends the requests to the engine as an implementation, in the way of a client's function."""
-    if ENGINES[impl] == "unified":  # two of them have one engine
-        policy = topologies.TOPOLOGIES[impl]["prefill_policy"]
-        llm._engine.coordinator.prefill_policy = policy
+    plain, coordinator = impl.removesuffix(SHORTEST), llm._engine.coordinator
+    coordinator.scheduling_policy = "fcfs" if plain == impl else "shortest"
+    if ENGINES[plain] == "unified":  # two of them have one engine
+        coordinator.prefill_policy = topologies.TOPOLOGIES[plain]["prefill_policy"]
     options = client.ClientOptions(num_warmups=min(2, len(workload)), seed=seed)
     return asyncio.run(run(llm, workload, options))
 
@@ -221,6 +230,7 @@ def run_point(
     impl: str,
     target: Slo,
     break_even: float,
+    decisions: Path | None,
 ) -> tuple[list[RequestRecord], dict[str, Any]]:
     """Runs one point; records of the requests, and what the engine counted.
 
@@ -231,18 +241,20 @@ def run_point(
         impl: what it is measured as.
         target: what a controller aims at.
         break_even: ratio from which on two executors serve as `auto`.
+        decisions: file for what a controller is shown and says; None for none.
     """
     options, coordinator = llm.config.semi_pd, llm._engine.coordinator
-    steered = isinstance(options.controller, Steering)
+    steered, plain = isinstance(options.controller, Steering), impl.removesuffix(SHORTEST)
     if steered:
-        settle(llm, impl, FIXED.get(impl, Shares(100, 100)))
-        if impl not in FIXED:
+        settle(llm, impl, FIXED.get(plain, Shares(100, 100)))
+        if plain not in FIXED:
             aim = controllers.Slo(ttft_s=target.ttft_s, tpot_s=target.tpot_s)
             allowed = [Shares(*pair) for pair in options.kept_shares]
-            options.controller.inner = SloController(
-                slo=None if impl == MEAN else aim, allowed=allowed
+            controller = SloController(slo=None if plain == MEAN else aim, allowed=allowed)
+            options.controller.inner = (
+                LoggedController(controller, decisions) if decisions else controller
             )
-        if impl == AUTO:
+        if plain == AUTO:
             options.break_even.inner = BreakEven(ratio=break_even)
     before = _counts(llm)
     if not steered:
@@ -338,6 +350,7 @@ def measure_case(
     limit: int,
     seconds: float,
     break_even: float,
+    decisions: Path | None,
 ) -> None:
     """Adds the rows of a case.
 
@@ -350,6 +363,7 @@ def measure_case(
         limit: most tokens of a request.
         seconds: in which a point's requests are sent.
         break_even: of `auto`.
+        decisions: folder for what controllers are shown and say; None for none.
     """
     n = max(4, round(case.rate * seconds))
     requests = traces.make(
@@ -363,9 +377,10 @@ def measure_case(
             "load": case.rate / unloaded["capacity"],
             "seed": case.seed,
         }
+        log = decisions and decisions / f"{case.name} {impl}.jsonl".replace("/", " ")
         try:
             records, counts = engine_of(impl).call(
-                run_point, requests, case.seed, impl, slos["tight"], break_even
+                run_point, requests, case.seed, impl, slos["tight"], break_even, log
             )
             fields |= point_fields(records, slos) | counts | {"left_out": requests.left_out}
         except Exception as error:  # one point must not cost the others
@@ -392,7 +407,7 @@ class Engines(contextlib.ExitStack):
     def __init__(self, model: str, sizes: Mapping[str, Any], impls: Iterable[str]) -> None:
         super().__init__()
         self._model, self._sizes = model, sizes
-        self._wanted = [ENGINES[impl] for impl in impls]
+        self._wanted = [ENGINES[impl.removesuffix(SHORTEST)] for impl in impls]
         self._started: dict[str, topologies.EngineProcess | Exception] = {}
 
     def of(self, impl: str) -> topologies.EngineProcess:
@@ -401,7 +416,7 @@ class Engines(contextlib.ExitStack):
         Raises:
             Exception: it could not be started, now or before.
         """
-        engine = ENGINES[impl]
+        engine = ENGINES[impl.removesuffix(SHORTEST)]
         if engine not in self._started:
             self._start(dict.fromkeys([engine, *self._wanted]))
         found = self._started[engine]
@@ -520,6 +535,7 @@ def measure(
                     limit=sizes["max_model_len"],
                     seconds=seconds,
                     break_even=args.break_even,
+                    decisions=args.decisions,
                 )
             report.save()
 
@@ -532,10 +548,11 @@ def main() -> None:
     parser.add_argument(
         "--impls",
         nargs="+",
-        choices=[*ENGINES],
+        choices=IMPLS,
+        metavar="IMPL",
         default=["chunked", "prefill_first", STATIC, DYNAMIC, MEAN, AUTO],
-        help="what is measured, in turns; the memory must have room for all their engines "
-        "[%(default)s]",
+        help="what is measured, in turns, of %(choices)s; the memory must have room for all their "
+        "engines [%(default)s]",
     )
     rates = parser.add_mutually_exclusive_group()
     rates.add_argument("--loads", nargs="+", type=float, help="of the capacity [by the workload]")
@@ -545,6 +562,7 @@ def main() -> None:
         "--break-even", type=float, default=BREAK_EVEN, help="ratio, of auto [%(default)s]"
     )
     parser.add_argument("--seeds", nargs="+", type=int, help="[0 1; 0 with --quick]")
+    parser.add_argument("--decisions", type=Path, help="folder for what controllers see and say")
     options.add_seconds(parser)
     options.add_merge_arguments(parser)
     args = parser.parse_args()
@@ -553,8 +571,10 @@ def main() -> None:
     args.workloads = args.workloads or (["azure_conv"] if quick else [*traces.NAMES])
     args.loads = args.loads or ([0.5, 1.0] if quick else None)
     args.seeds = args.seeds or ([0] if quick else [0, 1])
-    args.impls = [impl for impl in ENGINES if impl in args.impls]
+    args.impls = [impl for impl in IMPLS if impl in args.impls]
     seconds = args.point_seconds or (2.0 if quick else 20.0)
+    if args.decisions is not None:
+        args.decisions.mkdir(parents=True, exist_ok=True)
     report = Report(
         "semi_pd_serving",
         "How fast do the topologies serve, and how much load do they bear within an SLO?",
@@ -564,7 +584,7 @@ def main() -> None:
     model, sizes = topologies.sizes(args, report.env)
     options.merge_of_one_model(parser, report, args, model)
     for impl in args.impls:
-        shares = FIXED.get(impl)
+        shares = FIXED.get(impl.removesuffix(SHORTEST))
         if shares is not None and (shares.prefill, shares.decode) not in KEPT[model]:
             parser.error(f"--impls: {impl}: {shares} is not kept ready for {model}: {KEPT[model]}")
     if (case := stranger(report.all_rows())) is not None:

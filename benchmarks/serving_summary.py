@@ -14,6 +14,8 @@ from jpd.bench.slo import Goodput
 
 UNIFIED = ("chunked", "prefill_first")
 STATIC, DYNAMIC, MEAN, AUTO = "semi_pd_100_100", "semi_pd_dynamic", "semi_pd_mean", "auto"
+SHORTEST = "_shortest"
+"""Ends the name of an implementation that has `scheduling_policy="shortest"` instead of "fcfs"."""
 SLOS = {"tight": slo.TIGHT, "loose": slo.LOOSE}
 """Times the unloaded latencies."""
 GOODPUT_RATIOS = {
@@ -93,22 +95,27 @@ def break_even(rates: Sequence[float], speedups: Sequence[float]) -> tuple[float
     return rates[i] + part * (rates[i + 1] - rates[i]), "="
 
 
-def absent(curves: Mapping[str, Curve], impls: Iterable[str]) -> str | None:
+def absent(measured: Iterable[str], impls: Iterable[str]) -> str | None:
     """What is said where some of these were not measured."""
-    lacking = [impl for impl in impls if impl not in curves]
+    lacking = [impl for impl in impls if impl not in measured]
     return f"{', '.join(lacking)} not measured" if lacking else None
 
 
+def unified(curves: Mapping[str, Curve]) -> list[str]:
+    """The unified policies, with "shortest" too where that was measured."""
+    return [impl for impl in curves if impl.removesuffix(SHORTEST) in UNIFIED]
+
+
 def common_rates(curves: Mapping[str, Curve], impl: str) -> list[float]:
-    """At which it and both unified policies were measured, rising."""
-    others = [set(curves[unified].rates) for unified in UNIFIED]
+    """At which it and all unified policies were measured, rising."""
+    others = [set(curves[other].rates) for other in unified(curves)]
     return [rate for rate in curves[impl].rates if all(rate in rates for rates in others)]
 
 
 def add_speedups(
     summary: dict[str, Any], missing: dict[str, str], curves: Mapping[str, Curve], impl: str
 ) -> str | None:
-    """Adds how much better its mean E2E is than that of the better unified policy.
+    """Adds how much better its mean E2E is than that of the best unified policy.
 
     Args:
         summary: gets two keys.
@@ -124,11 +131,11 @@ def add_speedups(
     reason = absent(curves, (*UNIFIED, impl))
     common = [] if reason else common_rates(curves, impl)
     if not common:
-        reason = reason or "no rate was measured with all three"
+        reason = reason or "no rate was measured with all of them"
         missing |= dict.fromkeys(keys, reason)
         return reason
     e2e = {of: dict(zip(c.rates, c.e2e_ms, strict=True)) for of, c in curves.items()}
-    speedups = [min(e2e[of][r] for of in UNIFIED) / e2e[impl][r] for r in common]
+    speedups = [min(e2e[of][r] for of in unified(curves)) / e2e[impl][r] for r in common]
     ours = curves[impl]
     loads = [ours.loads[ours.rates.index(r)] for r in common]
     summary[highest] = max(speedups)
@@ -154,7 +161,8 @@ def add_break_even(
     def at(impl: str, rate: float, values: str = "e2e_ms") -> float:
         return getattr(curves[impl], values)[curves[impl].rates.index(rate)]
 
-    better = [min(UNIFIED, key=lambda impl, r=rate: at(impl, r)) for rate in rates]
+    others = unified(curves)
+    better = [min(others, key=lambda impl, r=rate: at(impl, r)) for rate in rates]
     speedups = [at(of, r) / at(DYNAMIC, r) for of, r in zip(better, rates, strict=True)]
     rate, relation = break_even(rates, speedups)
     summary["break_even_rate"] = rate
@@ -171,10 +179,50 @@ def add_break_even(
     both = [r for r in rates if AUTO in curves and r in curves[AUTO].rates]
     if both:
         summary["auto_vs_better_min"] = min(
-            min(at(impl, r) for impl in (*UNIFIED, DYNAMIC)) / at(AUTO, r) for r in both
+            min(at(impl, r) for impl in (*others, DYNAMIC)) / at(AUTO, r) for r in both
         )
     else:
         missing["auto_vs_better_min"] = "auto not measured at a rate of the others"
+
+
+def add_goodputs(
+    part: dict[str, Any],
+    summary: dict[str, Any],
+    goodputs: Mapping[str, Goodput],
+    ours: str,
+    label: str = "",
+) -> None:
+    """Adds what one goodput is over others.
+
+    Args:
+        part: gets the ratios.
+        summary: gets their relations, and why one is None.
+        goodputs: of each implementation.
+        ours: whose it is.
+        label: before the keys in `relations` and `null_because`.
+    """
+    for key, (other, gpus) in GOODPUT_RATIOS.items():
+        part[key], ratio = None, None
+        reason = absent(goodputs, (ours, other))
+        if reason is None:
+            ratio = divide(goodputs[ours], goodputs[other], gpus)
+            reason = "both curves stay on the same side of 90 % at all rates measured"
+        if ratio is None:
+            summary["null_because"][label + key] = reason
+        else:
+            part[key], summary["relations"][label + key] = ratio
+
+
+def summarise_shortest(
+    curves: Mapping[str, Curve], goodputs: Mapping[str, Goodput]
+) -> dict[str, Any]:
+    """The same of the controllers' runs with `scheduling_policy="shortest"`, tight SLO."""
+    summary: dict[str, Any] = {"relations": {}, "null_because": {}}
+    add_speedups(summary, summary["null_because"], curves, DYNAMIC + SHORTEST)
+    add_goodputs(summary, summary, goodputs, DYNAMIC + SHORTEST)
+    without = summary["without_slo"] = {"null_because": {}}
+    add_speedups(without, without["null_because"], curves, MEAN + SHORTEST)
+    return summary
 
 
 def summarise_workload(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -195,22 +243,17 @@ def summarise_workload(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         missing |= dict.fromkeys(keys, reason)
     summary["without_slo"] = {"null_because": {}}
     add_speedups(summary["without_slo"], summary["without_slo"]["null_because"], curves, MEAN)
-
+    goodputs = {
+        scale: {i: slo.goodput(c.rates, c.attained[scale]) for i, c in curves.items()}
+        for scale in SLOS
+    }
     summary["loose"] = {}
     for scale, part in (("tight", summary), ("loose", summary["loose"])):
-        goodputs = {i: slo.goodput(c.rates, c.attained[scale]) for i, c in curves.items()}
-        part["goodput"] = {impl: list(found) for impl, found in goodputs.items()}
-        for key, (other, gpus) in GOODPUT_RATIOS.items():
-            part[key], label = None, key if scale == "tight" else f"{scale} {key}"
-            reason = absent(curves, (DYNAMIC, other))
-            if reason is None:
-                ratio = divide(goodputs[DYNAMIC], goodputs[other], gpus)
-                if ratio is not None:
-                    part[key], summary["relations"][label] = ratio
-                else:
-                    reason = "both curves stay on the same side of 90 % at all rates measured"
-            if reason is not None:
-                missing[label] = reason
+        part["goodput"] = {impl: list(found) for impl, found in goodputs[scale].items()}
+        label = "" if scale == "tight" else f"{scale} "
+        add_goodputs(part, summary, goodputs[scale], DYNAMIC, label)
+    if any(impl.endswith(SHORTEST) for impl in curves):
+        summary["shortest"] = summarise_shortest(curves, goodputs["tight"])
     spreads = [c.spread for c in curves.values() if c.spread is not None]
     summary["seed_spread"] = max(spreads, default=None)
     return summary

@@ -24,6 +24,7 @@ from benchmarks import topologies
 from benchmarks.readme import RESULTS
 from benchmarks.report import Report, add_arguments
 from benchmarks.semi_pd_serving import FIXED, REFERENCE, second_half_per_s
+from benchmarks.serving_summary import SHORTEST
 from jpd import checkpoint
 from jpd.bench import slo, traces
 from jpd.bench.slo import RequestRecord
@@ -33,17 +34,22 @@ from jpd.parallel import Split
 from jpd.simulate import engine, hardware
 from jpd.simulate.run import simulate
 
-COMPARED = ("chunked", "prefill_first", *FIXED)
+COMPARED = [
+    twin for impl in ("chunked", "prefill_first", *FIXED) for twin in (impl, impl + SHORTEST)
+]
 MEASURES = ("ttft", "tpot", "e2el")
 
 
 def serve(model: str, impl: str, workload: Workload) -> list[RequestRecord]:
     """The requests in virtual time."""
-    shares = FIXED.get(impl)
+    plain = impl.removesuffix(SHORTEST)
+    shares = FIXED.get(plain)
     changes: dict[str, Any] = dict(topologies.SIZES[model])
+    if plain != impl:
+        changes["scheduling_policy"] = "shortest"
     if shares is not None:
         changes["semi_pd"] = {"prefill_share": shares.prefill, "decode_share": shares.decode}
-    name = impl if shares is None else "semi_pd"
+    name = plain if shares is None else "semi_pd"
     config = EngineConfig.from_kwargs(**topologies.engine_args(model, name, **changes))
     split = Split(checkpoint.read_config(Path(config.model)), 1)
     rank_bytes = checkpoint.param_bytes(split.rank_model, "bfloat16")

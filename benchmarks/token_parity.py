@@ -1,90 +1,138 @@
-"""Greedy tokens of two runs: identical, different where two tokens tie, or wrong.
+"""Greedy tokens of a run, checked token by token: the reference's own, a tie, or wrong.
 
 In 16 bits the logits of a row depend on what else is in its step by a rounding, so where the two
 best tokens are nearly equal two correct runs may part. A difference counts as a tie if the
 reference run gives the other token a log-probability less than a threshold below that of its own
-(which is the margin of the logits). What follows it belongs to another text and is not compared.
+(which is the margin of the logits). What follows it is another text, so the reference goes on from
+that text, in rounds: at first each request whole, then those that have parted, a piece at a time,
+with the tokens that are judged already as part of the prompt. Each token is compared with what the
+reference says after the same text. A wrong token ends its request.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
-from jpd.types import RequestOutput
+from benchmarks.engine_load import Load, LoadRequest
+from jpd.engine.coordinator import Coordinator
 
 LOGPROBS = 5
-"""Best tokens that the reference remembers at each position."""
+"""Best tokens that the reference says at each position."""
 BF16_TIE = 0.1
 """Threshold for bfloat16. Logits of random weights are some tenths apart; a wrong page or product
 moves them by ones."""
+PIECE = 64
+"""Tokens of a round after the first. With random weights every twentieth or so is a tie."""
 
 
-@dataclass(frozen=True, slots=True)
-class Reference:
-    """What the reference run gave for one request."""
+class Said(NamedTuple):
+    """What the reference says at one position."""
 
-    tokens: list[int]
-    logprobs: list[Mapping[int, float]]
-    """Of the best tokens at each position."""
+    token: int
+    """Its own."""
+    logprobs: Mapping[int, float]
+    """Of the best tokens, its own among them."""
 
 
 @dataclass(slots=True)
 class Parity:
-    """Requests of each kind, and how much was compared."""
+    """How much of each kind there was."""
 
     identical: int = 0
+    """Requests without any difference."""
     ties: int = 0
+    """Tokens."""
     wrong: int = 0
+    """Requests with a wrong token, or too few or too many."""
     compared_tokens: int = 0
-    """Up to each request's first difference."""
     first_wrong: str | None = None
 
-
-def references(outputs: Sequence[RequestOutput]) -> list[Reference]:
-    """References of requests that were run with `logprobs=LOGPROBS`."""
-    return [
-        Reference(
-            list(o.outputs[0].token_ids),
-            [{t: lp.logprob for t, lp in step.items()} for step in o.outputs[0].logprobs],
-        )
-        for o in outputs
-    ]
+    def blame(self, text: str) -> None:
+        """Counts a request as wrong."""
+        self.wrong += 1
+        self.first_wrong = self.first_wrong or text
 
 
-def compare(want: Sequence[Reference], got: Sequence[Sequence[int]], tie_below: float) -> Parity:
-    """Compares each request's tokens with the reference's.
+def verify(
+    generate: Callable[[list[LoadRequest]], list[list[Said]]],
+    work: Sequence[LoadRequest],
+    got: Sequence[Sequence[int]],
+    tie_below: float,
+) -> Parity:
+    """Checks each request's tokens.
 
     Args:
-        want: of each request.
-        got: tokens of each request.
+        generate: runs requests as the reference; what it says at each of their tokens.
+        work: the requests.
+        got: tokens of each.
         tie_below: margin below which a difference is a tie; 0 allows none.
     """
     parity = Parity()
-    for i, (reference, tokens) in enumerate(zip(want, got, strict=True)):
-        if list(tokens) == reference.tokens:
-            parity.identical += 1
-            parity.compared_tokens += len(tokens)
+    left: dict[int, int] = {}  # from which token on each request is to be checked
+    for i, (request, tokens) in enumerate(zip(work, got, strict=True)):
+        if len(tokens) == request.output_tokens:
+            left[i] = 0
+        else:
+            parity.blame(f"request {i}: {len(tokens)} tokens, not {request.output_tokens}")
+    longest = max(map(len, got), default=0)
+    while left:
+        said = generate(
+            [
+                LoadRequest([*work[i].prompt, *got[i][:at]], min(len(got[i]) - at, longest))
+                for i, at in left.items()
+            ]
+        )
+        longest = PIECE
+        for (i, at), piece in zip([*left.items()], said, strict=True):
+            end = at + _judge(parity, f"request {i}", at, piece, got[i][at:], tie_below)
+            parity.identical += at == 0 and end == len(got[i]) and got[i][-1] == piece[-1].token
+            if at < end < len(got[i]):
+                left[i] = end
+            else:
+                del left[i]
+    return parity
+
+
+def _judge(
+    parity: Parity, request: str, at: int, piece: list[Said], got: Sequence[int], tie_below: float
+) -> int:
+    """Counts the tokens up to the first difference, and that too; how many, 0 if it is wrong."""
+    for n, (said, token) in enumerate(zip(piece, got, strict=False)):
+        parity.compared_tokens += 1
+        if token == said.token:
             continue
-        pairs = enumerate(zip(reference.tokens, tokens, strict=False))
-        at = next((at for at, (a, b) in pairs if a != b), None)
-        if at is None:
-            parity.wrong += 1
-            text = f"request {i}: {len(tokens)} tokens, not {len(reference.tokens)}"
-            parity.first_wrong = parity.first_wrong or text
-            continue
-        parity.compared_tokens += at
-        known = reference.logprobs[at]
-        margin = known[reference.tokens[at]] - known.get(tokens[at], -np.inf)
+        margin = said.logprobs[said.token] - said.logprobs.get(token, -np.inf)
         if margin < tie_below:
             parity.ties += 1
-        else:
-            parity.wrong += 1
-            text = (
-                f"request {i}, position {at}: token {tokens[at]}, not {reference.tokens[at]}, "
-                f"margin {margin:.3g}"
-            )
-            parity.first_wrong = parity.first_wrong or text
-    return parity
+            return n + 1
+        parity.blame(
+            f"{request}, position {at + n}: token {token}, not {said.token}, margin {margin:.3g}"
+        )
+        return 0
+    return len(piece)
+
+
+def reference(coordinator: Coordinator, at_once: int) -> Callable[..., list[list[Said]]]:
+    """An engine as what `verify` compares with.
+
+    Args:
+        coordinator: of the engine.
+        at_once: requests in the engine.
+    """
+
+    def generate(requests: list[LoadRequest]) -> list[list[Said]]:
+        load = Load(coordinator, requests, at_once, logprobs=LOGPROBS)
+        load.finish()
+        return [
+            [
+                Said(token, {t: lp.logprob for t, lp in step.items()})
+                for token, step in zip(out.token_ids, out.logprobs, strict=True)
+            ]
+            for out in (output.outputs[0] for output in load.outputs)
+        ]
+
+    return generate

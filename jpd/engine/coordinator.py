@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from jpd.config import EngineConfig, PrefillPolicy
+from jpd.config import EngineConfig, PrefillPolicy, SchedulingPolicy
 from jpd.engine import output as outputs
 from jpd.engine.lane import ExecutorLostError, Lane, OneExecutor, PagesLostError, Topology
 from jpd.engine.metrics import EngineStats
@@ -29,6 +29,10 @@ from jpd.errors import EngineDeadError, PromptTooLongError, RequestError
 from jpd.models import ModelConfig
 from jpd.text import Tokenizer
 from jpd.types import MAX_STOP_TOKEN_IDS, Delta, FinishReason, RequestOutput, SamplingParams
+
+_OVERTAKEN_S = 0.005
+"""For each token of its prompt: how much later than a request another may come that goes before it
+with the policy "shortest", which is many times as long as to compute a token takes on a GPU."""
 
 
 class Coordinator:
@@ -94,6 +98,19 @@ class Coordinator:
     def prefill_policy(self, policy: PrefillPolicy) -> None:
         self._config = self._config.replace(prefill_policy=policy)
 
+    @property
+    def scheduling_policy(self) -> SchedulingPolicy:
+        """See `EngineConfig`. May be assigned: another one holds for requests to come.
+
+        Raises:
+          ConfigError: there is none of that name.
+        """
+        return self._config.scheduling_policy
+
+    @scheduling_policy.setter
+    def scheduling_policy(self, policy: SchedulingPolicy) -> None:
+        self._config = self._config.replace(scheduling_policy=policy)
+
     # ---- requests
 
     @property
@@ -139,7 +156,7 @@ class Coordinator:
             raise RequestError(f"sampling_params={params!r} is not allowed: SamplingParams")
         if not isinstance(priority, int) or isinstance(priority, bool):
             raise RequestError(f"priority={priority!r} is not allowed: an int")
-        if self._config.scheduling_policy == "fcfs" and priority != 0:
+        if self._config.scheduling_policy != "priority" and priority != 0:
             raise RequestError(f"priority={priority} needs scheduling_policy='priority'")
         count, limit = len(prompt_token_ids), self._config.max_model_len
         if count == 0:
@@ -206,13 +223,16 @@ class Coordinator:
         )
         seed = params.seed if params.seed is not None else int(self._seeds.integers(2**63))
         eos = () if params.ignore_eos else self._eos_token_ids
+        urgency: float = priority
+        if self._config.scheduling_policy == "shortest":
+            urgency = request.output.metrics.arrival_s + _OVERTAKEN_S * len(prompt_token_ids)
         for index in range(params.n):
             sequence = Sequence(
                 request_id=request_id,
                 index=index,
                 tokens=np.array(prompt_token_ids, np.int32),
                 params=params,
-                order=(priority, self._arrivals),
+                order=(urgency, self._arrivals),
                 max_length=self._length_limit(len(prompt_token_ids), params),
                 stop_ids=tuple({*eos, *params.stop_token_ids}),
                 key=sequence_key(seed, index),

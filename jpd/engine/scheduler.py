@@ -82,7 +82,7 @@ class Scheduler:
         self.stats = SchedulerStats()
         self._most_tokens = most_tokens
         self._max_chunks = max_prefills_per_step
-        self._waiting: list[tuple[tuple[int, int], Sequence]] = []
+        self._waiting: list[tuple[tuple[float, int], Sequence]] = []
         self._prefilling: list[Sequence] = []
         self._suspects = Suspects()
         self._tag_pages = tag_pages

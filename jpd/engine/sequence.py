@@ -33,8 +33,9 @@ class Sequence:
     tokens: np.ndarray
     """`[n]` int32, the prompt and, after a preemption, what was generated."""
     params: SamplingParams
-    order: tuple[int, int]
-    """Lower is served first and preempted last: (priority, arrival number)."""
+    order: tuple[float, int]
+    """Lower is served first and preempted last: (what the scheduling policy goes by, arrival
+    number)."""
     max_length: int
     """Tokens, prompt counted, at which it ends."""
     stop_ids: tuple[int, ...] = ()

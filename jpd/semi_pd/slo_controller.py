@@ -20,7 +20,13 @@ from jpd.semi_pd.controller import (
     require_positive,
 )
 from jpd.semi_pd.flow import Flow, Load, follow
-from jpd.semi_pd.share_models import H200, DecodeTimeModel, Interference, PrefillTimeModel, Work
+from jpd.semi_pd.share_models import (
+    H200_SERVING,
+    DecodeTimeModel,
+    Interference,
+    PrefillTimeModel,
+    Work,
+)
 
 DEFAULT_SHARES = (*(Shares(x, 100 - x) for x in (30, 40, 50, 60, 70, 80)), FULL)
 """Disjoint shares, which protect decode, and all SMs for both, which favours prefill. Shares that
@@ -32,6 +38,9 @@ _LOST = 1.5
 """Miss from which on an SLO is lost: later is no worse, and the mean decides."""
 _TOKEN_NOISE = 0.3
 """Spread of the logarithm of a prompt token's time: prompts of a window differ in length."""
+_STEP_NOISE = 0.2
+"""The same of a decode step: prompts beside it differ, too. An H200's steps of half a second came
+within 10 % of the model; with a spread of 0.05 a wait for prompts was taken for sequences."""
 _NEVER_MORE_BUSY = 0.8
 """Part, 0..1, of what prefill can do at all: forecasts of short windows must not see the pole."""
 
@@ -105,7 +114,7 @@ class SloController:
     load_window_s: float = 10.0
     """How far back arrivals, TTFT and the lengths of requests count: a rate of whole prompts, and a
     percentile, need more time to show."""
-    foresee_s: float = 30.0
+    foresee_s: float = 20.0
     """For how long requests are foreseen to come. The shorter this time, the better look shares
     under which a queue grows."""
     horizon_s: float = 2.0
@@ -125,7 +134,7 @@ class SloController:
     """A switch that does not serve after this long is given up."""
     memory_s: float = 60.0
     """Age at which what was learned about a share is forgotten, and for how long SMs are lent."""
-    interference: Interference = H200
+    interference: Interference = H200_SERVING
     """What the phases do to each other on this GPU."""
 
     prefill_model: PrefillTimeModel = field(init=False)
@@ -148,7 +157,7 @@ class SloController:
         self._allowed = tuple(DEFAULT_SHARES if self.allowed is None else self.allowed)
         require(len(self._allowed) > 0, "allowed", self._allowed, "at least one share")
         self.prefill_model = PrefillTimeModel(self.interference, self.memory_s, _TOKEN_NOISE)
-        self.decode_model = DecodeTimeModel(self.interference, self.memory_s)
+        self.decode_model = DecodeTimeModel(self.interference, self.memory_s, _STEP_NOISE)
         self._prefill_busy = 0.0
         self._starved = 0.0  # 0..1: how far TTFT follows decode's speed
         # What was seen last, over what the models say of it.

@@ -26,16 +26,18 @@ from benchmarks import (
     semi_pd_switch,
     serving_summary,
     sm_share_surface,
+    token_parity,
     topologies,
 )
-from benchmarks.engine_load import Load, random_requests, seats
+from benchmarks.engine_load import Load, LoadRequest, random_requests, seats
 from benchmarks.report import Report
 from benchmarks.rows import load as load_document
 from jpd import AsyncLLM
 from jpd.bench import client, traces
 from jpd.bench.slo import RequestRecord, Slo
 from jpd.engine.build import Engine
-from jpd.semi_pd.controller import Observation, Shares, StaticController
+from jpd.semi_pd import decision_log
+from jpd.semi_pd.controller import FULL, Observation, Shares, StaticController
 from jpd.semi_pd.slo_controller import SloController
 from jpd.simulate.fit import StepTimes
 
@@ -176,6 +178,7 @@ def serving_arguments(**changes: Any) -> SimpleNamespace:
         "rates": None,
         "missing": False,
         "break_even": 1.0,
+        "decisions": None,
     }
     return SimpleNamespace(**arguments | changes)
 
@@ -204,7 +207,7 @@ def test_every_workload_is_calibrated_as_chunked(tmp_path, monkeypatch) -> None:
     async def run(
         llm: Any, workload: Any, options: Any, until: int | None = None
     ) -> list[RequestRecord]:
-        policies.append(coordinator.prefill_policy)
+        policies.append((coordinator.prefill_policy, coordinator.scheduling_policy))
         times = {"due_s": 0.0, "sent_s": 0.0, "first_token_s": 0.1, "prompt_tokens": 9}
         tokens = {"wanted_tokens": 5, "output_tokens": 5}
         ends = range(until or len(workload))
@@ -214,7 +217,8 @@ def test_every_workload_is_calibrated_as_chunked(tmp_path, monkeypatch) -> None:
         monkeypatch.setattr(client, name, run)
     semi_pd_serving.measure(
         serving_arguments(
-            workloads=["azure_conv", "azure_code"], impls=["chunked", "prefill_first"]
+            workloads=["azure_conv", "azure_code"],
+            impls=["chunked", "prefill_first", "prefill_first_shortest"],
         ),
         Report("semi_pd_serving", QUESTION, out=tmp_path),
         SimpleNamespace(of=lambda impl: InThisProcess(llm)),
@@ -222,8 +226,10 @@ def test_every_workload_is_calibrated_as_chunked(tmp_path, monkeypatch) -> None:
         sizes=SIZES,
         seconds=1.0,
     )
-    # Alone, at once, and the two points of each workload.
-    assert policies == ["mixed", "mixed", "mixed", "first"] * 2
+    # Alone, at once, and the three points of each workload.
+    assert policies == [("mixed", "fcfs")] * 3 + [("first", "fcfs"), ("first", "shortest")] + (
+        [("mixed", "fcfs")] * 3 + [("first", "fcfs"), ("first", "shortest")]
+    )
 
 
 def test_a_calibration_is_written_before_the_first_case(tmp_path, monkeypatch) -> None:
@@ -366,16 +372,31 @@ def test_a_load_keeps_requests_running(engine: Engine) -> None:
 
 def test_parity_finds_a_wrong_token(engine: Engine, tmp_path) -> None:
     work = semi_pd_parity.make_work(12, SIZES["max_model_len"], 256)
-    want = semi_pd_parity.run_reference(engine, work)
     tokens, counts = semi_pd_parity.run_disturbed(engine, work, kills=1, switch_every_s=0.0)
     assert counts["kills"] == 1
     assert counts["switches"] > 2
     report = Report("semi_pd_parity", "?", out=tmp_path)
-    semi_pd_parity.add_result(report, "c", "semi_pd", want, tokens, counts, 0.0)
-    assert (report.rows[0]["identical"], report.failures) == (12, 0)
-    tokens[5][3] += 1
-    semi_pd_parity.add_result(report, "c", "semi_pd", want, tokens, counts, 0.0)
-    assert report.rows[1]["status"].startswith("failed: wrong tokens: request 5, position 3")
+
+    def check(tie_below: float) -> dict[str, Any]:
+        parity = semi_pd_parity.run_reference(engine, work, tokens, tie_below)
+        semi_pd_parity.add_result(report, "c", "semi_pd", parity, counts)
+        return report.rows[-1]
+
+    row, total = check(0.0), sum(map(len, tokens))
+    assert (row["identical"], row["ties"], row["compared_tokens"]) == (12, 0, total)
+    assert report.failures == 0
+    # The second best token, and what follows it is as the engine would have gone on from there.
+    ask, request = token_parity.reference(engine.coordinator, 1), work[5]
+    best = ask([request])[0][3].logprobs
+    kept = [*tokens[5][:3], sorted(best, key=best.get)[-2]]
+    rest = LoadRequest(request.prompt + kept, request.output_tokens - 4)
+    tokens[5] = kept + [said.token for said in ask([rest])[0]]
+    assert check(0.0)["status"].startswith("failed: wrong tokens: request 5, position 3")
+    row = check(100.0)
+    assert (row["identical"], row["ties"], row["wrong"]) == (11, 1, 0)
+    assert row["compared_tokens"] == total
+    tokens[5] = tokens[5][:-1]
+    assert "request 5: " in check(100.0)["status"]
     check_idle(engine)
 
 
@@ -537,7 +558,7 @@ def test_every_engine_gets_the_same_sizes() -> None:
     assert [t for t in topologies.TOPOLOGIES if topologies.can_switch(t)] == ["semi_pd", "auto"]
 
 
-def test_the_dynamic_point_aims_at_the_slo(engine: Engine, monkeypatch) -> None:
+def test_the_dynamic_point_aims_at_the_slo(engine: Engine, tmp_path, monkeypatch) -> None:
     steering = semi_pd_serving.Steering(None)
     mode = semi_pd_serving.Steering(None)
     options = SimpleNamespace(controller=steering, break_even=mode, kept_shares=PAIRS)
@@ -558,7 +579,7 @@ def test_the_dynamic_point_aims_at_the_slo(engine: Engine, monkeypatch) -> None:
         return []
 
     monkeypatch.setattr(semi_pd_serving, "send", sent)
-    aim = Slo(0.5, 0.05), 1.5
+    aim = Slo(0.5, 0.05), 1.5, None
     records, fields = semi_pd_serving.run_point(llm, None, 0, "auto", *aim)
     assert records == []
     counts = ("preemptions", "recompiles", "executors_lost", "mode_changes", "switches")
@@ -571,11 +592,18 @@ def test_the_dynamic_point_aims_at_the_slo(engine: Engine, monkeypatch) -> None:
     semi_pd_serving.run_point(llm, None, 0, "semi_pd_dynamic", *aim)
     assert isinstance(steering.inner, SloController)
     assert mode.inner.decide(None, "unified") == "semi_pd"
-    for impl, shares in (("semi_pd_100_100", (100, 100)), ("semi_pd_70_30", (70, 30))):
+    log = tmp_path / "log.jsonl"
+    semi_pd_serving.run_point(llm, None, 0, "semi_pd_mean", *aim[:2], log)
+    assert steering.inner.decide(Observation(now_s=3.0), FULL) == FULL
+    assert steering.inner.inner.slo is None
+    assert [decision.observation.now_s for decision in decision_log.read(log)] == [3.0]
+    semi_pd_serving.run_point(llm, None, 0, "semi_pd_mean_shortest", *aim)
+    assert steering.inner.slo is None
+    for impl, shares in (("semi_pd_100_100", (100, 100)), ("semi_pd_70_30_shortest", (70, 30))):
         semi_pd_serving.run_point(llm, None, 0, impl, *aim)
         assert mode.inner.decide(None, "unified") == "semi_pd"
         assert steering.inner.decide(None, Shares(50, 50)) == Shares(*shares)
-    assert began == [Shares(100, 100)] * 3 + [Shares(70, 30)]
+    assert began == [FULL] * 5 + [Shares(70, 30)]
     monkeypatch.setattr(semi_pd_serving, "send", lambda *args: [])
     monkeypatch.setattr(semi_pd_serving, "SETTLE_S", 0.01)
     with pytest.raises(TimeoutError, match=r"auto: not under \(100, 100\) .* but \(70, 30\)"):

@@ -26,7 +26,7 @@ from benchmarks import (
 from benchmarks.engine_load import LoadRequest, LoggedStep
 from benchmarks.report import Report
 from benchmarks.rows import load as load_document
-from benchmarks.token_parity import Reference, compare
+from benchmarks.token_parity import PIECE, Parity, Said, verify
 from jpd.bench.slo import Goodput, RequestRecord, Slo
 from jpd.engine.lane import Switch
 from jpd.semi_pd.controller import Shares
@@ -44,26 +44,59 @@ SURFACE = "How long do prefill and decode steps take under each SM share, alone 
 # --- tokens ----------------------------------------------------------------------------------
 
 
-def reference(*steps: dict[int, float]) -> Reference:
-    return Reference([max(step, key=step.get) for step in steps], list(steps))
+class Scripted:
+    """A reference that says the same at a position whatever was there before."""
+
+    def __init__(self, *steps: dict[int, float]) -> None:
+        self.steps = [Said(max(step, key=step.get), step) for step in steps]
+        self.rounds: list[list[LoadRequest]] = []
+
+    def __call__(self, requests: list[LoadRequest]) -> list[list[Said]]:
+        self.rounds.append(requests)
+        starts = [len(request.prompt) - 1 for request in requests]  # prompts are of one token
+        ends = [a + r.output_tokens for a, r in zip(starts, requests, strict=True)]
+        return [self.steps[a:b] for a, b in zip(starts, ends, strict=True)]
+
+
+def check(said: Scripted, *got: list[int], tie_below: float) -> Parity:
+    """Of requests that ask for as many tokens as are said."""
+    return verify(said, [LoadRequest([0], len(said.steps))] * len(got), got, tie_below)
 
 
 def test_identical_ties_and_wrong_tokens() -> None:
-    want = reference({1: -0.1, 2: -3.0}, {3: -0.50, 4: -0.55, 5: -0.7}, {6: -0.1, 7: -4.0})
-    found = compare([want] * 4, [[1, 3, 6], [1, 4, 9], [1, 5, 6], [2, 3, 6]], tie_below=0.1)
-    assert (found.identical, found.ties, found.wrong) == (1, 1, 2)
-    assert found.compared_tokens == 3 + 1 + 1 + 0
+    said = Scripted({1: -0.1, 2: -3.0}, {3: -0.50, 4: -0.55, 5: -0.7}, {6: -0.1, 7: -0.15})
+    found = check(said, [1, 3, 6], [1, 4, 7], [1, 5, 6], [2, 3, 6], [1, 3, 7], tie_below=0.1)
+    assert (found.identical, found.ties, found.wrong) == (1, 3, 2)
+    assert found.compared_tokens == 3 + 3 + 2 + 1 + 3
     assert found.first_wrong == "request 2, position 1: token 5, not 3, margin 0.2"
+    # After a tie it goes on from the other text.
+    assert said.rounds[1:] == [[LoadRequest([0, 1, 4], 1)]]
+
+
+def test_a_wrong_token_after_a_tie_is_found() -> None:
+    said = Scripted({1: -0.50, 2: -0.55}, {3: -0.1, 4: -3.0})
+    found = check(said, [2, 4], tie_below=0.1)
+    assert (found.identical, found.ties, found.wrong) == (0, 1, 1)
+    assert found.first_wrong == "request 0, position 1: token 4, not 3, margin 2.9"
+
+
+def test_rounds_after_the_first_are_short() -> None:
+    steps = [{1: -0.1, 2: -0.15}, *({3: -0.1} for _ in range(PIECE + 5))]
+    said = Scripted(*steps)
+    found = check(said, [2] + [3] * (PIECE + 5), [1] + [3] * (PIECE + 5), tie_below=0.1)
+    assert (found.identical, found.ties, found.wrong) == (1, 1, 0)
+    assert found.compared_tokens == 2 * len(steps)
+    asked = [[r.output_tokens for r in requests] for requests in said.rounds]
+    assert asked == [[PIECE + 6] * 2, [PIECE], [5]]
 
 
 def test_without_a_threshold_nothing_is_a_tie() -> None:
-    want = reference({1: -0.5, 2: -0.5})
-    assert compare([want], [[2]], tie_below=0.0).wrong == 1
+    assert check(Scripted({1: -0.5, 2: -0.5}), [2], tie_below=0.0).wrong == 1
 
 
 def test_tokens_that_are_missing_or_unheard_of_are_wrong() -> None:
-    want = reference({1: -0.1, 2: -0.2}, {3: -0.1, 4: -0.2})
-    found = compare([want, want, want], [[1], [1, 3, 5], [1, 99]], tie_below=5.0)
+    said = Scripted({1: -0.1, 2: -0.2}, {3: -0.1, 4: -0.2})
+    found = check(said, [1], [1, 3, 5], [1, 99], tie_below=5.0)
     assert (found.identical, found.ties, found.wrong) == (0, 0, 3)
     assert found.first_wrong == "request 0: 1 tokens, not 2"
 
@@ -142,6 +175,34 @@ def test_summary_of_a_workload() -> None:
     rows += [row | {"impl": "disaggregated"} for row in rows if row["impl"] == "semi_pd_dynamic"]
     found = serving_summary.summarise_workload(rows)
     assert found["goodput_vs_disaggregated_per_gpu"] == pytest.approx(2.0)
+
+
+def test_twins_with_short_prompts_first_are_compared_with_the_best_unified_policy() -> None:
+    rows = points(
+        chunked=[(4, 100, 1.0), (8, 500, 0.8)],
+        prefill_first=[(4, 120, 1.0), (8, 450, 0.5)],
+        semi_pd_dynamic=[(4, 125, 1.0), (8, 300, 0.9)],
+    )
+    assert "shortest" not in serving_summary.summarise_workload(rows)
+    rows += points(
+        chunked_shortest=[(4, 90, 1.0), (8, 400, 0.85)],
+        semi_pd_dynamic_shortest=[(4, 80, 1.0), (8, 160, 0.95)],
+    )
+    found = serving_summary.summarise_workload(rows)
+    # Also those that have no twin.
+    assert found["mean_e2e_speedup_max"] == pytest.approx(400 / 300)
+    assert found["break_even_rate"] == pytest.approx(
+        4 + 4 * (1 - 90 / 125) / (400 / 300 - 90 / 125)
+    )
+    twins = found["shortest"]
+    assert twins["mean_e2e_speedup_max"] == pytest.approx(2.5)
+    assert twins["goodput_vs_chunked"] == pytest.approx(8 / 6)
+    assert twins["relations"]["goodput_vs_chunked"] == ">="
+    assert twins["goodput_dynamic_vs_100_100"] is None
+    assert "semi_pd_mean_shortest" in twins["without_slo"]["null_because"]["mean_e2e_speedup_max"]
+    faster = points(semi_pd_mean_shortest=[(8, 100, 0.1)])
+    twins = serving_summary.summarise_workload([*rows, *faster])["shortest"]
+    assert twins["without_slo"]["mean_e2e_speedup_max"] == pytest.approx(4.0)
 
 
 def test_what_was_not_measured_is_null_and_says_why() -> None:
@@ -562,8 +623,7 @@ def test_a_crash_that_loses_something_is_a_failed_row(tmp_path) -> None:
         tokens=[[5, 6], [5, 6]],
         leaked_pages=4,
     )
-    parity = compare([], [], 0.0)
-    semi_pd_crash.add_rows(report, "c", "cold", done, parity)
+    semi_pd_crash.add_rows(report, "c", "cold", done, Parity())
     assert report.find("c decode", "cold")["ms"] == pytest.approx(500)
     assert report.rows[-1]["status"] == "failed: 1 lost, 4 leaked_pages"
     summary = semi_pd_crash.summarise(report.rows, {"cold": [500.0]})

@@ -10,6 +10,8 @@ import pytest
 
 from benchmarks import simulated_serving
 from benchmarks.readme import RESULTS
+from benchmarks.serving_summary import SHORTEST
+from jpd.bench import traces
 
 STORED = RESULTS / "h200" / "semi_pd_serving.json"
 
@@ -30,6 +32,17 @@ def test_the_stored_run_is_simulated(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert max(abs(row[f"{name}_error_pct"]) for name in simulated_serving.MEASURES) < 15
     assert found["summary"]["azure_conv_capacity_ratio"] == pytest.approx(1, abs=0.05)
     assert found["summary"]["run"].startswith(served["git"])
+
+
+def test_short_prompts_go_first_where_they_do() -> None:
+    shares = "semi_pd_70_30"
+    requests = traces.make("azure_conv", rate=24.0, n=200, seed=0, max_total_tokens=8192)
+    fcfs, shortest = (
+        [record.ttft_s for record in simulated_serving.serve("llama31-8b", impl, requests)]
+        for impl in (shares, shares + SHORTEST)
+    )
+    assert sum(shortest) < 0.7 * sum(fcfs)
+    assert max(shortest) > max(fcfs)
 
 
 @pytest.mark.parametrize("name", ["nothing.json", "decode_step.json"])

@@ -386,6 +386,9 @@ def test_an_unknown_policy_is_refused() -> None:
     with pytest.raises(ConfigError, match="prefill_policy='last' is not allowed"):
         coordinator.prefill_policy = "last"
     assert coordinator.prefill_policy == "mixed"
+    with pytest.raises(ConfigError, match="scheduling_policy='longest' is not allowed"):
+        coordinator.scheduling_policy = "longest"
+    assert coordinator.scheduling_policy == "fcfs"
 
 
 # ---- order, limits and counters
@@ -403,8 +406,39 @@ def test_priority_decides_who_is_served_first() -> None:
     assert order == [1, 3, 2, 0]
 
 
-def test_a_priority_needs_the_policy() -> None:
-    coordinator = make()
+@pytest.mark.parametrize(
+    ("between_s", "want"),
+    [
+        (0.0, [4, 1, 3, 2, 0]),  # by length; of two as long as each other the first one
+        (0.006, [1, 3, 4, 2, 0]),  # the last one comes too late to overtake them
+        (1.0, [0, 1, 2, 3, 4]),  # nobody waits for ever
+    ],
+)
+@pytest.mark.parametrize("assigned", [False, True])
+def test_short_prompts_overtake_those_that_came_a_little_earlier(
+    between_s: float, want: list[int], assigned: bool
+) -> None:
+    now_s = [0.0]
+    policy = "fcfs" if assigned else "shortest"
+    coordinator = make(scheduling_policy=policy, max_num_seqs=1, clock=lambda: now_s[0])
+    if assigned:
+        coordinator.scheduling_policy = "shortest"
+    outputs = []
+    for i, length in enumerate([9, 3, 6, 3, 2]):
+        params = SamplingParams(temperature=0, max_tokens=3)
+        outputs.append(coordinator.add(str(i), None, [i] * length, params))
+        now_s[0] += between_s
+    while coordinator.has_work:
+        now_s[0] += 1.0
+        coordinator.step()
+    order = sorted(range(5), key=lambda i: outputs[i].metrics.first_token_s)
+    assert order == want
+    assert coordinator.scheduling_policy == "shortest"
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "shortest"])
+def test_a_priority_needs_the_policy(policy: str) -> None:
+    coordinator = make(scheduling_policy=policy)
     with pytest.raises(RequestError, match=r"priority=3 needs scheduling_policy='priority'"):
         coordinator.add("a", None, [1], SamplingParams(), 3)
 
