@@ -13,6 +13,7 @@ tokens tie: `benchmarks/token_parity.py` says what that is, and goes on after it
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import os
 import random
@@ -159,7 +160,7 @@ def add_result(
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, int]:
-    """Requests of all topologies together, what was done to them, and engines that did not run."""
+    """Counts of all topologies together, and engines that did not run."""
     keys = ("identical", "ties", "wrong", "compared_tokens", "switches", "mode_changes", "kills")
     summary = {key: sum(row.get(key, 0) for row in rows) for key in keys}
     return summary | {"not_run": sum("identical" not in row for row in rows)}
@@ -217,13 +218,22 @@ def main() -> None:
             report.fail(case, topology, error)
     say("reference")
     arguments = topologies.engine_args(model, "chunked", **sizes)
-    with topologies.EngineProcess(topologies.build, arguments) as engine:
+    with contextlib.ExitStack() as stack:
+        engine = None
         for topology, (tokens, counts) in runs.items():
-            parity = engine.call(run_reference, work, tokens, tie_below)
-            say(f"{topology}: {parity}")
-            add_result(report, case, topology, parity, counts)
-            report.summary |= summarise(report.rows) | {"tie_below": tie_below}
+            try:
+                if engine is None:
+                    process = topologies.EngineProcess(topologies.build, arguments)
+                    engine = stack.enter_context(process)
+                parity = engine.call(run_reference, work, tokens, tie_below)
+            except Exception as error:  # what the others gave may still be judged
+                report.fail(case, topology, error, **counts)
+            else:
+                say(f"{topology}: {parity}")
+                add_result(report, case, topology, parity, counts)
             report.save()
+    report.summary |= summarise(report.rows) | {"tie_below": tie_below}
+    report.save()
     report.finish()
     sys.exit(report.failures > 0)
 

@@ -30,18 +30,20 @@ in time, `--merge` keeps the rows of earlier runs, with their SLOs and capacitie
 one and the same rate in all of them, and `--missing` measures the cases that they lack. The file is
 written after every case, and a case is whole or missing. `--seconds 0 --merge FILE ...` measures
 nothing: it merges files and draws the chart. With `--decisions FOLDER` what each controller was
-shown and said goes there, a file a point (`jpd/semi_pd/decision_log.py`).
+shown and said goes there, also those that never change their mind, a file a point
+(`jpd/semi_pd/decision_log.py`).
 
 The summary has for each workload, over the means of its seeds:
 
-- `mean_e2e_speedup_max`, `mean_e2e_speedup_at_80pct_load`: mean E2E of the best one of the unified
-  policies (also with "shortest" where that was measured) over that of `semi_pd_dynamic`; at the
-  rate where it is largest, and at load 0.8 (interpolated between rates); `without_slo` has the same
-  for `semi_pd_mean`;
+- `mean_e2e_speedup_max`, `mean_e2e_speedup_at_80pct_load`: mean E2E of the better one of the two
+  unified policies over that of `semi_pd_dynamic`; at the rate where it is largest, and at load 0.8
+  (interpolated between rates); `without_slo` has the same for `semi_pd_mean`;
 - `goodput_vs_...`: the rate at which 90 % keep the tight SLO, of `semi_pd_dynamic` over that of
   another (`per_gpu`: over half of it, since it has two); `loose` has the same for the loose SLO.
   Where a curve never crosses 90 % the ratio is a bound, see `relations`;
-- `shortest`: all these for the controllers' twins, where a twin was measured;
+- `shortest`: these for the twins of the two controllers, if one was measured; mean E2E against the
+  best unified policy, twins included, goodput (tight) against the same others as above and, in
+  `against_twins`, against their twins;
 - `break_even_rate`: the highest rate at which the mean E2E of the better unified policy is as good
   as that of `semi_pd_dynamic`, interpolated between the two measured rates around it; `>=`: it is
   still better at the highest; null: at none. `break_even_ratio` is what `--break-even` should be,
@@ -247,13 +249,14 @@ def run_point(
     steered, plain = isinstance(options.controller, Steering), impl.removesuffix(SHORTEST)
     if steered:
         settle(llm, impl, FIXED.get(plain, Shares(100, 100)))
+        controller = options.controller.inner
         if plain not in FIXED:
             aim = controllers.Slo(ttft_s=target.ttft_s, tpot_s=target.tpot_s)
             allowed = [Shares(*pair) for pair in options.kept_shares]
             controller = SloController(slo=None if plain == MEAN else aim, allowed=allowed)
-            options.controller.inner = (
-                LoggedController(controller, decisions) if decisions else controller
-            )
+        options.controller.inner = (
+            LoggedController(controller, decisions) if decisions else controller
+        )
         if plain == AUTO:
             options.break_even.inner = BreakEven(ratio=break_even)
     before = _counts(llm)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -101,21 +102,18 @@ def absent(measured: Iterable[str], impls: Iterable[str]) -> str | None:
     return f"{', '.join(lacking)} not measured" if lacking else None
 
 
-def unified(curves: Mapping[str, Curve]) -> list[str]:
-    """The unified policies, with "shortest" too where that was measured."""
-    return [impl for impl in curves if impl.removesuffix(SHORTEST) in UNIFIED]
-
-
 def common_rates(curves: Mapping[str, Curve], impl: str) -> list[float]:
-    """At which it and all unified policies were measured, rising."""
-    others = [set(curves[other].rates) for other in unified(curves)]
+    """At which it and both unified policies were measured, rising."""
+    others = [set(curves[unified].rates) for unified in UNIFIED]
     return [rate for rate in curves[impl].rates if all(rate in rates for rates in others)]
 
 
 def add_speedups(
     summary: dict[str, Any], missing: dict[str, str], curves: Mapping[str, Curve], impl: str
 ) -> str | None:
-    """Adds how much better its mean E2E is than that of the best unified policy.
+    """Adds how much better its mean E2E is than that of the better unified policy.
+
+    A twin is compared with the twins of those too, where they were measured.
 
     Args:
         summary: gets two keys.
@@ -131,11 +129,14 @@ def add_speedups(
     reason = absent(curves, (*UNIFIED, impl))
     common = [] if reason else common_rates(curves, impl)
     if not common:
-        reason = reason or "no rate was measured with all of them"
+        reason = reason or "no rate was measured with all three"
         missing |= dict.fromkeys(keys, reason)
         return reason
     e2e = {of: dict(zip(c.rates, c.e2e_ms, strict=True)) for of, c in curves.items()}
-    speedups = [min(e2e[of][r] for of in unified(curves)) / e2e[impl][r] for r in common]
+    others = [of for of in UNIFIED if of in curves]
+    if impl.endswith(SHORTEST):
+        others += [of + SHORTEST for of in UNIFIED if of + SHORTEST in curves]
+    speedups = [min(e2e[of].get(r, math.inf) for of in others) / e2e[impl][r] for r in common]
     ours = curves[impl]
     loads = [ours.loads[ours.rates.index(r)] for r in common]
     summary[highest] = max(speedups)
@@ -161,8 +162,7 @@ def add_break_even(
     def at(impl: str, rate: float, values: str = "e2e_ms") -> float:
         return getattr(curves[impl], values)[curves[impl].rates.index(rate)]
 
-    others = unified(curves)
-    better = [min(others, key=lambda impl, r=rate: at(impl, r)) for rate in rates]
+    better = [min(UNIFIED, key=lambda impl, r=rate: at(impl, r)) for rate in rates]
     speedups = [at(of, r) / at(DYNAMIC, r) for of, r in zip(better, rates, strict=True)]
     rate, relation = break_even(rates, speedups)
     summary["break_even_rate"] = rate
@@ -179,7 +179,7 @@ def add_break_even(
     both = [r for r in rates if AUTO in curves and r in curves[AUTO].rates]
     if both:
         summary["auto_vs_better_min"] = min(
-            min(at(impl, r) for impl in (*others, DYNAMIC)) / at(AUTO, r) for r in both
+            min(at(impl, r) for impl in (*UNIFIED, DYNAMIC)) / at(AUTO, r) for r in both
         )
     else:
         missing["auto_vs_better_min"] = "auto not measured at a rate of the others"
@@ -191,6 +191,7 @@ def add_goodputs(
     goodputs: Mapping[str, Goodput],
     ours: str,
     label: str = "",
+    twins: bool = False,
 ) -> None:
     """Adds what one goodput is over others.
 
@@ -200,8 +201,10 @@ def add_goodputs(
         goodputs: of each implementation.
         ours: whose it is.
         label: before the keys in `relations` and `null_because`.
+        twins: those of the others.
     """
     for key, (other, gpus) in GOODPUT_RATIOS.items():
+        other += SHORTEST * twins
         part[key], ratio = None, None
         reason = absent(goodputs, (ours, other))
         if reason is None:
@@ -216,10 +219,16 @@ def add_goodputs(
 def summarise_shortest(
     curves: Mapping[str, Curve], goodputs: Mapping[str, Goodput]
 ) -> dict[str, Any]:
-    """The same of the controllers' runs with `scheduling_policy="shortest"`, tight SLO."""
+    """What the controllers' twins gain, with the tight SLO.
+
+    Their mean E2E is compared with the best unified policy, goodput with each of the others and, in
+    `against_twins`, with each of their twins.
+    """
     summary: dict[str, Any] = {"relations": {}, "null_because": {}}
     add_speedups(summary, summary["null_because"], curves, DYNAMIC + SHORTEST)
     add_goodputs(summary, summary, goodputs, DYNAMIC + SHORTEST)
+    twins = summary["against_twins"] = {"relations": {}, "null_because": {}}
+    add_goodputs(twins, twins, goodputs, DYNAMIC + SHORTEST, twins=True)
     without = summary["without_slo"] = {"null_because": {}}
     add_speedups(without, without["null_because"], curves, MEAN + SHORTEST)
     return summary
@@ -252,7 +261,7 @@ def summarise_workload(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         part["goodput"] = {impl: list(found) for impl, found in goodputs[scale].items()}
         label = "" if scale == "tight" else f"{scale} "
         add_goodputs(part, summary, goodputs[scale], DYNAMIC, label)
-    if any(impl.endswith(SHORTEST) for impl in curves):
+    if {DYNAMIC + SHORTEST, MEAN + SHORTEST} & curves.keys():
         summary["shortest"] = summarise_shortest(curves, goodputs["tight"])
     spreads = [c.spread for c in curves.values() if c.spread is not None]
     summary["seed_spread"] = max(spreads, default=None)

@@ -80,15 +80,16 @@ def verify(
             parity.blame(f"request {i}: {len(tokens)} tokens, not {request.output_tokens}")
     longest = max(map(len, got), default=0)
     while left:
+        pieces = [got[i][at : at + longest] for i, at in left.items()]
         said = generate(
             [
-                LoadRequest([*work[i].prompt, *got[i][:at]], min(len(got[i]) - at, longest))
-                for i, at in left.items()
+                LoadRequest([*work[i].prompt, *got[i][:at]], len(piece))
+                for (i, at), piece in zip(left.items(), pieces, strict=True)
             ]
         )
         longest = PIECE
-        for (i, at), piece in zip([*left.items()], said, strict=True):
-            end = at + _judge(parity, f"request {i}", at, piece, got[i][at:], tie_below)
+        for (i, at), piece, here in zip([*left.items()], said, pieces, strict=True):
+            end = at + _judge(parity, f"request {i}", at, piece, here, tie_below)
             parity.identical += at == 0 and end == len(got[i]) and got[i][-1] == piece[-1].token
             if at < end < len(got[i]):
                 left[i] = end
@@ -101,7 +102,12 @@ def _judge(
     parity: Parity, request: str, at: int, piece: list[Said], got: Sequence[int], tie_below: float
 ) -> int:
     """Counts the tokens up to the first difference, and that too; how many, 0 if it is wrong."""
-    for n, (said, token) in enumerate(zip(piece, got, strict=False)):
+    if len(piece) != len(got):
+        parity.blame(
+            f"{request}, position {at}: the reference gave {len(piece)} of {len(got)} tokens"
+        )
+        return 0
+    for n, (said, token) in enumerate(zip(piece, got, strict=True)):
         parity.compared_tokens += 1
         if token == said.token:
             continue

@@ -32,8 +32,9 @@ from load 0.8 or 0.9 on, with the ShareGPT-like lengths from 1.2 on and with azu
 none. With 1.5, `auto` had 0.93 times the better one's speed or more everywhere, and kept the tight
 SLO for 90 % of the requests up to 0.97 times chunked prefill's rate or more. With 1 and 0.7 it did
 no better there and lost up to 3 and 5 % with azure_code, with 2, 3 and 4 an earlier controller did
-much the same. A run on an H200 asked for 2.0 (azure_conv, `semi_pd_serving.json`, another
-controller). Simulations are trials that are not kept."""
+much the same. All that was before the controller of now, with which 1.5 was simulated alone
+(benchmarks/FINDINGS.md). Runs on an H200 asked for 2.0 and 4.7 (azure_conv, earlier controllers,
+`break_even_ratio` in benchmarks/results/h200). Simulations are trials that are not kept."""
 
 _SPLITS = (
     "jpd splits a model by tensor_parallel_size alone (topology='disaggregated' gives each phase a "
@@ -252,11 +253,12 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     """Reuse the KV pages of equal prompt prefixes."""
     scheduling_policy: SchedulingPolicy = "fcfs"
-    """Which prompt is computed next: "fcfs" the first that came; "priority" one of the lowest
-    `priority`; "shortest" a short one: each is overtaken by those that come up to 5 ms later for
-    every token by which they are shorter, so none waits for ever. Where prompts queue, as they do
-    for prefill executors with a part of the SMs, that shortens the mean TTFT; long ones wait
-    longer."""
+    """Which prompt in the queue is begun next: "fcfs" the first that came; "priority" one of the
+    lowest `priority`; "shortest" a short one: each is overtaken by those that come up to 5 ms later
+    for every token by which they are shorter, 40 s for 8000 tokens, but not for ever. Where prompts
+    queue, as they do for prefill executors with a part of the SMs, that shortens the mean TTFT, and
+    long prompts pay for it. A request that has given tokens is overtaken by none that come after
+    it."""
     prefill_policy: PrefillPolicy = "mixed"
     """Where one executor computes both phases: "mixed" lets prompt chunks ride along with decoding
     rows (chunked prefill); "first" computes prompts alone, and decodes when none can be computed

@@ -223,16 +223,17 @@ class Coordinator:
         )
         seed = params.seed if params.seed is not None else int(self._seeds.integers(2**63))
         eos = () if params.ignore_eos else self._eos_token_ids
-        urgency: float = priority
-        if self._config.scheduling_policy == "shortest":
-            urgency = request.output.metrics.arrival_s + _OVERTAKEN_S * len(prompt_token_ids)
+        shortest = self._config.scheduling_policy == "shortest"
+        overtaken_s = _OVERTAKEN_S * len(prompt_token_ids) if shortest else 0.0
         for index in range(params.n):
             sequence = Sequence(
                 request_id=request_id,
                 index=index,
                 tokens=np.array(prompt_token_ids, np.int32),
                 params=params,
-                order=(urgency, self._arrivals),
+                order=(priority, self._arrivals),
+                arrival_s=request.output.metrics.arrival_s,
+                overtaken_s=overtaken_s,
                 max_length=self._length_limit(len(prompt_token_ids), params),
                 stop_ids=tuple({*eos, *params.stop_token_ids}),
                 key=sequence_key(seed, index),

@@ -82,7 +82,7 @@ class Scheduler:
         self.stats = SchedulerStats()
         self._most_tokens = most_tokens
         self._max_chunks = max_prefills_per_step
-        self._waiting: list[tuple[tuple[float, int], Sequence]] = []
+        self._waiting: list[tuple[tuple[int, float, int], Sequence]] = []
         self._prefilling: list[Sequence] = []
         self._suspects = Suspects()
         self._tag_pages = tag_pages
@@ -317,7 +317,7 @@ class Scheduler:
         return self.decode_pool if sequence.moved else self.pool
 
     def _enqueue(self, sequence: Sequence) -> None:
-        heapq.heappush(self._waiting, (sequence.order, sequence))
+        heapq.heappush(self._waiting, (sequence.place, sequence))
         self.num_waiting += 1
 
     def _admit(self, alone: bool) -> Sequence | None:

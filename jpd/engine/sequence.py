@@ -33,8 +33,8 @@ class Sequence:
     tokens: np.ndarray
     """`[n]` int32, the prompt and, after a preemption, what was generated."""
     params: SamplingParams
-    order: tuple[float, int]
-    """Lower is served first and preempted last: (what the scheduling policy goes by, arrival
+    order: tuple[int, int]
+    """Lower is preempted last, and served first but for `overtaken_s`: (priority, arrival
     number)."""
     max_length: int
     """Tokens, prompt counted, at which it ends."""
@@ -42,6 +42,11 @@ class Sequence:
     """Token ids that end it: end of sequence unless ignored, and the request's own."""
     key: np.ndarray | None = None
     """`[2]` uint32, seed of its random stream."""
+    arrival_s: float = 0.0
+    """By the coordinator's clock."""
+    overtaken_s: float = 0.0
+    """Its place in the queue is that of one that comes this much later, until it has given a
+    token."""
     prompt_length: int = field(init=False)
     state: State = State.WAITING
     finish_reason: FinishReason | None = None
@@ -67,6 +72,13 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.prompt_length = len(self.tokens)
+
+    @property
+    def place(self) -> tuple[int, float, int]:
+        """In the queue; lower is served first."""
+        priority, number = self.order
+        overtaken_s = self.overtaken_s if len(self.tokens) == self.prompt_length else 0.0
+        return priority, self.arrival_s + overtaken_s, number
 
 
 class SequenceTable:

@@ -7,6 +7,7 @@ controller with it (`answers`) is an open loop: its answers change nothing of wh
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Any
 
 from jpd.errors import ConfigError
 from jpd.semi_pd.controller import Controller, Observation, Shares
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +37,13 @@ class LoggedController:
 
     Args:
         inner: decides. Its `reason`, if it has one, is written too.
-        path: of the log; a file that is there is replaced, with the first call.
+        path: of the log; a file that is there is replaced, with the first call. Where it cannot be
+          written there is a warning, and no log from there on.
     """
 
     def __init__(self, inner: Controller, path: str | Path) -> None:
         self.inner = inner
-        self._path = Path(path)
+        self._path: Path | None = Path(path)
         self._mode = "w"
 
     def decide(self, observation: Observation, current: Shares) -> Shares:
@@ -47,10 +51,19 @@ class LoggedController:
         wanted = self.inner.decide(observation, current)
         reason = str(getattr(self.inner, "reason", ""))
         line = asdict(Decision(observation, current, wanted, reason))
-        with self._path.open(self._mode) as file:
-            file.write(json.dumps(line, default=list) + "\n")
-        self._mode = "a"
+        self._write(json.dumps(line, default=list) + "\n")
         return wanted
+
+    def _write(self, line: str) -> None:
+        if self._path is None:
+            return
+        try:
+            with self._path.open(self._mode) as file:
+                file.write(line)
+            self._mode = "a"
+        except OSError as error:  # a full disk must not end the engine
+            logger.warning("%s: %s; no more decisions are written", self._path, error)
+            self._path = None
 
 
 def read(path: str | Path) -> list[Decision]:

@@ -174,7 +174,7 @@ class Interference:
 
 H200 = Interference()
 H200_SERVING = replace(H200, prefill_slowdown=1.25)
-"""What a server sees: its chunks are shorter, which have as many kernels that wait for decode's.
+"""Nearer to a server, whose chunks are shorter and have as many kernels that wait for decode's.
 Serving azure_conv, a prompt token took 1.18 to 1.20 times as long under (70, 30) as under
 (100, 100) in three pairs of runs (a trial that is not kept), as with a `prefill_slowdown` of 1.31
 to 1.34. This is between that and what steps of 2048 tokens took: with an SLO that (100, 100) just
@@ -248,6 +248,7 @@ class _StepModel:
         require_positive("memory_s", memory_s)
         require_positive("noise", noise)
         self.interference = interference
+        self.noise = noise
         self._memory_s = memory_s
         corners = np.meshgrid(*grid.values())
         self._grid = {name: c.ravel() for name, c in zip(grid, corners, strict=True)}

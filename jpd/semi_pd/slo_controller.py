@@ -36,11 +36,10 @@ _URGENCY = 4
 """Power of an SLO's miss in the cost: 1.2 times as late weighs like twice the mean time."""
 _LOST = 1.5
 """Miss from which on an SLO is lost: later is no worse, and the mean decides."""
-_TOKEN_NOISE = 0.3
-"""Spread of the logarithm of a prompt token's time: prompts of a window differ in length."""
-_STEP_NOISE = 0.2
-"""The same of a decode step: prompts beside it differ, too. An H200's steps of half a second came
-within 10 % of the model; with a spread of 0.05 a wait for prompts was taken for sequences."""
+_NOISE = 0.3
+"""Spread of the logarithm of the times of a prompt token and of a decode step: prompts of a window,
+and those beside a step, differ in length. With a smaller one of decode's, waits for prompts were
+taken for sequences that cost much."""
 _NEVER_MORE_BUSY = 0.8
 """Part, 0..1, of what prefill can do at all: forecasts of short windows must not see the pole."""
 
@@ -156,8 +155,8 @@ class SloController:
         require(self.load_window_s >= self.window_s, "load_window_s", self.load_window_s, window)
         self._allowed = tuple(DEFAULT_SHARES if self.allowed is None else self.allowed)
         require(len(self._allowed) > 0, "allowed", self._allowed, "at least one share")
-        self.prefill_model = PrefillTimeModel(self.interference, self.memory_s, _TOKEN_NOISE)
-        self.decode_model = DecodeTimeModel(self.interference, self.memory_s, _STEP_NOISE)
+        self.prefill_model = PrefillTimeModel(self.interference, self.memory_s, _NOISE)
+        self.decode_model = DecodeTimeModel(self.interference, self.memory_s, _NOISE)
         self._prefill_busy = 0.0
         self._starved = 0.0  # 0..1: how far TTFT follows decode's speed
         # What was seen last, over what the models say of it.

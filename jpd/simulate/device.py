@@ -109,11 +109,14 @@ class VirtualGpu:
 
     def _duration_s(self, step: SimulatedStep, running: list[SimulatedStep]) -> float:
         """Seconds of the whole step, if everything went on as it is now."""
-        other = None
+        share, place, other = step.executor.share, step.executor.place, None
         for beside in running:
-            if beside is not step and beside.executor.place == step.executor.place:
-                other = beside.executor.share
-        who = (step.has_prompt, step.executor.share, other)
+            if beside is not step and beside.executor.place == place:
+                other = beside
+        all_sms = other is not None and share == other.executor.share == 100
+        if self.model.turns is not None and all_sms and step.has_prompt != other.has_prompt:
+            return self.model.in_turns_s(step.has_prompt, step.full_s, other.full_s)
+        who = (step.has_prompt, share, None if other is None else other.executor.share)
         case = (*who, step.padded_rows)
         if case not in self._stretch:
             self._stretch[case] = self.model.stretch(*case), self.model.wait_s(*who)

@@ -177,6 +177,11 @@ class LatencyModel:
     (`benchmarks/results/h200/sm_share_surface.json`); fewer and more rows were not measured with
     the table of products of then."""
     interference: Interference = H200
+    turns: float | None = None
+    """Decode steps that run in the time of a prefill step where both have all SMs, and take turns
+    kernel by kernel: a step has as many kernels whatever its tokens or rows. So a prefill step
+    takes longer by the time of so many decode steps alone, and a decode step by that part of the
+    prefill step. None: what they do to each other is in `interference` there too."""
     page_copy_s: float = 0.0
     """For each KV page that a step of `topology="disaggregated"` sends to the other GPU, beside
     what it computes."""
@@ -200,6 +205,8 @@ class LatencyModel:
             require(factor >= 1, "prefill_at", factor, "factors of at least 1")
         for name in ("knee", "knee_row"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0 percent")
+        ok = self.turns is None or 0 < self.turns < math.inf
+        require(ok, "turns", self.turns, "finite, above 0, or None")
         for name in ("page_copy_s", "start_s"):
             value = getattr(self, name)
             require(0 <= value < math.inf, name, value, "seconds, at least 0")
@@ -234,6 +241,17 @@ class LatencyModel:
         percents = [percent for percent, _ in measured]
         bends = [factor / prefill_curve(percent, self.parallel) for percent, factor in measured]
         return prefill_curve(share, self.parallel) * float(np.interp(share, percents, bends))
+
+    def in_turns_s(self, has_prompt: bool, full_s: float, other_full_s: float) -> float:
+        """Seconds of a step while one of the other phase runs, by `turns`, which must be known.
+
+        Args:
+          has_prompt: the step has prompt tokens, and the other one none; or the other way round.
+          full_s: of the step on the whole GPU.
+          other_full_s: of the other one.
+        """
+        assert self.turns is not None
+        return full_s + other_full_s * (self.turns if has_prompt else 1 / self.turns)
 
     def wait_s(self, has_prompt: bool, share: int, other_share: int | None) -> float:
         """Seconds more, for SMs that the other executor holds; arguments as of `stretch`."""

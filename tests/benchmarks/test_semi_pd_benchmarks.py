@@ -443,6 +443,8 @@ def test_crashes(shared_engine: Engine, tmp_path, monkeypatch) -> None:
     expected = {"kills": 2, "requests_lost": 0, "pages_leaked": 0, "ties": 0, "wrong": 0}
     assert {key: summary[key] for key in expected} == expected
     assert 0 < summary["warm_recovery_p50_ms"] <= summary["warm_recovery_p99_ms"]
+    rows = load_document(tmp_path / "semi_pd_crash.json")["rows"]
+    assert [row["case"].split()[-1] for row in rows] == ["prefill", "decode", "requests"]
     check_idle(shared_engine)
 
 
@@ -600,7 +602,9 @@ def test_the_dynamic_point_aims_at_the_slo(engine: Engine, tmp_path, monkeypatch
     semi_pd_serving.run_point(llm, None, 0, "semi_pd_mean_shortest", *aim)
     assert steering.inner.slo is None
     for impl, shares in (("semi_pd_100_100", (100, 100)), ("semi_pd_70_30_shortest", (70, 30))):
-        semi_pd_serving.run_point(llm, None, 0, impl, *aim)
+        semi_pd_serving.run_point(llm, None, 0, impl, *aim[:2], log)
+        assert isinstance(steering.inner, decision_log.LoggedController)
+        steering.inner = steering.inner.inner
         assert mode.inner.decide(None, "unified") == "semi_pd"
         assert steering.inner.decide(None, Shares(50, 50)) == Shares(*shares)
     assert began == [FULL] * 5 + [Shares(70, 30)]

@@ -94,6 +94,13 @@ def test_without_a_threshold_nothing_is_a_tie() -> None:
     assert check(Scripted({1: -0.5, 2: -0.5}), [2], tie_below=0.0).wrong == 1
 
 
+def test_what_the_reference_does_not_judge_is_wrong() -> None:
+    work, got = [LoadRequest([0], 2)] * 2, [[1, 3], [1, 3]]
+    found = verify(lambda requests: [[Said(1, {1: -0.1})], []], work, got, 0.1)
+    assert (found.identical, found.ties, found.wrong) == (0, 0, 2)
+    assert found.first_wrong == "request 0, position 0: the reference gave 1 of 2 tokens"
+
+
 def test_tokens_that_are_missing_or_unheard_of_are_wrong() -> None:
     said = Scripted({1: -0.1, 2: -0.2}, {3: -0.1, 4: -0.2})
     found = check(said, [1], [1, 3, 5], [1, 99], tie_below=5.0)
@@ -189,20 +196,24 @@ def test_twins_with_short_prompts_first_are_compared_with_the_best_unified_polic
         semi_pd_dynamic_shortest=[(4, 80, 1.0), (8, 160, 0.95)],
     )
     found = serving_summary.summarise_workload(rows)
-    # Also those that have no twin.
-    assert found["mean_e2e_speedup_max"] == pytest.approx(400 / 300)
-    assert found["break_even_rate"] == pytest.approx(
-        4 + 4 * (1 - 90 / 125) / (400 / 300 - 90 / 125)
-    )
+    # That changes nothing for the others.
+    assert found["mean_e2e_speedup_max"] == pytest.approx(450 / 300)
     twins = found["shortest"]
     assert twins["mean_e2e_speedup_max"] == pytest.approx(2.5)
     assert twins["goodput_vs_chunked"] == pytest.approx(8 / 6)
+    again = twins["against_twins"]
+    assert again["goodput_vs_chunked"] == pytest.approx(8 / (4 + 4 * 0.1 / 0.15))
+    assert "prefill_first_shortest" in again["null_because"]["goodput_vs_prefill_first"]
     assert twins["relations"]["goodput_vs_chunked"] == ">="
     assert twins["goodput_dynamic_vs_100_100"] is None
     assert "semi_pd_mean_shortest" in twins["without_slo"]["null_because"]["mean_e2e_speedup_max"]
     faster = points(semi_pd_mean_shortest=[(8, 100, 0.1)])
     twins = serving_summary.summarise_workload([*rows, *faster])["shortest"]
     assert twins["without_slo"]["mean_e2e_speedup_max"] == pytest.approx(4.0)
+    # A twin of a unified policy that was measured at some rates only counts there.
+    some = [row for row in rows if (row["impl"], row["rate"]) != ("chunked_shortest", 4)]
+    assert serving_summary.summarise_workload(some)["shortest"]["mean_e2e_speedup_max"] == 2.5
+    assert serving_summary.summarise_workload(some)["break_even_rate"] == found["break_even_rate"]
 
 
 def test_what_was_not_measured_is_null_and_says_why() -> None:

@@ -8,6 +8,7 @@ from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
@@ -15,7 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from jpd.config import EngineConfig
 from jpd.engine.coordinator import Coordinator
 from jpd.engine.plan import StepPlan, StepResult
-from jpd.engine.sequence import State
+from jpd.engine.sequence import Sequence, State
 from jpd.engine.shapes import shape_table
 from jpd.errors import ConfigError, PromptTooLongError, RequestError
 from jpd.text import Tokenizer
@@ -434,6 +435,31 @@ def test_short_prompts_overtake_those_that_came_a_little_earlier(
     order = sorted(range(5), key=lambda i: outputs[i].metrics.first_token_s)
     assert order == want
     assert coordinator.scheduling_policy == "shortest"
+
+
+def test_who_has_given_tokens_is_overtaken_no_more() -> None:
+    long = Sequence("a", 0, np.zeros(9, np.int32), SamplingParams(), (0, 1), 12)
+    long.arrival_s, long.overtaken_s = 5.0, 0.045
+    short = Sequence("b", 0, np.zeros(2, np.int32), SamplingParams(), (0, 2), 12)
+    short.arrival_s, short.overtaken_s = 5.01, 0.01
+    assert short.place < long.place
+    long.tokens = np.zeros(10, np.int32)  # preempted after its first token
+    assert long.place < short.place
+
+
+def test_another_policy_holds_for_those_to_come() -> None:
+    now_s = [100.0]
+    coordinator = make(scheduling_policy="shortest", max_num_seqs=1, clock=lambda: now_s[0])
+    params = SamplingParams(temperature=0, max_tokens=3)
+    outputs = [coordinator.add("0", None, [1] * 9, params)]
+    coordinator.scheduling_policy = "fcfs"
+    for i, later_s in enumerate([0.01, 1.0], start=1):
+        now_s[0] = 100.0 + later_s
+        outputs.append(coordinator.add(str(i), None, [1] * 2, params))
+    while coordinator.has_work:
+        now_s[0] += 1.0
+        coordinator.step()
+    assert sorted(range(3), key=lambda i: outputs[i].metrics.first_token_s) == [1, 0, 2]
 
 
 @pytest.mark.parametrize("policy", ["fcfs", "shortest"])

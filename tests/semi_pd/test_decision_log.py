@@ -59,6 +59,13 @@ def test_an_observation_comes_back_whole(tmp_path: Path) -> None:
     assert decision == Decision(as_read, FULL, Shares(60, 40), "")
 
 
+def test_a_log_that_cannot_be_written_ends_nothing(tmp_path: Path, caplog) -> None:
+    logged = LoggedController(StaticController(Shares(60, 40)), tmp_path / "no folder" / "log")
+    for _ in range(2):
+        assert logged.decide(Observation(now_s=0.0), FULL) == Shares(60, 40)
+    assert [record.message.count("no more decisions") for record in caplog.records] == [1]
+
+
 def plain(value: object) -> object:
     """As JSON has it."""
     return list(value) if isinstance(value, (deque, tuple)) else value

@@ -9,6 +9,7 @@ from jpd.errors import ConfigError
 from jpd.semi_pd.controller import FULL, Shares
 from jpd.semi_pd.share_models import (
     H200,
+    H200_SERVING,
     DecodeTimeModel,
     Interference,
     PrefillTimeModel,
@@ -20,6 +21,7 @@ from jpd.semi_pd.share_models import (
     prefill_beside,
     prefill_curve,
 )
+from jpd.semi_pd.slo_controller import SloController
 
 # One H200, Llama-3.1-8B, ms (benchmarks/results/h200/sm_share_surface.json): decode of so many rows
 # x 1024 and a prompt chunk of 2048 alone under a share, then (x, y) side by side.
@@ -159,6 +161,46 @@ def test_the_prefill_model_learns_how_much_sms_help(parallel: float) -> None:
         model.update(0.0, work, 2e-5 * prefill_curve(percent, parallel) * H200.prefill_slowdown)
     assert model.coefficients["parallel"] == pytest.approx(parallel, abs=0.051)
     assert model.coefficients["scale_s"] == pytest.approx(2e-5, rel=0.1)
+
+
+SERVED = [
+    (1.8, 0.0, 4.35), (3.4, 0.4, 6.87), (8.0, 0.62, 9.57), (14.1, 0.76, 11.73), (25.2, 0.99, 25.66),
+    (35.8, 0.99, 26.77), (45.1, 1.0, 31.7), (50.2, 1.0, 30.71), (50.3, 0.86, 21.32),
+    (45.5, 0.85, 21.32), (42.0, 0.9, 21.21), (39.9, 0.93, 25.72), (43.0, 1.0, 33.79),
+    (46.3, 0.99, 32.35), (50.0, 0.99, 31.14), (53.1, 0.99, 30.53), (56.9, 0.99, 29.88),
+    (60.6, 0.95, 31.15), (65.0, 0.96, 28.05), (68.2, 1.0, 27.92), (70.2, 0.96, 26.66),
+    (71.4, 0.95, 25.95), (71.9, 1.0, 27.18), (70.7, 0.98, 31.25), (71.1, 0.99, 31.47),
+    (70.6, 1.0, 34.18), (72.1, 1.0, 38.37), (75.3, 1.0, 37.47), (77.3, 1.0, 37.63),
+]  # fmt: skip
+"""One H200 that served azure_conv at 22.3/s under (100, 100), every half second: sequences, part of
+the time with prompts, ms a decode step (a run with a controller's log that is not kept)."""
+
+
+def test_waits_for_prompts_are_not_taken_for_sequences() -> None:
+    """Under (70, 30) decode took 10.1 ms a step with 21 sequences in the mean."""
+    foreseen = {}
+    for noise in (0.05, 0.3):
+        model = DecodeTimeModel(noise=noise)
+        for half, (sequences, busy, ms) in enumerate(SERVED):
+            work = Work(shares=FULL, other_busy=busy, sequences=sequences)
+            model.update(half / 2, work, 1e-3 * ms)
+        there = Work(shares=Shares(70, 30), other_busy=1.0, sequences=21.0)
+        foreseen[noise] = 1e3 * model.predict(there)
+    assert foreseen[0.3] == pytest.approx(10.1, rel=0.15)
+    assert foreseen[0.05] > 1.2 * 10.1
+    controller = SloController()
+    assert controller.decode_model.noise == controller.prefill_model.noise == 0.3
+
+
+def test_a_server_pays_more_for_all_sms_than_single_steps_say() -> None:
+    """Prompt tokens took 1.18 to 1.20 times as long under (70, 30)."""
+    shares = Shares(70, 30), FULL
+    divided, full = (
+        prefill_beside(s, H200_SERVING) * prefill_curve(s.prefill, 0.55) for s in shares
+    )
+    single, both = (prefill_beside(s, H200) * prefill_curve(s.prefill, 0.55) for s in shares)
+    assert 1.2 < divided / full < 1.28 < single / both
+    assert SloController().interference == H200_SERVING
 
 
 def test_noisy_times_of_a_token_are_believed_less() -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from typing import Any
 
 import pytest
 
@@ -130,20 +131,37 @@ def test_products_of_prompts_take_what_they_took_on_the_gpu(latencies_8b):
     assert products.seconds(prompt(2048)) == pytest.approx(32 * layer_s, rel=0.02)
 
 
+def work_of(row: dict[str, Any]) -> StepWork:
+    """What a row of sm_share_surface.json computed."""
+    return StepWork(**{field.name: row[field.name] for field in dataclasses.fields(StepWork)})
+
+
 def test_steps_under_shares_take_what_they_took_on_the_gpu(latencies_8b):
     """Also decode under (80, 20), for whose SMs the table of products had no entries."""
     rows = json.loads((RESULTS / "h200" / "sm_share_surface.json").read_text())["rows"]
     off: dict[str, list[float]] = {"decode": [], "prefill": []}
     for row in rows:
         prefill, decode, phase = row["prefill_share"], row["decode_share"], row["phase"]
-        if (prefill, decode) == (100, 30):  # they take turns there, which no model here knows
+        if (prefill, decode) == (
+            100,
+            30,
+        ):  # whole steps take turns there, which no model here knows
             continue
         is_prompt = phase == "prefill"
         own, other = (prefill, decode) if is_prompt else (decode, prefill)
         case = is_prompt, own, None if row["beside"] is None else other
-        work = StepWork(**{field.name: row[field.name] for field in dataclasses.fields(StepWork)})
-        stretch = latencies_8b.stretch(*case, padded_rows=work.padded_rows)
-        seconds = latencies_8b.full_s(work) * stretch + latencies_8b.wait_s(*case)
+        full_s = latencies_8b.full_s(work_of(row))
+        if prefill == decode == 100 and row["beside"] is not None:
+            (beside,) = (
+                other
+                for other in rows
+                if other["configuration"] == row["configuration"] and other["phase"] != phase
+            )
+            other_s = latencies_8b.full_s(work_of(beside))
+            seconds = latencies_8b.in_turns_s(is_prompt, full_s, other_s)
+        else:
+            stretch = latencies_8b.stretch(*case, padded_rows=row["padded_rows"])
+            seconds = full_s * stretch + latencies_8b.wait_s(*case)
         off[phase].append(seconds / row["seconds"] - 1)
     assert len(off["decode"]) >= 16
     assert len(off["prefill"]) >= 12
