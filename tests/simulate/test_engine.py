@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from jpd.bench import workload
 from jpd.bench.slo import RequestRecord
 from jpd.bench.traces import fixed
+from jpd.errors import ConfigError
 from jpd.semi_pd.controller import Observation, Shares
 from jpd.semi_pd.mode import BreakEven
 from jpd.semi_pd.share_models import Interference
@@ -100,6 +101,24 @@ def test_phases_side_by_side_and_what_they_do_to_each_other(folder):
     # side by side: 3 of 5 ms are left and take 4.5; by 26.5 the prompt has 17.75 of 20 left.
     assert times_ms(first) == pytest.approx((20, 26.5))
     assert times_ms(second) == pytest.approx((44.25, 44.25))
+
+
+def test_phases_that_take_turns(folder):
+    model = latencies(
+        prompt_s=20e-3, turns=2.0, interference=Interference(prefill_slowdown=9.0, overlap_wait=99)
+    )
+    rows, shares = [(0, 5, 2), (0.022, 5, 1)], {"prefill_share": 100, "decode_share": 100}
+    first, second = run(folder, model, *rows, topology="semi_pd", semi_pd=shares)
+    # From 22 on 3 of 5 ms of the decode step are left, and it takes 5 + 20 / 2 in turns: 9 ms. The
+    # prompt takes 20 + 2 * 5 in turns; at 31 it has 0.7 of 20 left, alone.
+    assert times_ms(first) == pytest.approx((20, 31))
+    assert times_ms(second) == pytest.approx((45, 45))
+    disjoint = run(folder, model, *rows, **SEMI_PD)
+    without = dataclasses.replace(model, turns=None)
+    assert disjoint == run(folder, without, *rows, **SEMI_PD)
+    for wrong in (0.0, float("inf")):
+        with pytest.raises(ConfigError, match="turns="):
+            dataclasses.replace(model, turns=wrong)
 
 
 @pytest.mark.parametrize(("page_copy_s", "prompt_ms"), [(5e-3, 20), (8e-3, 24)])
