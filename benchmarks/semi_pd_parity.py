@@ -219,12 +219,15 @@ def main() -> None:
     say("reference")
     arguments = topologies.engine_args(model, "chunked", **sizes)
     with contextlib.ExitStack() as stack:
-        engine = None
+        try:
+            process = topologies.EngineProcess(topologies.build, arguments)
+            engine = stack.enter_context(process) if runs else None
+        except Exception as error:  # nobody judges what the engines gave, but they ran
+            while runs:
+                topology, (_, counts) = runs.popitem()
+                report.fail(case, topology, error, **counts)
         for topology, (tokens, counts) in runs.items():
             try:
-                if engine is None:
-                    process = topologies.EngineProcess(topologies.build, arguments)
-                    engine = stack.enter_context(process)
                 parity = engine.call(run_reference, work, tokens, tie_below)
             except Exception as error:  # what the others gave may still be judged
                 report.fail(case, topology, error, **counts)

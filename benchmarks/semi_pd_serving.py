@@ -100,20 +100,28 @@ from jpd.semi_pd.mode import BreakEven, Mode, held_up_s, saved_per_waiting
 from jpd.semi_pd.slo_controller import SloController
 
 REFERENCE = "chunked"
-ENGINES = {
-    "chunked": "unified",
-    "prefill_first": "unified",
-    STATIC: "semi_pd",
-    "semi_pd_70_30": "semi_pd",
-    DYNAMIC: "semi_pd",
-    MEAN: "semi_pd",
-    AUTO: "semi_pd",
-    "time_slices": "time_slices",
-    "disaggregated": "disaggregated",
-}
-"""Whose engine is whose, in the order of their turns; twins have the same one."""
-IMPLS = [twin for impl in ENGINES for twin in (impl, impl + SHORTEST)]
-FIXED = {STATIC: Shares(100, 100), "semi_pd_70_30": Shares(70, 30)}
+
+
+def with_twins[T](values: Mapping[str, T]) -> dict[str, T]:
+    """The values of implementations, each for its twin too."""
+    return {twin: value for impl, value in values.items() for twin in (impl, impl + SHORTEST)}
+
+
+ENGINES = with_twins(
+    {
+        "chunked": "unified",
+        "prefill_first": "unified",
+        STATIC: "semi_pd",
+        "semi_pd_70_30": "semi_pd",
+        DYNAMIC: "semi_pd",
+        MEAN: "semi_pd",
+        AUTO: "semi_pd",
+        "time_slices": "time_slices",
+        "disaggregated": "disaggregated",
+    }
+)
+"""Whose engine is whose, in the order of their turns."""
+FIXED = with_twins({STATIC: Shares(100, 100), "semi_pd_70_30": Shares(70, 30)})
 """Shares that stay; `KEPT` must have them."""
 SHORT = Workload("short", [0.0], [16], [16], source="one request")
 """Sent between points, so that executors are steered."""
@@ -219,7 +227,7 @@ def send(
     """Sends the requests to the engine as an implementation, in the way of a client's function."""
     plain, coordinator = impl.removesuffix(SHORTEST), llm._engine.coordinator
     coordinator.scheduling_policy = "fcfs" if plain == impl else "shortest"
-    if ENGINES[plain] == "unified":  # two of them have one engine
+    if ENGINES[impl] == "unified":  # two of them have one engine
         coordinator.prefill_policy = topologies.TOPOLOGIES[plain]["prefill_policy"]
     options = client.ClientOptions(num_warmups=min(2, len(workload)), seed=seed)
     return asyncio.run(run(llm, workload, options))
@@ -248,9 +256,9 @@ def run_point(
     options, coordinator = llm.config.semi_pd, llm._engine.coordinator
     steered, plain = isinstance(options.controller, Steering), impl.removesuffix(SHORTEST)
     if steered:
-        settle(llm, impl, FIXED.get(plain, Shares(100, 100)))
+        settle(llm, impl, FIXED.get(impl, Shares(100, 100)))
         controller = options.controller.inner
-        if plain not in FIXED:
+        if impl not in FIXED:
             aim = controllers.Slo(ttft_s=target.ttft_s, tpot_s=target.tpot_s)
             allowed = [Shares(*pair) for pair in options.kept_shares]
             controller = SloController(slo=None if plain == MEAN else aim, allowed=allowed)
@@ -410,7 +418,7 @@ class Engines(contextlib.ExitStack):
     def __init__(self, model: str, sizes: Mapping[str, Any], impls: Iterable[str]) -> None:
         super().__init__()
         self._model, self._sizes = model, sizes
-        self._wanted = [ENGINES[impl.removesuffix(SHORTEST)] for impl in impls]
+        self._wanted = [ENGINES[impl] for impl in impls]
         self._started: dict[str, topologies.EngineProcess | Exception] = {}
 
     def of(self, impl: str) -> topologies.EngineProcess:
@@ -419,7 +427,7 @@ class Engines(contextlib.ExitStack):
         Raises:
             Exception: it could not be started, now or before.
         """
-        engine = ENGINES[impl.removesuffix(SHORTEST)]
+        engine = ENGINES[impl]
         if engine not in self._started:
             self._start(dict.fromkeys([engine, *self._wanted]))
         found = self._started[engine]
@@ -551,7 +559,7 @@ def main() -> None:
     parser.add_argument(
         "--impls",
         nargs="+",
-        choices=IMPLS,
+        choices=[*ENGINES],
         metavar="IMPL",
         default=["chunked", "prefill_first", STATIC, DYNAMIC, MEAN, AUTO],
         help="what is measured, in turns, of %(choices)s; the memory must have room for all their "
@@ -574,7 +582,7 @@ def main() -> None:
     args.workloads = args.workloads or (["azure_conv"] if quick else [*traces.NAMES])
     args.loads = args.loads or ([0.5, 1.0] if quick else None)
     args.seeds = args.seeds or ([0] if quick else [0, 1])
-    args.impls = [impl for impl in IMPLS if impl in args.impls]
+    args.impls = [impl for impl in ENGINES if impl in args.impls]
     seconds = args.point_seconds or (2.0 if quick else 20.0)
     if args.decisions is not None:
         args.decisions.mkdir(parents=True, exist_ok=True)
@@ -587,7 +595,7 @@ def main() -> None:
     model, sizes = topologies.sizes(args, report.env)
     options.merge_of_one_model(parser, report, args, model)
     for impl in args.impls:
-        shares = FIXED.get(impl.removesuffix(SHORTEST))
+        shares = FIXED.get(impl)
         if shares is not None and (shares.prefill, shares.decode) not in KEPT[model]:
             parser.error(f"--impls: {impl}: {shares} is not kept ready for {model}: {KEPT[model]}")
     if (case := stranger(report.all_rows())) is not None:

@@ -23,7 +23,7 @@ import numpy as np
 from benchmarks import topologies
 from benchmarks.readme import RESULTS
 from benchmarks.report import Report, add_arguments
-from benchmarks.semi_pd_serving import FIXED, REFERENCE, second_half_per_s
+from benchmarks.semi_pd_serving import ENGINES, FIXED, REFERENCE, second_half_per_s
 from benchmarks.serving_summary import SHORTEST
 from jpd import checkpoint
 from jpd.bench import slo, traces
@@ -34,16 +34,14 @@ from jpd.parallel import Split
 from jpd.simulate import engine, hardware
 from jpd.simulate.run import simulate
 
-COMPARED = [
-    twin for impl in ("chunked", "prefill_first", *FIXED) for twin in (impl, impl + SHORTEST)
-]
+COMPARED = [impl for impl in ENGINES if ENGINES[impl] == "unified" or impl in FIXED]
 MEASURES = ("ttft", "tpot", "e2el")
 
 
 def serve(model: str, impl: str, workload: Workload) -> list[RequestRecord]:
     """The requests in virtual time."""
     plain = impl.removesuffix(SHORTEST)
-    shares = FIXED.get(plain)
+    shares = FIXED.get(impl)
     changes: dict[str, Any] = dict(topologies.SIZES[model])
     if plain != impl:
         changes["scheduling_policy"] = "shortest"

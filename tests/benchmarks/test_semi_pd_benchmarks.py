@@ -436,6 +436,20 @@ def test_switches(shared_engine: Engine, tmp_path, monkeypatch) -> None:
     check_idle(shared_engine)
 
 
+def test_a_check_after_crashes_reads_no_page_from_before(shared_engine: Engine) -> None:
+    coordinator = shared_engine.coordinator
+    load = Load(coordinator, [LoadRequest([*range(100)], 5)], 1)
+    load.finish()
+    done = semi_pd_crash.CrashRun(requests=load.sent, tokens=load.tokens)
+    found = coordinator.stats().cached_tokens
+    parity = semi_pd_crash.undisturbed(shared_engine, done, 0.0)
+    assert (parity.identical, parity.compared_tokens) == (1, 5)
+    assert coordinator.stats().cached_tokens == found
+    Load(coordinator, load.sent, 1).finish()
+    assert coordinator.stats().cached_tokens > found  # as it would have been
+    check_idle(shared_engine)
+
+
 def test_crashes(shared_engine: Engine, tmp_path, monkeypatch) -> None:
     args = ("--quick", "--kinds", "warm", "--kills", "2", "--out", str(tmp_path))
     assert run_main(semi_pd_crash, monkeypatch, *args) == 0

@@ -142,10 +142,8 @@ def test_steps_under_shares_take_what_they_took_on_the_gpu(latencies_8b):
     off: dict[str, list[float]] = {"decode": [], "prefill": []}
     for row in rows:
         prefill, decode, phase = row["prefill_share"], row["decode_share"], row["phase"]
-        if (prefill, decode) == (
-            100,
-            30,
-        ):  # whole steps take turns there, which no model here knows
+        # Whole steps take turns there, which no model here knows.
+        if (prefill, decode) == (100, 30):
             continue
         is_prompt = phase == "prefill"
         own, other = (prefill, decode) if is_prompt else (decode, prefill)
@@ -153,9 +151,9 @@ def test_steps_under_shares_take_what_they_took_on_the_gpu(latencies_8b):
         full_s = latencies_8b.full_s(work_of(row))
         if prefill == decode == 100 and row["beside"] is not None:
             (beside,) = (
-                other
-                for other in rows
-                if other["configuration"] == row["configuration"] and other["phase"] != phase
+                of_other
+                for of_other in rows
+                if of_other["configuration"] == row["configuration"] and of_other["phase"] != phase
             )
             other_s = latencies_8b.full_s(work_of(beside))
             seconds = latencies_8b.in_turns_s(is_prompt, full_s, other_s)
