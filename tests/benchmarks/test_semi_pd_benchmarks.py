@@ -104,6 +104,14 @@ def test_help(
     assert ("0 measures nothing" in " ".join(out.split())) == measures_nothing
 
 
+def test_a_folder_for_decisions_that_cannot_be_made(tmp_path, monkeypatch, capsys) -> None:
+    (tmp_path / "file").write_text("")
+    folder = str(tmp_path / "file" / "decisions")
+    assert run_main(semi_pd_serving, monkeypatch, "--quick", "--decisions", folder) == 2
+    assert "--decisions: [Errno" in (error := capsys.readouterr().err)
+    assert folder in error
+
+
 def test_serving_in_two_calls(tmp_path, monkeypatch, capsys) -> None:
     arguments = topologies.engine_args("tiny", "chunked", **SIZES, enable_prefix_caching=False)
     llm = AsyncLLM(**arguments)
