@@ -456,7 +456,12 @@ class Engines(contextlib.ExitStack):
         topology = {"unified": REFERENCE, "semi_pd": "auto"}.get(engine, engine)
         kept = {"semi_pd": {"kept_shares": KEPT[self._model]}} if engine == "semi_pd" else {}
         arguments = topologies.engine_args(
-            self._model, topology, **self._sizes, **kept, enable_prefix_caching=False
+            self._model,
+            topology,
+            **self._sizes,
+            **kept,
+            enable_prefix_caching=False,
+            compile_sampled_steps=False,
         )
         arguments["steered"] = engine == "semi_pd"
         memory = {"XLA_PYTHON_CLIENT_MEM_FRACTION": UNIFIED_MEMORY} if engine == "unified" else {}

@@ -395,7 +395,10 @@ def main() -> None:
     running = args.running or (6 if args.quick else 64)
     kept = {"kept_shares": [(pair.prefill, pair.decode) for pair in POOL]}
     say(f"starting {model}")
-    engine = topologies.build(**topologies.engine_args(model, "semi_pd", **sizes, semi_pd=kept))
+    arguments = topologies.engine_args(
+        model, "semi_pd", **sizes, semi_pd=kept, compile_sampled_steps=False
+    )
+    engine = topologies.build(**arguments)
     say("the engine is ready")
     longest = topologies.typical_length(sizes)
     requests = random_requests(

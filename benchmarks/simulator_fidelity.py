@@ -178,7 +178,9 @@ def main() -> None:
         if args.missing and not any(map(report.lacks, cases)):
             continue
         say(f"{name}: starting {model}")
-        arguments = topologies.engine_args(model, name, **sizes, enable_prefix_caching=False)
+        arguments = topologies.engine_args(
+            model, name, **sizes, enable_prefix_caching=False, compile_sampled_steps=False
+        )
         try:
             measure(report, model, name, cases, arguments)
         except Exception as error:  # one topology must not cost the other

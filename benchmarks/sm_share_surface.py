@@ -336,7 +336,10 @@ def measure(
         wanted = [each for each in wanted if str(each) not in have]
     kept = {"kept_shares": [(shares.prefill, shares.decode) for shares in pairs]}
     say(f"starting {model}")
-    engine = topologies.build(**topologies.engine_args(model, "semi_pd", **sizes, semi_pd=kept))
+    arguments = topologies.engine_args(
+        model, "semi_pd", **sizes, semi_pd=kept, compile_sampled_steps=False
+    )
+    engine = topologies.build(**arguments)
     with contextlib.closing(engine.coordinator), GpuClock() as clock:
         bench = Bench(engine, args.steps or (5 if args.quick else 20), clock)
         for configuration in wanted:

@@ -70,6 +70,7 @@ class ShapeTable:
       token_buckets, context_buckets: replace the defaults. Of a mixed step the bucket is for its
         rows and prompt tokens together, so that products have no more rows than of a prompt alone:
         a few more begin another row of tiles, with which products take up to a sixth longer.
+      sampled: steps may have rows that are not greedy as a rule.
       prefill, decode: the phases that steps hold as a rule; shapes of others are not in `all`.
     """
 
@@ -83,6 +84,7 @@ class ShapeTable:
         batch_buckets: tuple[int, ...] | None = None,
         token_buckets: tuple[int, ...] | None = None,
         context_buckets: tuple[int, ...] | None = None,
+        sampled: bool = True,
         prefill: bool = True,
         decode: bool = True,
     ) -> None:
@@ -97,6 +99,7 @@ class ShapeTable:
         # Prompts alone need no rows.
         self.mixed_batches = (0, *sorted(mixed))
         self._page_size, self._most = page_size, most
+        self._kinds = (True, False) if sampled else (True,)  # `StepShape.greedy`
         self._prefill, self._decode = prefill, decode
 
     @property
@@ -130,14 +133,14 @@ class ShapeTable:
 
     def all(self) -> list[StepShape]:
         """Every shape that `pick` gives within the buckets, the largest first."""
-        decode = itertools.product(self.batches, (0,), self.contexts, (True, False))
+        decode = itertools.product(self.batches, (0,), self.contexts, self._kinds)
         prefill = [
             (batch, tokens, context, greedy)
             for batch in (self.mixed_batches if self._decode else (0,))
             for tokens in self._tokens_beside(batch)
             for context in self.contexts
             # Without rows the sampler has only those of prompts that end: it is short.
-            for greedy in ((True, False) if batch else (False,))
+            for greedy in (self._kinds if batch else (False,))
         ]
         shapes = [*(decode if self._decode else ()), *(prefill if self._prefill else ())]
         return sorted((StepShape(*s) for s in shapes), reverse=True)
@@ -153,6 +156,7 @@ def shape_table(config: EngineConfig, *, prefill: bool = True, decode: bool = Tr
         batch_buckets=config.batch_buckets,
         token_buckets=config.token_buckets,
         context_buckets=config.context_buckets,
+        sampled=config.compile_sampled_steps,
         prefill=prefill,
         decode=decode,
     )

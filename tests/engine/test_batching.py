@@ -300,6 +300,23 @@ def test_max_tokens_none_runs_to_max_model_len(engine: Engine) -> None:
     assert_greedy(engine, prompt, completion.token_ids)
 
 
+def test_greedy_requests_alone_need_no_sampled_steps(
+    engine: Engine, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tiny_models.make_checkpoint(MODEL, tmp_path_factory.mktemp("model"))
+    other = tiny_engine(folder, compile_sampled_steps=False)
+    assert len(other.executor.compiled._steps) == len(engine.executor.compiled._steps) - 2
+    prompts = random_prompts(3, seed=12, longest=60)
+    for params, compiled in (
+        (greedy(max_tokens=9), 0),
+        (SamplingParams(temperature=0.8, seed=5, max_tokens=9), 2),
+        (greedy(max_tokens=9, logprobs=2), 2),
+    ):
+        served, wanted = (run(fresh(e), prompts, params) for e in (other, engine))
+        assert tokens(served) == tokens(wanted)
+        assert other.executor.recompiles == compiled
+
+
 def test_a_shape_that_was_not_compiled_is_counted_and_logged(
     alone: Engine, caplog: pytest.LogCaptureFixture
 ) -> None:

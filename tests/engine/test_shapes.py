@@ -40,6 +40,7 @@ def test_powers_end_with_the_highest_itself() -> None:
     tokens=st.floats(0, 1),
     context=st.floats(0, 1),
     greedy=st.booleans(),
+    sampled=st.booleans(),
 )
 def test_every_step_within_the_limits_has_a_shape_that_was_compiled_and_holds_it(
     seqs: int,
@@ -50,18 +51,20 @@ def test_every_step_within_the_limits_has_a_shape_that_was_compiled_and_holds_it
     tokens: float,
     context: float,
     greedy: bool,
+    sampled: bool,
 ) -> None:
     shapes = table(
         max_num_seqs=seqs,
         max_num_batched_tokens=seqs + extra,
         max_model_len=longest,
         page_size=page_size,
+        sampled=sampled,
     )
     step_rows = round(rows * seqs)
     step_tokens = round(tokens * shapes.most_tokens(step_rows)) or int(step_rows == 0)
     step_context = max(1, round(context * longest))
     shape = shapes.pick(step_rows, step_tokens, step_context, greedy)
-    assert shape in shapes.all()
+    assert (shape in shapes.all()) == (sampled or greedy or step_rows == 0)
     assert shape.batch >= step_rows
     assert shape.tokens >= step_tokens
     assert (shape.tokens == 0) == (step_tokens == 0)
@@ -99,6 +102,8 @@ def test_all_shapes_come_once_and_the_largest_first() -> None:
     shapes = table().all()
     assert len(set(shapes)) == len(shapes) == 5 * 3 * 2 + 2 * 3 * 3 * 2 + 3 * 3
     assert shapes == sorted(shapes, reverse=True)
+    greedy = table(sampled=False).all()
+    assert greedy == [shape for shape in shapes if shape.greedy or not shape.batch]
 
 
 def test_buckets_of_the_user_replace_the_defaults() -> None:
