@@ -136,8 +136,8 @@ KEPT = {
     "small": ((100, 100), (50, 50)),
     "tiny": ((100, 100), (50, 50)),
 }
-"""Shares that the controller may choose, for each model. (50, 50) beside them gains 2 %
-at most in simulation, and every pair of executors takes long to start."""
+"""Shares that the controller may choose, for each model. (50, 50) beside them gained at
+most 3 % of the mean E2E in simulation, and every pair of executors takes long to start."""
 LOADS = {
     "azure_conv": (0.6, 0.8, 1.0, 1.2),
     "azure_code": (0.1, 0.2, 0.4, 0.8),

@@ -13,7 +13,7 @@ from jpd.parallel import Split
 from jpd.semi_pd.share_models import Interference
 from jpd.simulate.latency import DecodeTime, LatencyModel, Overheads, PromptTime
 
-ARITHMETIC = "arithmetic; what SM shares do is fitted to single steps on one H200"
+ARITHMETIC = "arithmetic; SM shares and phases side by side as measured on one H200"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
