@@ -33,8 +33,10 @@ class Load:
     """For which they do; nothing comes later."""
     prompt_tokens: float
     """Of a request in the mean, above 0."""
+    queued_prompt_tokens: float
+    """Of one that waits; more than that where short prompts go first."""
     output_tokens: float
-    """Likewise."""
+    """Of a request in the mean, above 0."""
 
 
 class Flow(NamedTuple):
@@ -84,11 +86,12 @@ def follow(load: Load, token_s: float, step_s: Callable[[float, float], float]) 
             decoded_here += requests
         after = waiting + come - computed
         decoded += requests
-        waited += (waiting + after) / 2 * step / load.prompt_tokens
+        waited += (waiting + after) / 2 * step / load.queued_prompt_tokens
         waiting, decoding = after, decoding + (balance - decoding) * ended
         now_s += step
     decoded += decoding * load.output_tokens * step_s(decoding, 0.0)  # of who is left
-    new = (load.waiting_tokens + load.tokens_per_s * load.seconds) / load.prompt_tokens
+    new = load.waiting_tokens / load.queued_prompt_tokens
+    new += load.tokens_per_s * load.seconds / load.prompt_tokens
     everyone = new + load.decoding
     return Flow(
         wait_s=waited / new if new else 0.0,

@@ -74,7 +74,8 @@ class SloController:
 
        - the mean end-to-end time and TPOT: of the requests that are here, and that come within
          `foresee_s` if they come as they did, followed through both phases until all have ended
-         (`jpd.semi_pd.flow`), with waits of at least the mean TTFT seen, times the ratio below;
+         (`jpd.semi_pd.flow`). Those that wait are as long as seen; a wait is at least the mean TTFT
+         seen, times the ratio below;
        - TTFT, the largest of: what the SLO percentile of the waiting requests will see; what the
          queue will be in `horizon_s` if tokens arrive faster than they are computed; the percentile
          seen in `load_window_s`, times the ratio of s / (1 - load) (the paper's Eq. 3);
@@ -328,12 +329,18 @@ class SloController:
         # quarter has ended at least, or nothing would be known while none has.
         made = sum(o.decoding_requests * len(o.token_gap_s) for o in later)
         ended = max(1.0, decoded - decoding, decoded / 4)
+        prompt_tokens = max(1.0, prompts / max(1, begun + waiting))
+        # Those that wait are longer than the mean where short prompts go first. Where they do not,
+        # the first of them is computed in part, and what is left of it says nothing.
+        queued = sum(o.waiting_requests for o, _ in self._seen)
+        queued_tokens = sum(o.waiting_tokens for o, _ in self._seen)
         return Load(
             waiting_tokens=observation.waiting_tokens,
             decoding=decoding,
             tokens_per_s=self._arriving_tokens_per_s(),
             seconds=self.foresee_s,
-            prompt_tokens=max(1.0, prompts / max(1, begun + waiting)),
+            prompt_tokens=prompt_tokens,
+            queued_prompt_tokens=max(prompt_tokens, queued_tokens / max(1, queued)),
             output_tokens=max(1.0, made / ended),
         )
 

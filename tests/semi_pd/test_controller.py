@@ -480,6 +480,17 @@ def test_ours_foresees_shares_that_cannot_compute_what_comes(foresee_s: float, t
     assert [shares for _, shares in changes] == ([divided] if taken else [])
 
 
+@pytest.mark.parametrize(("waiting", "taken"), [(10, False), (3, True)])
+def test_ours_knows_how_many_wait_in_a_queue(waiting: int, taken: bool) -> None:
+    """Tokens of ten mean prompts wait; where they are of three long ones, fewer are kept so."""
+    divided = Shares(60, 40)
+    much = {"ttft_s": [0.05], "decoding_requests": 40, "waiting_requests": waiting}
+    much |= {"prefill_tokens": 900, "prefill_busy_s": 0.09, "queue": 0.9}
+    controller = ours(allowed=[divided, FULL], foresee_s=10)
+    changes = play(controller, lambda s: busy(s, **much), until_s=1)
+    assert [shares for _, shares in changes] == ([divided] if taken else [])
+
+
 def test_ours_has_no_edge_between_waiting_for_sms_and_for_a_place() -> None:
     """A little more or less of prefill's time must not turn a forecast round."""
     allowed = (Shares(50, 50), Shares(60, 40), Shares(80, 20))

@@ -15,6 +15,7 @@ LOAD = Load(
     tokens_per_s=5000.0,
     seconds=100.0,
     prompt_tokens=500.0,
+    queued_prompt_tokens=500.0,
     output_tokens=100.0,
 )
 """Ten requests a second."""
@@ -57,6 +58,18 @@ def test_a_queue_that_grows_is_waited_for_until_it_is_gone() -> None:
     """Twice as much comes as can be computed: the last one waits as long as arrivals lasted."""
     flow = follow(LOAD, 4e-4, constant(1e-4))
     assert flow.wait_s == pytest.approx(100 / 2, rel=0.02)
+
+
+def test_a_queue_of_long_prompts_is_one_of_few_requests() -> None:
+    """Short ones go first: the queue is as long in tokens, and half or a quarter as many wait."""
+    for longer in (2, 4):
+        growing = replace(LOAD, queued_prompt_tokens=longer * LOAD.prompt_tokens)
+        flow = follow(growing, 4e-4, constant(1e-4))
+        assert flow.wait_s == pytest.approx(100 / 2 / longer, rel=0.02)
+        draining = replace(growing, waiting_tokens=50_000.0, tokens_per_s=0.0, seconds=0.01)
+        flow = follow(replace(draining, decoding=50.0), 1e-3, constant(1e-4))
+        assert flow.wait_s == pytest.approx(50 / 2, rel=0.02)  # of each that waits: it is there
+        assert flow.new == pytest.approx(100 / longer / (100 / longer + 50))
 
 
 def test_arrivals_wait_and_decode_as_events_one_by_one_do() -> None:
