@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 
@@ -18,6 +19,8 @@ class Panel:
     curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]
     """x and y by the name of each curve; equal names get equal colours in all panels."""
     log_y: bool = False
+    variants: Mapping[str, str] = field(default_factory=dict)
+    """Curves that are dashed, in the colour of the curve of this name."""
 
 
 def write_svg(path: Path, question: str, rows: Sequence[Sequence[Panel]]) -> bool:
@@ -37,15 +40,20 @@ def write_svg(path: Path, question: str, rows: Sequence[Sequence[Panel]]) -> boo
     import matplotlib
     from matplotlib.figure import Figure
 
-    names = list(dict.fromkeys(name for row in rows for panel in row for name in panel.curves))
-    figure = Figure(figsize=(4.2 * columns, 3.2 * len(rows)), layout="constrained")
+    panels = [panel for row in rows for panel in row]
+    hues = [panel.variants.get(name, name) for panel in panels for name in panel.curves]
+    hues = list(dict.fromkeys(hues))
+    legend = {}
+    figure = Figure(figsize=(4.2 * columns + 2, 3.2 * len(rows)), layout="constrained")
     grid = figure.subplots(len(rows), columns, squeeze=False)
     for axes_row, row in zip(grid, rows, strict=True):
         for axes in axes_row[len(row) :]:
             axes.set_visible(False)
         for axes, panel in zip(axes_row, row, strict=False):
             for name, (xs, ys) in panel.curves.items():
-                axes.plot(xs, ys, "o-", color=f"C{names.index(name)}", label=name, markersize=3)
+                color = f"C{hues.index(panel.variants.get(name, name))}"
+                style = "o--" if name in panel.variants else "o-"
+                (legend[name],) = axes.plot(xs, ys, style, color=color, markersize=3)
             axes.set_title(panel.title, size=9)
             axes.set_xlabel(panel.x_label, size=8)
             axes.set_ylabel(panel.y_label, size=8)
@@ -54,9 +62,9 @@ def write_svg(path: Path, question: str, rows: Sequence[Sequence[Panel]]) -> boo
             else:
                 axes.set_ylim(bottom=0)
             axes.spines[["top", "right"]].set_visible(False)
-            if panel.curves:
-                axes.legend(frameon=False, fontsize=7)
-    figure.suptitle(question, size=9)
+    place = {"loc": "outside right center", "frameon": False, "fontsize": 7, "handlelength": 4}
+    figure.legend(legend.values(), legend.keys(), **place)
+    figure.suptitle("\n".join(textwrap.wrap(question, 50 * columns)), size=9)
     # Fixed ids and no date: the same numbers give the same file, so a diff means new numbers.
     with matplotlib.rc_context({"svg.hashsalt": "jpd"}):
         figure.savefig(path, metadata={"Date": None})

@@ -586,7 +586,8 @@ def test_configurations_measure_each_share_alone_once() -> None:
 
 
 def test_curves_need_no_matplotlib(tmp_path, capsys) -> None:
-    panel = curves.Panel("t", "x", "y", {"a": ([1, 2], [3, 4])})
+    lines = {name: ([1, 2], [3, 4]) for name in ("a", "b")}
+    panel = curves.Panel("t", "x", "y", lines, variants={"b": "a"})
     drawn = curves.write_svg(tmp_path / "a.svg", "?", [[panel, panel], [panel]])
     assert drawn == (tmp_path / "a.svg").exists()
     assert drawn or "matplotlib is not installed" in capsys.readouterr().out
