@@ -99,6 +99,8 @@ def _simulated(s: Summary) -> str:
 
     names = {"chunked": "chunked", "prefill_first": "prefill-first"}
     names["semi_pd_100_100"] = "(100, 100)"
+    names["chunked_shortest"] = "short prompts first: chunked"
+    names["semi_pd_70_30_shortest"] = "(70, 30)"
     return "; ".join(
         f"{name} {errors(impl, 'ttft')}, {errors(impl, 'tpot')}" for impl, name in names.items()
     )
