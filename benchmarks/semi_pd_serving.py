@@ -21,9 +21,10 @@ waits for its turn takes memory and nothing else.
    `semi_pd_dynamic` lets jpd's `SloController` choose among shares that are kept ready, aiming at
    the tight SLO, and `semi_pd_mean` at no SLO but the least mean E2E; `auto` is `semi_pd_dynamic`
    with `topology="auto"`, which serves with one executor below `--break-even`, a ratio (see
-   `jpd/semi_pd/mode.py`). The others are held on two executors, and points with shares that change
-   begin under (100, 100) with two. Each has a twin whose name ends with `_shortest`, measured only
-   if it is asked for: the same with `scheduling_policy="shortest"` in place of "fcfs".
+   `jpd/semi_pd/mode.py`), and `auto_mean`, measured only if it is asked for, `semi_pd_mean` with
+   it. The others are held on two executors, and points with shares that change begin under
+   (100, 100) with two. Each has a twin whose name ends with `_shortest`, measured only if it is
+   asked for: the same with `scheduling_policy="shortest"` in place of "fcfs".
 
 A run too long for one call is cut into several: with `--seconds N` no case begins that may not end
 in time, `--merge` keeps the rows of earlier runs, with their SLOs and capacities, so that a load is
@@ -41,7 +42,8 @@ The summary has for each workload, over the means of its seeds:
 - `goodput_vs_...`: the rate at which 90 % keep the tight SLO, of `semi_pd_dynamic` over that of
   another (`per_gpu`: over half of it, since it has two); `loose` has the same for the loose SLO.
   Where a curve never crosses 90 % the ratio is a bound, see `relations`;
-- `shortest`: these for the twins of the two controllers, if one was measured; mean E2E against the
+- `auto_mean`: these for it, if it was measured, goodput with the tight SLO;
+- `shortest`: these for the twins of the controllers, if one was measured; mean E2E against the
   best unified policy, twins included, goodput (tight) against the same others as above and, in
   `against_twins`, against their twins;
 - `break_even_rate`: the highest rate at which the mean E2E of the better unified policy is as good
@@ -78,6 +80,7 @@ from benchmarks.render import print_table
 from benchmarks.report import Report, add_arguments
 from benchmarks.serving_summary import (
     AUTO,
+    AUTO_MEAN,
     DYNAMIC,
     MEAN,
     SHORTEST,
@@ -116,6 +119,7 @@ ENGINES = with_twins(
         DYNAMIC: "semi_pd",
         MEAN: "semi_pd",
         AUTO: "semi_pd",
+        AUTO_MEAN: "semi_pd",
         "time_slices": "time_slices",
         "disaggregated": "disaggregated",
     }
@@ -262,11 +266,12 @@ def run_point(
         if impl not in FIXED:
             aim = controllers.Slo(ttft_s=target.ttft_s, tpot_s=target.tpot_s)
             allowed = [Shares(*pair) for pair in options.kept_shares]
-            controller = SloController(slo=None if plain == MEAN else aim, allowed=allowed)
+            aimless = plain in (MEAN, AUTO_MEAN)
+            controller = SloController(slo=None if aimless else aim, allowed=allowed)
         options.controller.inner = (
             LoggedController(controller, decisions) if decisions else controller
         )
-        if plain == AUTO:
+        if plain in (AUTO, AUTO_MEAN):
             options.break_even.inner = BreakEven(ratio=break_even)
     before = _counts(llm)
     if not steered:

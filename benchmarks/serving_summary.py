@@ -14,7 +14,8 @@ from jpd.bench import slo
 from jpd.bench.slo import Goodput
 
 UNIFIED = ("chunked", "prefill_first")
-STATIC, DYNAMIC, MEAN, AUTO = "semi_pd_100_100", "semi_pd_dynamic", "semi_pd_mean", "auto"
+STATIC, DYNAMIC, MEAN = "semi_pd_100_100", "semi_pd_dynamic", "semi_pd_mean"
+AUTO, AUTO_MEAN = "auto", "auto_mean"
 SHORTEST = "_shortest"
 """Ends the name of an implementation that has `scheduling_policy="shortest"` instead of "fcfs"."""
 SLOS = {"tight": slo.TIGHT, "loose": slo.LOOSE}
@@ -216,6 +217,16 @@ def add_goodputs(
             part[key], summary["relations"][label + key] = ratio
 
 
+def summarise_one(
+    curves: Mapping[str, Curve], goodputs: Mapping[str, Goodput], impl: str
+) -> dict[str, Any]:
+    """What one implementation gains: mean E2E and goodput over those of the others."""
+    summary: dict[str, Any] = {"relations": {}, "null_because": {}}
+    add_speedups(summary, summary["null_because"], curves, impl)
+    add_goodputs(summary, summary, goodputs, impl)
+    return summary
+
+
 def summarise_shortest(
     curves: Mapping[str, Curve], goodputs: Mapping[str, Goodput]
 ) -> dict[str, Any]:
@@ -224,13 +235,13 @@ def summarise_shortest(
     Their mean E2E is compared with the best unified policy, goodput with each of the others and, in
     `against_twins`, with each of their twins.
     """
-    summary: dict[str, Any] = {"relations": {}, "null_because": {}}
-    add_speedups(summary, summary["null_because"], curves, DYNAMIC + SHORTEST)
-    add_goodputs(summary, summary, goodputs, DYNAMIC + SHORTEST)
+    summary = summarise_one(curves, goodputs, DYNAMIC + SHORTEST)
     twins = summary["against_twins"] = {"relations": {}, "null_because": {}}
     add_goodputs(twins, twins, goodputs, DYNAMIC + SHORTEST, twins=True)
     without = summary["without_slo"] = {"null_because": {}}
     add_speedups(without, without["null_because"], curves, MEAN + SHORTEST)
+    if AUTO_MEAN + SHORTEST in curves:
+        summary[AUTO_MEAN] = summarise_one(curves, goodputs, AUTO_MEAN + SHORTEST)
     return summary
 
 
@@ -261,7 +272,9 @@ def summarise_workload(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         part["goodput"] = {impl: list(found) for impl, found in goodputs[scale].items()}
         label = "" if scale == "tight" else f"{scale} "
         add_goodputs(part, summary, goodputs[scale], DYNAMIC, label)
-    if {DYNAMIC + SHORTEST, MEAN + SHORTEST} & curves.keys():
+    if AUTO_MEAN in curves:
+        summary[AUTO_MEAN] = summarise_one(curves, goodputs["tight"], AUTO_MEAN)
+    if {impl + SHORTEST for impl in (DYNAMIC, MEAN, AUTO_MEAN)} & curves.keys():
         summary["shortest"] = summarise_shortest(curves, goodputs["tight"])
     spreads = [c.spread for c in curves.values() if c.spread is not None]
     summary["seed_spread"] = max(spreads, default=None)

@@ -630,6 +630,10 @@ def test_the_dynamic_point_aims_at_the_slo(engine: Engine, tmp_path, monkeypatch
         assert mode.inner.decide(None, "unified") == "semi_pd"
         assert steering.inner.decide(None, Shares(50, 50)) == Shares(*shares)
     assert began == [FULL] * 5 + [Shares(70, 30)]
+    mode.inner = semi_pd_serving.Held()
+    semi_pd_serving.run_point(llm, None, 0, "auto_mean_shortest", *aim)
+    assert (steering.inner.slo, mode.inner.ratio, began[-1]) == (None, 1.5, FULL)
+    topology.shares = Shares(70, 30)
     monkeypatch.setattr(semi_pd_serving, "send", lambda *args: [])
     monkeypatch.setattr(semi_pd_serving, "SETTLE_S", 0.01)
     with pytest.raises(TimeoutError, match=r"auto: not under \(100, 100\) .* but \(70, 30\)"):

@@ -216,6 +216,30 @@ def test_twins_with_short_prompts_first_are_compared_with_the_best_unified_polic
     assert serving_summary.summarise_workload(some)["break_even_rate"] == found["break_even_rate"]
 
 
+def test_the_controller_without_an_slo_is_compared_as_auto_too() -> None:
+    rows = points(
+        chunked=[(4, 100, 1.0), (8, 500, 0.8)],
+        prefill_first=[(4, 120, 1.0), (8, 450, 0.5)],
+        chunked_shortest=[(4, 90, 1.0), (8, 400, 0.85)],
+        semi_pd_dynamic=[(4, 125, 1.0), (8, 300, 0.9)],
+    )
+    assert "auto_mean" not in serving_summary.summarise_workload(rows)
+    rows += points(auto_mean=[(4, 100, 1.0), (8, 250, 0.8)])
+    found = serving_summary.summarise_workload(rows)
+    assert found["auto_mean"]["mean_e2e_speedup_max"] == pytest.approx(450 / 250)
+    assert found["auto_mean"]["goodput_vs_chunked"] == pytest.approx(1.0)
+    assert "shortest" not in found
+    rows += points(auto_mean_shortest=[(4, 90, 1.0), (8, 200, 0.95)])
+    again = serving_summary.summarise_workload(rows)
+    assert again["auto_mean"] == found["auto_mean"]
+    twin = again["shortest"]["auto_mean"]
+    assert twin["mean_e2e_speedup_max"] == pytest.approx(400 / 200)
+    assert (twin["goodput_vs_chunked"], twin["relations"]["goodput_vs_chunked"]) == (
+        pytest.approx(8 / 6),
+        ">=",
+    )
+
+
 def test_what_was_not_measured_is_null_and_says_why() -> None:
     rows = points(chunked=[(4, 100, 1.0)], semi_pd_dynamic=[(4, 90, 1.0)])
     found = serving_summary.summarise_workload(rows)
