@@ -10,6 +10,8 @@ from typing import Any
 from benchmarks.budget import spread
 from benchmarks.report import Report
 from benchmarks.rows import load
+from jpd.errors import ConfigError
+from jpd.semi_pd.controller import Shares
 
 VARIANTS = ("stream", "graph")
 PEER_SECONDS = 300.0
@@ -35,6 +37,18 @@ def seconds(text: str) -> float:
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"seconds must be 0 or more, got {text}")
     return value
+
+
+def shares(text: str) -> Shares:
+    """Reads SM shares, as `70,30`."""
+    try:
+        prefill, decode = map(int, text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"two integers X,Y in percent, got {text!r}") from None
+    try:
+        return Shares(prefill, decode)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def add_seconds(

@@ -17,7 +17,8 @@ waits for its turn takes memory and nothing else.
    `kv_bytes_sent` are keys and values that went from prefill to decode (with `disaggregated`),
    `kv_wait_s` the time for which prompts that were computed waited for theirs to arrive.
 3. One engine is measured as `chunked` and `prefill_first`, another as the rest: `semi_pd_100_100`
-   leaves both phases all SMs, and `semi_pd_70_30`, measured only if it is asked for, divides them;
+   leaves both phases all SMs, and `semi_pd_70_30` and others, measured only if they are asked for,
+   divide them; `--kept` must have their shares;
    `semi_pd_dynamic` lets jpd's `SloController` choose among shares that are kept ready, aiming at
    the tight SLO, and `semi_pd_mean` at no SLO but the least mean E2E; `auto` is `semi_pd_dynamic`
    with `topology="auto"`, which serves with one executor below `--break-even`, a ratio (see
@@ -43,6 +44,8 @@ The summary has for each workload, over the means of its seeds:
   another (`per_gpu`: over half of it, since it has two); `loose` has the same for the loose SLO.
   Where a curve never crosses 90 % the ratio is a bound, see `relations`;
 - `auto_mean`: these for it, if it was measured, goodput with the tight SLO;
+- `fixed`: likewise for each that was measured with shares that divide the SMs, twins too (in both
+  `goodput_dynamic_vs_100_100` is not of `semi_pd_dynamic`, but of the one they are for);
 - `shortest`: these for the twins of the controllers, if one was measured; mean E2E against the
   best unified policy, twins included, goodput (tight) against the same others as above and, in
   `against_twins`, against their twins;
@@ -82,6 +85,7 @@ from benchmarks.serving_summary import (
     AUTO,
     AUTO_MEAN,
     DYNAMIC,
+    FIXED,
     MEAN,
     SHORTEST,
     SLOS,
@@ -89,6 +93,7 @@ from benchmarks.serving_summary import (
     panels,
     points_of,
     summarise_workload,
+    with_twins,
 )
 from benchmarks.stopping import end_on_sigterm, say
 from jpd import AsyncLLM
@@ -103,19 +108,11 @@ from jpd.semi_pd.mode import BreakEven, Mode, held_up_s, saved_per_waiting
 from jpd.semi_pd.slo_controller import SloController
 
 REFERENCE = "chunked"
-
-
-def with_twins[T](values: Mapping[str, T]) -> dict[str, T]:
-    """The values of implementations, each for its twin too."""
-    return {twin: value for impl, value in values.items() for twin in (impl, impl + SHORTEST)}
-
-
 ENGINES = with_twins(
     {
         "chunked": "unified",
         "prefill_first": "unified",
-        STATIC: "semi_pd",
-        "semi_pd_70_30": "semi_pd",
+        **{impl: "semi_pd" for impl in FIXED if not impl.endswith(SHORTEST)},
         DYNAMIC: "semi_pd",
         MEAN: "semi_pd",
         AUTO: "semi_pd",
@@ -125,8 +122,6 @@ ENGINES = with_twins(
     }
 )
 """Whose engine is whose, in the order of their turns."""
-FIXED = with_twins({STATIC: Shares(100, 100), "semi_pd_70_30": Shares(70, 30)})
-"""Shares that stay; `KEPT` must have them."""
 SHORT = Workload("short", [0.0], [16], [16], source="one request")
 """Sent between points, so that executors are steered."""
 SETTLE_S = 30.0
@@ -140,8 +135,10 @@ KEPT = {
     "small": ((100, 100), (50, 50)),
     "tiny": ((100, 100), (50, 50)),
 }
-"""Shares that the controller may choose, for each model. (50, 50) beside them gained at
-most 3 % of the mean E2E in simulation, and every pair of executors takes long to start."""
+"""Shares that are kept ready and that controllers may choose, for each model, if `--kept` says
+nothing else. (50, 50) beside them gained at most 3 % of the mean E2E on azure_conv and arxiv in
+simulation, and every pair of executors takes long to start; the short prompts and long outputs of
+sharegpt_like need decode to have more, azure_code prefill."""
 LOADS = {
     "azure_conv": (0.6, 0.8, 1.0, 1.2),
     "azure_code": (0.1, 0.2, 0.4, 0.8),
@@ -279,7 +276,8 @@ def run_point(
     records = send(llm, impl, workload, seed, client.run)
     fields = {name: count - before[name] for name, count in _counts(llm).items()}
     if steered:  # whoever steers takes what is recent
-        return records, fields | {"mode": llm.stats.mode}
+        kept = [list(pair) for pair in options.kept_shares]
+        return records, fields | {"mode": llm.stats.mode, "kept_shares": kept}
     seen = [Observation(**asdict(coordinator.recent()))]
     # Of the time in which a gap between tokens passed, the part that prompts held up.
     held_up = held_up_s(seen) * seen[0].prefill_tokens / max(sum(seen[0].token_gap_s), 1e-9)
@@ -418,12 +416,19 @@ class Engines(contextlib.ExitStack):
     Args:
         model: an entry of `topologies.SIZES`.
         sizes: of each engine.
+        kept: shares that are kept ready.
         impls: that are measured.
     """
 
-    def __init__(self, model: str, sizes: Mapping[str, Any], impls: Iterable[str]) -> None:
+    def __init__(
+        self,
+        model: str,
+        sizes: Mapping[str, Any],
+        kept: Sequence[tuple[int, int]],
+        impls: Iterable[str],
+    ) -> None:
         super().__init__()
-        self._model, self._sizes = model, sizes
+        self._model, self._sizes, self._kept = model, sizes, kept
         self._wanted = [ENGINES[impl] for impl in impls]
         self._started: dict[str, topologies.EngineProcess | Exception] = {}
 
@@ -459,7 +464,7 @@ class Engines(contextlib.ExitStack):
 
     def _process(self, engine: str) -> topologies.EngineProcess:
         topology = {"unified": REFERENCE, "semi_pd": "auto"}.get(engine, engine)
-        kept = {"semi_pd": {"kept_shares": KEPT[self._model]}} if engine == "semi_pd" else {}
+        kept = {"semi_pd": {"kept_shares": self._kept}} if engine == "semi_pd" else {}
         arguments = topologies.engine_args(
             self._model,
             topology,
@@ -583,6 +588,13 @@ def main() -> None:
     parser.add_argument(
         "--break-even", type=float, default=BREAK_EVEN, help="ratio, of auto [%(default)s]"
     )
+    parser.add_argument(
+        "--kept",
+        nargs="+",
+        type=options.shares,
+        metavar="X,Y",
+        help="shares that are kept ready, and that controllers may choose [by the model]",
+    )
     parser.add_argument("--seeds", nargs="+", type=int, help="[0 1; 0 with --quick]")
     parser.add_argument("--decisions", type=Path, help="folder for what controllers see and say")
     options.add_seconds(parser)
@@ -608,14 +620,17 @@ def main() -> None:
     report.summarise = summarise
     model, sizes = topologies.sizes(args, report.env)
     options.merge_of_one_model(parser, report, args, model)
+    kept = [(s.prefill, s.decode) for s in args.kept] if args.kept else KEPT[model]
+    if (100, 100) not in kept:
+        parser.error(f"--kept: no 100,100, under which points begin, in {kept}")
     for impl in args.impls:
         shares = FIXED.get(impl)
-        if shares is not None and (shares.prefill, shares.decode) not in KEPT[model]:
-            parser.error(f"--impls: {impl}: {shares} is not kept ready for {model}: {KEPT[model]}")
+        if shares is not None and (shares.prefill, shares.decode) not in kept:
+            parser.error(f"--impls: {impl}: {shares} is not kept ready: {kept}")
     if (case := stranger(report.all_rows())) is not None:
         parser.error(f"--merge: {case} was measured by another run's SLOs and capacity")
     if args.seconds != 0:
-        with Engines(model, sizes, args.impls) as engines:
+        with Engines(model, sizes, kept, args.impls) as engines:
             measure(
                 args,
                 report,

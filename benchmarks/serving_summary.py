@@ -12,12 +12,26 @@ import numpy as np
 from benchmarks.curves import Panel
 from jpd.bench import slo
 from jpd.bench.slo import Goodput
+from jpd.semi_pd.controller import FULL, Shares
 
 UNIFIED = ("chunked", "prefill_first")
 STATIC, DYNAMIC, MEAN = "semi_pd_100_100", "semi_pd_dynamic", "semi_pd_mean"
 AUTO, AUTO_MEAN = "auto", "auto_mean"
 SHORTEST = "_shortest"
 """Ends the name of an implementation that has `scheduling_policy="shortest"` instead of "fcfs"."""
+
+
+def with_twins[T](values: Mapping[str, T]) -> dict[str, T]:
+    """The values of implementations, each for its twin too."""
+    return {twin: value for impl, value in values.items() for twin in (impl, impl + SHORTEST)}
+
+
+DIVIDED = with_twins(
+    {f"semi_pd_{x}_{100 - x}": Shares(x, 100 - x) for x in (90, 80, 70, 60, 50, 40, 30)}
+)
+"""Shares that stay and have no SM in common."""
+FIXED = with_twins({STATIC: FULL}) | DIVIDED
+"""Shares that stay."""
 SLOS = {"tight": slo.TIGHT, "loose": slo.LOOSE}
 """Times the unloaded latencies."""
 GOODPUT_RATIOS = {
@@ -274,6 +288,8 @@ def summarise_workload(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         add_goodputs(part, summary, goodputs[scale], DYNAMIC, label)
     if AUTO_MEAN in curves:
         summary[AUTO_MEAN] = summarise_one(curves, goodputs["tight"], AUTO_MEAN)
+    if fixed := [impl for impl in curves if impl in DIVIDED]:
+        summary["fixed"] = {i: summarise_one(curves, goodputs["tight"], i) for i in fixed}
     if {impl + SHORTEST for impl in (DYNAMIC, MEAN, AUTO_MEAN)} & curves.keys():
         summary["shortest"] = summarise_shortest(curves, goodputs["tight"])
     spreads = [c.spread for c in curves.values() if c.spread is not None]

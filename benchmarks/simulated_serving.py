@@ -23,8 +23,8 @@ import numpy as np
 from benchmarks import topologies
 from benchmarks.readme import RESULTS
 from benchmarks.report import Report, add_arguments
-from benchmarks.semi_pd_serving import ENGINES, FIXED, REFERENCE, second_half_per_s
-from benchmarks.serving_summary import SHORTEST
+from benchmarks.semi_pd_serving import ENGINES, REFERENCE, second_half_per_s
+from benchmarks.serving_summary import FIXED, SHORTEST
 from jpd import checkpoint
 from jpd.bench import slo, traces
 from jpd.bench.slo import RequestRecord

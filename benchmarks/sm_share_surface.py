@@ -229,12 +229,6 @@ class Bench:
 # --- command ---------------------------------------------------------------------------------
 
 
-def pair(text: str) -> Shares:
-    """`80,100` as shares."""
-    prefill, decode = map(int, text.split(","))
-    return Shares(prefill, decode)
-
-
 def rows_by_tokens(text: str) -> tuple[int, int]:
     """`32x1024` as rows and tokens."""
     rows, tokens = map(int, text.split("x"))
@@ -285,7 +279,7 @@ def main() -> None:
     add_arguments(parser)
     topologies.add_arguments(parser)
     parser.add_argument(
-        "--pairs", nargs="+", type=pair, metavar="X,Y", help="prefill,decode shares"
+        "--pairs", nargs="+", type=options.shares, metavar="X,Y", help="prefill,decode shares"
     )
     parser.add_argument("--decode", nargs="+", type=rows_by_tokens, metavar="ROWSxTOKENS")
     parser.add_argument("--prompts", nargs="+", type=int, metavar="TOKENS")

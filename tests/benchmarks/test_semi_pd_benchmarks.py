@@ -112,6 +112,23 @@ def test_a_folder_for_decisions_that_cannot_be_made(tmp_path, monkeypatch, capsy
     assert folder in error
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--kept", "101,0"], "prefill=101 is not allowed: an integer percent, 1..100"),
+        (["--kept", "70"], "two integers X,Y in percent, got '70'"),
+        (["--kept", "70,30"], "no 100,100, under which points begin, in [(70, 30)]"),
+        (
+            ["--kept", "100,100", "70,30", "--impls", "semi_pd_80_20"],
+            "(80, 20) is not kept ready: [(100, 100), (70, 30)]",
+        ),
+    ],
+)
+def test_kept_shares_that_cannot_be_served(arguments, said, monkeypatch, capsys) -> None:
+    assert run_main(semi_pd_serving, monkeypatch, "--quick", *arguments) == 2
+    assert said in capsys.readouterr().err
+
+
 def test_serving_in_two_calls(tmp_path, monkeypatch, capsys) -> None:
     arguments = topologies.engine_args("tiny", "chunked", **SIZES, enable_prefix_caching=False)
     llm = AsyncLLM(**arguments)
@@ -608,7 +625,8 @@ def test_the_dynamic_point_aims_at_the_slo(engine: Engine, tmp_path, monkeypatch
     assert records == []
     counts = ("preemptions", "recompiles", "executors_lost", "mode_changes", "switches")
     counts += ("kv_bytes_sent", "kv_wait_s")
-    assert fields == dict.fromkeys(counts, 0) | {"mode": "semi_pd"}
+    kept = [list(pair) for pair in PAIRS]
+    assert fields == dict.fromkeys(counts, 0) | {"mode": "semi_pd", "kept_shares": kept}
     assert mode.inner.ratio == 1.5
     assert isinstance(steering.inner, SloController)
     assert steering.inner.slo.ttft_s == 0.5

@@ -216,6 +216,25 @@ def test_twins_with_short_prompts_first_are_compared_with_the_best_unified_polic
     assert serving_summary.summarise_workload(some)["break_even_rate"] == found["break_even_rate"]
 
 
+def test_shares_that_divide_the_gpu_are_compared_each_by_itself() -> None:
+    rows = points(
+        chunked=[(4, 100, 0.95), (8, 500, 0.8)],
+        prefill_first=[(4, 120, 0.95), (8, 450, 0.5)],
+        semi_pd_100_100=[(4, 120, 0.95), (8, 450, 0.85)],
+        semi_pd_100_100_shortest=[(4, 120, 0.95), (8, 450, 0.85)],
+        semi_pd_dynamic=[(4, 125, 0.95), (8, 300, 0.9)],
+    )
+    assert "fixed" not in serving_summary.summarise_workload(rows)
+    rows += points(semi_pd_90_10_shortest=[(4, 200, 1.0), (8, 600, 0.91)])
+    found = serving_summary.summarise_workload(rows)["fixed"]
+    assert list(found) == ["semi_pd_90_10_shortest"]
+    (one,) = found.values()
+    assert one["mean_e2e_speedup_max"] == pytest.approx(450 / 600)
+    assert one["goodput_vs_chunked"] == pytest.approx(8 / (4 + 4 * 0.05 / 0.15))
+    assert one["goodput_dynamic_vs_100_100"] == pytest.approx(8 / 6)
+    assert one["relations"]["goodput_vs_chunked"] == ">="
+
+
 def test_the_controller_without_an_slo_is_compared_as_auto_too() -> None:
     rows = points(
         chunked=[(4, 100, 1.0), (8, 500, 0.8)],
