@@ -43,6 +43,7 @@ def write_svg(path: Path, question: str, rows: Sequence[Sequence[Panel]]) -> boo
     panels = [panel for row in rows for panel in row]
     hues = [panel.variants.get(name, name) for panel in panels for name in panel.curves]
     hues = list(dict.fromkeys(hues))
+    colors = matplotlib.colormaps["tab10" if len(hues) <= 10 else "tab20"].colors
     legend = {}
     figure = Figure(figsize=(4.2 * columns + 2, 3.2 * len(rows)), layout="constrained")
     grid = figure.subplots(len(rows), columns, squeeze=False)
@@ -51,7 +52,7 @@ def write_svg(path: Path, question: str, rows: Sequence[Sequence[Panel]]) -> boo
             axes.set_visible(False)
         for axes, panel in zip(axes_row, row, strict=False):
             for name, (xs, ys) in panel.curves.items():
-                color = f"C{hues.index(panel.variants.get(name, name))}"
+                color = colors[hues.index(panel.variants.get(name, name)) % len(colors)]
                 style = "o--" if name in panel.variants else "o-"
                 (legend[name],) = axes.plot(xs, ys, style, color=color, markersize=3)
             axes.set_title(panel.title, size=9)

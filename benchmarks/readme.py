@@ -58,33 +58,43 @@ def _ratio(found: Summary, key: str) -> str:
     return f"{_BOUNDS[found['relations'].get(key, '=')]}{found[key]:.2f}×"
 
 
-def _without_slo(found: Summary) -> str:
-    """The same two numbers of a controller without SLOs."""
-    of = found.get("without_slo", {})
-    best, at_80 = (of.get(f"mean_e2e_speedup_{at}") for at in ("max", "at_80pct_load"))
-    if best is None:
-        return "aimed at no SLO: not measured"
-    return f"aimed at no SLO {best:.2f}×" + ("" if at_80 is None else f" and {at_80:.2f}×")
+def _speedups(found: Summary) -> str:
+    """Of mean end-to-end time, at best and at 80 % load."""
+    both = (found.get(f"mean_e2e_speedup_{at}") for at in ("max", "at_80pct_load"))
+    return " and ".join("not measured" if of is None else f"{of:.2f}×" for of in both)
 
 
 def _ahead(found: Summary) -> str:
-    """Of the unified policies: mean time and goodput."""
-    best, at_80 = (found[f"mean_e2e_speedup_{at}"] for at in ("max", "at_80pct_load"))
+    """Of the unified policies: mean time, also without an SLO, and goodput."""
     return (
-        f"{best:.2f}× and {at_80:.2f}× ({_without_slo(found)}), goodput "
+        f"{_speedups(found)} (aimed at no SLO {_speedups(found.get('without_slo', {}))}), goodput "
         f"{_ratio(found, 'goodput_vs_chunked')} chunked, "
         f"{_ratio(found, 'goodput_vs_prefill_first')} prefill-first, "
         f"{_ratio(found, 'goodput_dynamic_vs_100_100')} of (100, 100)"
     )
 
 
+def _served_one(found: Summary) -> str:
+    """Semi-PD on a workload."""
+    auto, shortest = found.get("auto_vs_better_min"), found.get("shortest")
+    parts = [
+        "mean end-to-end time of the controller with the tight SLO against the better unified "
+        f"policy's, at best and at 80 % load, {_ahead(found)}"
+    ]
+    if auto is not None:
+        parts.append(f"`auto` at least {auto:.2f}× the best of those three")
+    if shortest is not None:
+        parts.append(
+            f"with short prompts first, in the mean against the best unified policy in either "
+            f"order, {_ahead(shortest)}"
+        )
+    return "; ".join(parts)
+
+
 def _served(summary: Summary) -> str:
     """Semi-PD on each workload."""
     return "; ".join(
-        f"{workload}: mean end-to-end time against the better unified policy's at best and at "
-        f"80 % load {_ahead(found)}; with short prompts first "
-        f"{_ahead(found['shortest'])}; `auto` at least {found['auto_vs_better_min']:.2f}× the best "
-        "of all"
+        f"{workload}: {_served_one(found)}"
         for workload, found in summary.items()
         if isinstance(found, dict)
     )
@@ -99,8 +109,8 @@ def _simulated(s: Summary) -> str:
 
     names = {"chunked": "chunked", "prefill_first": "prefill-first"}
     names["semi_pd_100_100"] = "(100, 100)"
-    names["chunked_shortest"] = "short prompts first: chunked"
-    names["semi_pd_70_30_shortest"] = "(70, 30)"
+    names["chunked_shortest"] = "chunked, short prompts first"
+    names["semi_pd_70_30_shortest"] = "(70, 30), short prompts first"
     return "; ".join(
         f"{name} {errors(impl, 'ttft')}, {errors(impl, 'tpot')}" for impl, name in names.items()
     )

@@ -46,9 +46,9 @@ The summary has for each workload, over the means of its seeds:
 - `auto_mean`: these for it, if it was measured, goodput with the tight SLO;
 - `fixed`: likewise for each that was measured with shares that divide the SMs, twins too (in both
   `goodput_dynamic_vs_100_100` is not of `semi_pd_dynamic`, but of the one they are for);
-- `shortest`: these for the twins of the controllers, if one was measured; mean E2E against the
-  best unified policy, twins included, goodput (tight) against the same others as above and, in
-  `against_twins`, against their twins;
+- `shortest`: these for the twins of the controllers and of `auto_mean`, if one was measured; mean
+  E2E against the best unified policy, twins included, goodput (tight) against the same others as
+  above and, in `against_twins`, of `semi_pd_dynamic_shortest` against their twins;
 - `break_even_rate`: the highest rate at which the mean E2E of the better unified policy is as good
   as that of `semi_pd_dynamic`, interpolated between the two measured rates around it; `>=`: it is
   still better at the highest; null: at none. `break_even_ratio` is what `--break-even` should be,
@@ -252,7 +252,7 @@ def run_point(
         seed: of the prompts.
         impl: what it is measured as.
         target: what a controller aims at.
-        break_even: ratio from which on two executors serve as `auto`.
+        break_even: ratio from which on two executors serve as `auto` and `auto_mean`.
         decisions: file for what a controller is shown and says; None for none.
     """
     options, coordinator = llm.config.semi_pd, llm._engine.coordinator
@@ -377,7 +377,7 @@ def measure_case(
         unloaded: row of the workload.
         limit: most tokens of a request.
         seconds: in which a point's requests are sent.
-        break_even: of `auto`.
+        break_even: of `auto` and `auto_mean`.
         decisions: folder for what controllers are shown and say; None for none.
     """
     n = max(4, round(case.rate * seconds))
@@ -507,6 +507,15 @@ def stranger(rows: Iterable[Mapping[str, Any]]) -> str | None:
     return None
 
 
+def choices(rows: Iterable[Mapping[str, Any]]) -> dict[str, set[tuple[tuple[int, int], ...]]]:
+    """What the controllers of each workload chose from; rows that do not say so are passed over."""
+    found: dict[str, set] = {}
+    for workload, points in points_of(rows).items():
+        chose = [row for row in points if row["impl"] not in FIXED and "kept_shares" in row]
+        found[workload] = {tuple(map(tuple, row["kept_shares"])) for row in chose}
+    return found
+
+
 def cases_of(
     args: argparse.Namespace, report: Report, workload: str, seed: int, capacity: float
 ) -> list[Case]:
@@ -586,7 +595,10 @@ def main() -> None:
     rates.add_argument("--rates", nargs="+", type=float, help="requests/s, for all workloads")
     parser.add_argument("--point-seconds", type=float, help="of sending [20; 2 with --quick]")
     parser.add_argument(
-        "--break-even", type=float, default=BREAK_EVEN, help="ratio, of auto [%(default)s]"
+        "--break-even",
+        type=float,
+        default=BREAK_EVEN,
+        help="ratio, of auto and auto_mean [%(default)s]",
     )
     parser.add_argument(
         "--kept",
@@ -620,7 +632,7 @@ def main() -> None:
     report.summarise = summarise
     model, sizes = topologies.sizes(args, report.env)
     options.merge_of_one_model(parser, report, args, model)
-    kept = [(s.prefill, s.decode) for s in args.kept] if args.kept else KEPT[model]
+    kept = [(s.prefill, s.decode) for s in args.kept] if args.kept else list(KEPT[model])
     if (100, 100) not in kept:
         parser.error(f"--kept: no 100,100, under which points begin, in {kept}")
     for impl in args.impls:
@@ -629,6 +641,14 @@ def main() -> None:
             parser.error(f"--impls: {impl}: {shares} is not kept ready: {kept}")
     if (case := stranger(report.all_rows())) is not None:
         parser.error(f"--merge: {case} was measured by another run's SLOs and capacity")
+    chosen = choices(report.all_rows())
+    choose = any(ENGINES[impl] == "semi_pd" and impl not in FIXED for impl in args.impls)
+    if choose and args.seconds != 0:
+        for workload in args.workloads:
+            chosen.setdefault(workload, set()).add(tuple(kept))
+    for workload, pairs in chosen.items():
+        if len(pairs) > 1:
+            parser.error(f"--merge: controllers of {workload} chose from {sorted(pairs)}")
     if args.seconds != 0:
         with Engines(model, sizes, kept, args.impls) as engines:
             measure(

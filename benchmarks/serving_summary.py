@@ -247,7 +247,7 @@ def summarise_shortest(
     """What the controllers' twins gain, with the tight SLO.
 
     Their mean E2E is compared with the best unified policy, goodput with each of the others and, in
-    `against_twins`, with each of their twins.
+    `against_twins`, that of `semi_pd_dynamic_shortest` with each of their twins.
     """
     summary = summarise_one(curves, goodputs, DYNAMIC + SHORTEST)
     twins = summary["against_twins"] = {"relations": {}, "null_because": {}}

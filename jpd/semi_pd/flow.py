@@ -34,7 +34,7 @@ class Load:
     prompt_tokens: float
     """Of a request in the mean, above 0."""
     queued_prompt_tokens: float
-    """Of one that waits; more than that where short prompts go first."""
+    """Of one that waits; at least that, and more where short prompts go first."""
     output_tokens: float
     """Of a request in the mean, above 0."""
 
@@ -79,7 +79,9 @@ def follow(load: Load, token_s: float, step_s: Callable[[float, float], float]) 
         ends_per_s = 1 / (load.output_tokens * gap_s)
         # d(decoding)/dt = ends_per_s * (balance - decoding), with both constant over the step.
         ended = -math.expm1(-ends_per_s * step)
-        balance = computed / load.prompt_tokens / step / ends_per_s
+        # Those that come, and those by which the queue, of other lengths, shrinks.
+        begun = come / load.prompt_tokens + (computed - come) / load.queued_prompt_tokens
+        balance = begun / step / ends_per_s
         requests = balance * step + (decoding - balance) * ended / ends_per_s
         if arriving:
             gaps += requests * gap_s

@@ -74,7 +74,8 @@ class SloController:
 
        - the mean end-to-end time and TPOT: of the requests that are here, and that come within
          `foresee_s` if they come as they did, followed through both phases until all have ended
-         (`jpd.semi_pd.flow`). Those that wait are as long as seen; a wait is at least the mean TTFT
+         (`jpd.semi_pd.flow`). Prompts that wait are taken to be as long as those that waited within
+         `load_window_s`, if that is longer than the mean one. A wait is at least the mean TTFT
          seen, times the ratio below;
        - TTFT, the largest of: what the SLO percentile of the waiting requests will see; what the
          queue will be in `horizon_s` if tokens arrive faster than they are computed; the percentile
@@ -331,7 +332,7 @@ class SloController:
         ended = max(1.0, decoded - decoding, decoded / 4)
         prompt_tokens = max(1.0, prompts / max(1, begun + waiting))
         # Those that wait are longer than the mean where short prompts go first. Where they do not,
-        # the first of them is computed in part, and what is left of it says nothing.
+        # the first of them is computed in part: what is left of it says nothing, hence the max.
         queued = sum(o.waiting_requests for o, _ in self._seen)
         queued_tokens = sum(o.waiting_tokens for o, _ in self._seen)
         return Load(

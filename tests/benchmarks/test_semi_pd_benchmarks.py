@@ -129,6 +129,40 @@ def test_kept_shares_that_cannot_be_served(arguments, said, monkeypatch, capsys)
     assert said in capsys.readouterr().err
 
 
+def test_kept_shares_reach_the_engine_that_divides_the_gpu(monkeypatch) -> None:
+    monkeypatch.setattr(topologies, "EngineProcess", lambda make, arguments, **env: arguments)
+    kept = [(100, 100), (80, 20)]
+    engines = semi_pd_serving.Engines("tiny", SIZES, kept, ["chunked", "semi_pd_dynamic"])
+    assert engines._process("semi_pd")["semi_pd"]["kept_shares"] == kept
+    assert "semi_pd" not in engines._process("unified")
+
+
+def test_controllers_of_a_workload_choose_from_the_same_shares(
+    tmp_path, monkeypatch, capsys
+) -> None:
+    question = "How fast do the topologies serve, and how much load do they bear within an SLO?"
+    report = Report("semi_pd_serving", question, out=tmp_path)
+    report.summary["model"] = "tiny"
+    point = {"rate": 4.0, "load": 0.4, "tight": 1.0, "loose": 1.0, "mean_e2el_ms": 5.0, "seed": 0}
+    for workload, impl, kept in (
+        ("azure_conv", "chunked", None),
+        ("azure_conv", "semi_pd_mean", [[100, 100], [70, 30]]),
+        ("azure_conv", "semi_pd_90_10", [[100, 100], [90, 10]]),  # it does not choose
+        ("arxiv", "semi_pd_mean", [[100, 100], [60, 40]]),
+    ):
+        report.add(semi_pd_serving.unloaded_case(workload), "chunked", capacity=10.0)
+        fields = point | {"workload": workload} | ({} if kept is None else {"kept_shares": kept})
+        report.add(f"{workload} 4/s seed 0 {impl}", impl, **fields)
+    report.save()
+    file = str(tmp_path / "semi_pd_serving.json")
+    here = ("--merge", file, "--out", str(tmp_path / "again"))
+    assert run_main(semi_pd_serving, monkeypatch, *here, "--quick", "--seconds", "0") == 0
+    other = (*here, "--quick", "--impls", "semi_pd_mean", "--kept", "100,100", "60,40")
+    assert run_main(semi_pd_serving, monkeypatch, *other, "--workloads", "azure_conv") == 2
+    said = "controllers of azure_conv chose from [((100, 100), (60, 40)), ((100, 100), (70, 30))]"
+    assert said in capsys.readouterr().err
+
+
 def test_serving_in_two_calls(tmp_path, monkeypatch, capsys) -> None:
     arguments = topologies.engine_args("tiny", "chunked", **SIZES, enable_prefix_caching=False)
     llm = AsyncLLM(**arguments)

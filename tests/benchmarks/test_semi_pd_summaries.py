@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -633,6 +634,10 @@ def test_curves_need_no_matplotlib(tmp_path, capsys) -> None:
     panel = curves.Panel("t", "x", "y", lines, variants={"b": "a"})
     drawn = curves.write_svg(tmp_path / "a.svg", "?", [[panel, panel], [panel]])
     assert drawn == (tmp_path / "a.svg").exists()
+    if drawn:  # a variant is dashed, in the colour of its curve: in three panels and the legend
+        text = (tmp_path / "a.svg").read_text()
+        assert text.count("stroke-dasharray: 5") == 4
+        assert set(re.findall("#[0-9a-f]{6}", text)) == {"#000000", "#ffffff", "#1f77b4"}
     assert drawn or "matplotlib is not installed" in capsys.readouterr().out
     assert not curves.write_svg(tmp_path / "b.svg", "?", [[], []])
     assert "nothing was measured" in capsys.readouterr().out

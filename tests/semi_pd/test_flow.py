@@ -70,6 +70,7 @@ def test_a_queue_of_long_prompts_is_one_of_few_requests() -> None:
         flow = follow(replace(draining, decoding=50.0), 1e-3, constant(1e-4))
         assert flow.wait_s == pytest.approx(50 / 2, rel=0.02)  # of each that waits: it is there
         assert flow.new == pytest.approx(100 / longer / (100 / longer + 50))
+        assert flow.decode_s == pytest.approx(100 * 1e-4, rel=0.02)  # none is lost or doubled
 
 
 def test_arrivals_wait_and_decode_as_events_one_by_one_do() -> None:
