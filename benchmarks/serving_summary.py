@@ -27,7 +27,7 @@ def with_twins[T](values: Mapping[str, T]) -> dict[str, T]:
 
 
 DIVIDED = with_twins(
-    {f"semi_pd_{x}_{100 - x}": Shares(x, 100 - x) for x in (90, 80, 70, 60, 50, 40, 30)}
+    {f"semi_pd_{x}_{100 - x}": Shares(x, 100 - x) for x in (90, 85, 80, 70, 60, 50, 40, 30)}
 )
 """Shares that stay and have no SM in common."""
 FIXED = with_twins({STATIC: FULL}) | DIVIDED
