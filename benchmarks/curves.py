@@ -41,8 +41,8 @@ def write_svg(path: Path, question: str, rows: Sequence[Sequence[Panel]]) -> boo
     from matplotlib.figure import Figure
 
     panels = [panel for row in rows for panel in row]
-    hues = [panel.variants.get(name, name) for panel in panels for name in panel.curves]
-    hues = list(dict.fromkeys(hues))
+    named = (panel.variants.get(name, name) for panel in panels for name in panel.curves)
+    hues = list(dict.fromkeys(named))
     colors = matplotlib.colormaps["tab10" if len(hues) <= 10 else "tab20"].colors
     legend = {}
     figure = Figure(figsize=(4.2 * columns + 2, 3.2 * len(rows)), layout="constrained")

@@ -82,7 +82,7 @@ def _served_one(found: Summary) -> str:
         f"policy's, at best and at 80 % load, {_ahead(found)}"
     ]
     if auto is not None:
-        parts.append(f"`auto` at least {auto:.2f}× the best of those three")
+        parts.append(f"`auto` at least {auto:.2f}× the best of that controller and both policies")
     if shortest is not None:
         parts.append(
             f"with short prompts first, in the mean against the best unified policy in either "

@@ -508,7 +508,7 @@ def stranger(rows: Iterable[Mapping[str, Any]]) -> str | None:
 
 
 def choices(rows: Iterable[Mapping[str, Any]]) -> dict[str, set[tuple[tuple[int, int], ...]]]:
-    """What the controllers of each workload chose from; rows that do not say so are passed over."""
+    """Shares that each workload's controllers chose from; rows that do not say so are left out."""
     found: dict[str, set] = {}
     for workload, points in points_of(rows).items():
         chose = [row for row in points if row["impl"] not in FIXED and "kept_shares" in row]
@@ -642,8 +642,8 @@ def main() -> None:
     if (case := stranger(report.all_rows())) is not None:
         parser.error(f"--merge: {case} was measured by another run's SLOs and capacity")
     chosen = choices(report.all_rows())
-    choose = any(ENGINES[impl] == "semi_pd" and impl not in FIXED for impl in args.impls)
-    if choose and args.seconds != 0:
+    one_chooses = any(ENGINES[impl] == "semi_pd" and impl not in FIXED for impl in args.impls)
+    if one_chooses and args.seconds != 0:
         for workload in args.workloads:
             chosen.setdefault(workload, set()).add(tuple(kept))
     for workload, pairs in chosen.items():

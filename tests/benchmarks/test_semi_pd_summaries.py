@@ -630,17 +630,22 @@ def test_configurations_measure_each_share_alone_once() -> None:
 
 
 def test_curves_need_no_matplotlib(tmp_path, capsys) -> None:
-    lines = {name: ([1, 2], [3, 4]) for name in ("a", "b")}
-    panel = curves.Panel("t", "x", "y", lines, variants={"b": "a"})
+    panel = curves.Panel("t", "x", "y", {"a": ([1, 2], [3, 4])})
     drawn = curves.write_svg(tmp_path / "a.svg", "?", [[panel, panel], [panel]])
     assert drawn == (tmp_path / "a.svg").exists()
-    if drawn:  # a variant is dashed, in the colour of its curve: in three panels and the legend
-        text = (tmp_path / "a.svg").read_text()
-        assert text.count("stroke-dasharray: 5") == 4
-        assert set(re.findall("#[0-9a-f]{6}", text)) == {"#000000", "#ffffff", "#1f77b4"}
     assert drawn or "matplotlib is not installed" in capsys.readouterr().out
     assert not curves.write_svg(tmp_path / "b.svg", "?", [[], []])
     assert "nothing was measured" in capsys.readouterr().out
+
+
+def test_a_variant_is_dashed_in_the_colour_of_its_curve(tmp_path) -> None:
+    pytest.importorskip("matplotlib")
+    lines = {name: ([1, 2], [3, 4]) for name in ("a", "b")}
+    panel = curves.Panel("t", "x", "y", lines, variants={"b": "a"})
+    assert curves.write_svg(tmp_path / "a.svg", "?", [[panel, panel], [panel]])
+    text = (tmp_path / "a.svg").read_text()
+    assert text.count("stroke-dasharray: 5") == 4  # in three panels and the legend
+    assert set(re.findall("#[0-9a-f]{6}", text)) == {"#000000", "#ffffff", "#1f77b4"}
 
 
 # --- simulator -------------------------------------------------------------------------------
