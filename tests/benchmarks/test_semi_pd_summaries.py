@@ -69,7 +69,7 @@ def test_identical_ties_and_wrong_tokens() -> None:
     found = check(said, [1, 3, 6], [1, 4, 7], [1, 5, 6], [2, 3, 6], [1, 3, 7], tie_below=0.1)
     assert (found.identical, found.ties, found.wrong) == (1, 3, 2)
     assert found.compared_tokens == 3 + 3 + 2 + 1 + 3
-    assert found.first_wrong == "request 2, position 1: token 5, not 3, margin 0.2"
+    assert found.faults[0] == "request 2, position 1: token 5, not 3, margin 0.2"
     # After a tie it goes on from the other text.
     assert said.rounds[1:] == [[LoadRequest([0, 1, 4], 1)]]
 
@@ -78,7 +78,7 @@ def test_a_wrong_token_after_a_tie_is_found() -> None:
     said = Scripted({1: -0.50, 2: -0.55}, {3: -0.1, 4: -3.0})
     found = check(said, [2, 4], tie_below=0.1)
     assert (found.identical, found.ties, found.wrong) == (0, 1, 1)
-    assert found.first_wrong == "request 0, position 1: token 4, not 3, margin 2.9"
+    assert found.faults[0] == "request 0, position 1: token 4, not 3, margin 2.9"
 
 
 def test_rounds_after_the_first_are_short() -> None:
@@ -99,14 +99,15 @@ def test_what_the_reference_does_not_judge_is_wrong() -> None:
     work, got = [LoadRequest([0], 2)] * 2, [[1, 3], [1, 3]]
     found = verify(lambda requests: [[Said(1, {1: -0.1})], []], work, got, 0.1)
     assert (found.identical, found.ties, found.wrong) == (0, 0, 2)
-    assert found.first_wrong == "request 0, position 0: the reference gave 1 of 2 tokens"
+    assert found.faults[0] == "request 0, position 0: the reference gave 1 of 2 tokens"
 
 
 def test_tokens_that_are_missing_or_unheard_of_are_wrong() -> None:
     said = Scripted({1: -0.1, 2: -0.2}, {3: -0.1, 4: -0.2})
     found = check(said, [1], [1, 3, 5], [1, 99], tie_below=5.0)
     assert (found.identical, found.ties, found.wrong) == (0, 0, 3)
-    assert found.first_wrong == "request 0: 1 tokens, not 2"
+    assert found.faults[0] == "request 0: 1 tokens, not 2"
+    assert found.faults[2] == "request 2, position 1: token 99, not 3, margin 0.1 or more"
 
 
 def test_parity_summary_counts_engines_that_did_not_run() -> None:
