@@ -294,6 +294,32 @@ LINES = (
         "15 ms, 15 ms",
     ),
     Line(
+        "h200/semi_pd_parity.json",
+        lambda s: (
+            "greedy tokens in bfloat16 of one executor with either policy, and of semi-PD while "
+            f"shares switch every second ({s['switches']} switches) and {s['kills']} executors are "
+            "killed, Llama-3.1-8B, random weights"
+        ),
+        lambda s: (
+            f"{s['wrong']} wrong, {s['not_run']} engines not run; of {s['compared_tokens']:,} "
+            f"tokens {100 * s['ties'] / s['compared_tokens']:.1f} % are another one within "
+            f"{s['tie_below']} of the best"
+        ),
+        "0 wrong",
+    ),
+    Line(
+        "h200/semi_pd_crash.json",
+        lambda s: f"{s['kills']} executors killed under load, Llama-3.1-8B, 64 running",
+        lambda s: (
+            f"{s['requests_lost']} requests lost, {s['wrong']} with a wrong token, "
+            f"{s['pages_leaked']} pages leaked; the next token after "
+            f"{s['cold_recovery_p50_ms'] / 1e3:.1f} s (p99 {s['cold_recovery_p99_ms'] / 1e3:.1f}) "
+            f"where a process has to start, {s['warm_recovery_p50_ms'] / 1e3:.2f} s (p99 "
+            f"{s['warm_recovery_p99_ms'] / 1e3:.1f}) where one is kept"
+        ),
+        "0, 0, 0",
+    ),
+    Line(
         "h200/sm_share_surface.json",
         "steps of prefill and decode side by side, against the same shares alone, Llama-3.1-8B",
         lambda s: (
@@ -318,6 +344,16 @@ LINES = (
         "the same run by `jpd simulate`, which is fitted to single steps and not to it: error of "
         "mean TTFT and TPOT, over the rates, at most (mean)",
         _simulated,
+        "15 %",
+    ),
+    Line(
+        "h200/simulator_fidelity.json",
+        "`jpd simulate` fitted to the steps of one served rate, against that and two others, "
+        "azure_conv, chunked prefill and (100, 100)",
+        lambda s: (
+            f"mean TTFT within {s['ttft_error_pct_max']:.0f} %, TPOT {s['tpot_error_pct_max']:.0f} "
+            f"%, end-to-end time {s['e2el_error_pct_max']:.0f} %"
+        ),
         "15 %",
     ),
     Line(
