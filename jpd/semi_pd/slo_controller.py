@@ -33,9 +33,10 @@ DEFAULT_SHARES = (*(Shares(x, 100 - x) for x in (30, 40, 50, 60, 70, 80)), FULL)
 overlap in part gained nothing over those on an H200."""
 
 _URGENCY = 4
-"""Power of an SLO's miss in the cost: 1.2 times as late weighs like twice the mean time."""
-_LOST = 1.5
-"""Miss from which on an SLO is lost: later is no worse, and the mean decides."""
+"""Power of the miss in the cost: 1.2 times as many lost requests weigh like twice the mean time."""
+_SHARPNESS = 12
+"""Of what is foreseen: of requests that should take 0.9 times their SLO 22 % are late, of those
+that should take 1.1 times 76 %. So a forecast that goes a little over it is no edge."""
 _NOISE = 0.3
 """Spread of the logarithm of the times of a prompt token and of a decode step: prompts of a window,
 and those beside a step, differ in length. With a smaller one of decode's, waits for prompts were
@@ -52,7 +53,8 @@ class Forecast:
     """At the SLO's percentile, 0.9 without one."""
     tpot_s: float
     miss: float
-    """The larger of TTFT and TPOT over its SLO: 1 is just within both; 0 without SLOs."""
+    """The requests that do not keep both SLOs, over those that the percentile lets go: 1 is just
+    within it; 0 without SLOs."""
     e2e_s: float
     """Mean time to the end of the requests that are here and that come soon (`flow.Flow`)."""
     cost: float
@@ -80,12 +82,14 @@ class SloController:
        - TTFT, the largest of: what the SLO percentile of the waiting requests will see; what the
          queue will be in `horizon_s` if tokens arrive faster than they are computed; the percentile
          seen in `load_window_s`, times the ratio of s / (1 - load) (the paper's Eq. 3);
+       - the requests that would not keep both SLOs: their TTFTs spread around that one as those
+         seen did, and each may be late by the mean TPOT whatever its TTFT;
 
     4. takes the share with the least cost, end-to-end time * max(1, miss / `act_above`)^4, if that
        is lower by `min_gain`. Far from both SLOs this is the least mean end-to-end time; near one
-       of them, the share whose worse SLO is best. There is no edge between the two at which to
-       flap. A miss of more than 1.5 counts as 1.5: where an SLO is lost under all shares the least
-       mean decides again.
+       of them, the share under which the fewest requests are lost. There is no edge between the two
+       at which to flap. A request is lost once, however late it is: where that is so of all under
+       all shares, or of the same ones, the least mean decides again.
 
     Two such decisions are `min_dwell_s` apart. A share whose miss is above `act_above` may be left
     before that, unless another one was left so less than `min_dwell_s` ago. Going back to shares
@@ -123,8 +127,8 @@ class SloController:
     idle_after_s: float = 1.0
     """A phase without work for this long is idle."""
     act_above: float = 0.8
-    """Part, 0..1, of an SLO from which on it costs: percentiles of requests come later and lie
-    higher than a mean of now, and both SLOs are to be met by the same requests."""
+    """Part, 0..1, of the requests that the SLO's percentile lets go from which on they cost:
+    forecasts err, and what is lost while shares are found out counts too."""
     min_gain: float = 0.07
     """Part, 0..1, by which a switch must lower the cost."""
     min_dwell_s: float = 2.0
@@ -298,6 +302,7 @@ class SloController:
         percentile = PERCENTILE if self.slo is None else self.slo.percentile
         ttft = float(np.quantile(ttfts, percentile)) if ttfts else 0.0
         mean_ttft = sum(ttfts) / max(1, len(ttfts))
+        spread = np.array(ttfts) / ttft if ttft else np.ones(1)  # as they were, the percentile at 1
         flows = {shares: flow_under(shares) for shares in {*self._allowed, current}}
         growing = load.waiting_tokens + load.tokens_per_s * self.horizon_s
 
@@ -313,8 +318,10 @@ class SloController:
             e2e_s = flow.new * max(flow.wait_s, mean_ttft * queue) + flow.decode_s
             miss = 0.0
             if self.slo is not None:
-                miss = max(ttft_s / self.slo.ttft_s, flow.tpot_s / self.slo.tpot_s)
-            cost = e2e_s * max(1.0, min(miss, _LOST) / self.act_above) ** _URGENCY
+                in_time = 1 - _late(ttft_s * spread, self.slo.ttft_s).mean()
+                kept = in_time * (1 - _late(flow.tpot_s, self.slo.tpot_s))
+                miss = float(1 - kept) / (1 - percentile)
+            cost = e2e_s * max(1.0, miss / self.act_above) ** _URGENCY
             return Forecast(ttft_s, flow.tpot_s, miss, e2e_s, cost)
 
         self.forecasts = {shares: forecast(shares) for shares in flows}
@@ -363,3 +370,8 @@ class SloController:
         phase = "prefill" if decode_idle else "decode"  # prefill also when both are: it comes first
         most = max(self._allowed, key=lambda s: (getattr(s, phase), s.prefill, s.decode))
         return current if getattr(current, phase) >= getattr(most, phase) else most
+
+
+def _late(seconds: np.ndarray | float, slo_s: float) -> np.ndarray | float:
+    """Part, 0..1, of the requests foreseen to take so long that take longer than their SLO."""
+    return 1 / (1 + (slo_s / np.maximum(seconds, 1e-9)) ** _SHARPNESS)
