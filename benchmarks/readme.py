@@ -100,6 +100,15 @@ def _served(summary: Summary) -> str:
     )
 
 
+def _recoveries(s: Summary, kind: str) -> str:
+    """Of each phase, in seconds."""
+    return ", ".join(
+        f"{phase} after {s[f'{kind}_{phase}_recovery_p50_ms'] / 1e3:.2g} s in the median, at most "
+        f"{s[f'{kind}_{phase}_recovery_max_ms'] / 1e3:.2g}"
+        for phase in ("prefill", "decode")
+    )
+
+
 def _simulated(s: Summary) -> str:
     """Errors of the simulator, for each implementation."""
 
@@ -296,26 +305,28 @@ LINES = (
     Line(
         "h200/semi_pd_parity.json",
         lambda s: (
-            "greedy tokens in bfloat16 of one executor with either policy, and of semi-PD while "
-            f"shares switch every second ({s['switches']} switches) and {s['kills']} executors are "
-            "killed, Llama-3.1-8B, random weights"
+            "greedy tokens in bfloat16, judged by one executor with chunked prefill: of one with "
+            "either policy, and of semi-PD, each phase on 100 or 50 % of the SMs, drawn every "
+            f"second ({s['switches']} changes of executors, {s['kills']} executors killed), "
+            "Llama-3.1-8B, random weights"
         ),
         lambda s: (
             f"{s['wrong']} wrong, {s['not_run']} engines not run; of {s['compared_tokens']:,} "
             f"tokens {100 * s['ties'] / s['compared_tokens']:.1f} % are another one within "
-            f"{s['tie_below']} of the best"
+            f"{s['tie_below']} of the best's log-probability"
         ),
         "0 wrong",
     ),
     Line(
         "h200/semi_pd_crash.json",
-        lambda s: f"{s['kills']} executors killed under load, Llama-3.1-8B, 64 running",
+        lambda s: (
+            f"{s['kills']} executors killed under load, Llama-3.1-8B, 64 running, judged by the "
+            "same engine undisturbed"
+        ),
         lambda s: (
             f"{s['requests_lost']} requests lost, {s['wrong']} with a wrong token, "
-            f"{s['pages_leaked']} pages leaked; the next token after "
-            f"{s['cold_recovery_p50_ms'] / 1e3:.1f} s (p99 {s['cold_recovery_p99_ms'] / 1e3:.1f}) "
-            f"where a process has to start, {s['warm_recovery_p50_ms'] / 1e3:.2f} s (p99 "
-            f"{s['warm_recovery_p99_ms'] / 1e3:.1f}) where one is kept"
+            f"{s['pages_leaked']} pages leaked; the next token where a process has to start: "
+            f"{_recoveries(s, 'cold')}; where another is ready: {_recoveries(s, 'warm')}"
         ),
         "0, 0, 0",
     ),
@@ -351,8 +362,8 @@ LINES = (
         "`jpd simulate` fitted to the steps of one served rate, against that and two others, "
         "azure_conv, chunked prefill and (100, 100)",
         lambda s: (
-            f"mean TTFT within {s['ttft_error_pct_max']:.0f} %, TPOT {s['tpot_error_pct_max']:.0f} "
-            f"%, end-to-end time {s['e2el_error_pct_max']:.0f} %"
+            f"mean TTFT off by at most {s['ttft_error_pct_max']:.1f} %, TPOT "
+            f"{s['tpot_error_pct_max']:.1f} %, end-to-end time {s['e2el_error_pct_max']:.1f} %"
         ),
         "15 %",
     ),

@@ -179,7 +179,7 @@ def add_rows(report: Report, case: str, kind: str, done: CrashRun, parity: Parit
 
 
 def summarise(rows: Sequence[dict[str, Any]], recoveries_ms: dict[str, list[float]]) -> dict:
-    """Counts over all kinds; recovery times over both phases, for each kind.
+    """Counts over all kinds; recovery times for each kind, over both phases and of each.
 
     Args:
         rows: of the report.
@@ -198,6 +198,10 @@ def summarise(rows: Sequence[dict[str, Any]], recoveries_ms: dict[str, list[floa
     for kind, times in recoveries_ms.items():
         for p in (50, 99):
             summary[f"{kind}_recovery_p{p}_ms"] = float(np.percentile(times, p))
+    for row in rows:
+        if "max_ms" in row:
+            name = f"{row['impl']}_{row['case'].split()[-1]}_recovery"
+            summary |= {f"{name}_p50_ms": row["ms"], f"{name}_max_ms": row["max_ms"]}
     return summary
 
 

@@ -23,7 +23,7 @@ from jpd.types import MAX_LOGPROBS
 
 LOGPROBS = MAX_LOGPROBS
 """Best tokens that the reference says at each position. With five, three requests of 995 had a
-token outside of them (random weights, an H200): whether they were ties nobody could say."""
+token outside of them (random weights, an H200, a trial): whether it was a tie nobody could say."""
 BF16_TIE = 0.1
 """Threshold for bfloat16. Logits of random weights are some tenths apart; a wrong page or product
 moves them by ones."""
@@ -50,7 +50,7 @@ class Parity:
     ties: int = 0
     """Tokens."""
     faults: list[str] = field(default_factory=list)
-    """Of each request with a wrong token, or too few or too many."""
+    """What is wrong, for each request with a wrong token, or too few or too many."""
     compared_tokens: int = 0
 
     @property

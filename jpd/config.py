@@ -28,13 +28,14 @@ BREAK_EVEN = 1.5
 """Default of `SemiPDConfig.break_even`. In `jpd simulate` of Llama-3.1-8B on an H200, with requests
 for 20 s, `SloController` among (100, 100), (70, 30), (60, 40) and (50, 50), and prefill's measured
 times under these shares, two executors had the better mean with azure_conv and arxiv (eight seeds)
-from load 0.8 or 0.9 on, with the ShareGPT-like lengths from 1.2 on and with azure_code at
-none. With 1.5, `auto` had 0.93 times the better one's speed or more everywhere, and kept the tight
-SLO for 90 % of the requests up to 0.97 times chunked prefill's rate or more. With 1 and 0.7 it did
-no better there and lost up to 3 and 5 % with azure_code, with 2, 3 and 4 an earlier controller did
-much the same. All that was before the controller of now, with which 1.5 was simulated alone
-(benchmarks/FINDINGS.md). Runs on an H200 asked for 2.0 and 4.7 (azure_conv, earlier controllers,
-`break_even_ratio` in benchmarks/results/h200). Simulations are trials that are not kept."""
+from load 0.8 or 0.9 on, with the ShareGPT-like lengths from 1.2 on and with azure_code at none.
+With 1.5, `auto` had 0.93 times the better one's speed or more everywhere, and kept the tight SLO
+for 90 % of the requests up to 0.97 times chunked prefill's rate or more. With 1 and 0.7 it did no
+better there and lost up to 3 and 5 % with azure_code, with 2, 3 and 4 an earlier controller did
+much the same. All that was before the controller counted requests (those that wait, those that
+would be lost); since then 1.5 was simulated alone (benchmarks/FINDINGS.md). Runs on an H200 asked
+for 2.0 and 4.7 (azure_conv, earlier controllers, `break_even_ratio` in benchmarks/results/h200).
+Simulations are trials that are not kept."""
 
 _SPLITS = (
     "jpd splits a model by tensor_parallel_size alone (topology='disaggregated' gives each phase a "

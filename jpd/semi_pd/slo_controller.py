@@ -35,8 +35,11 @@ overlap in part gained nothing over those on an H200."""
 _URGENCY = 4
 """Power of the miss in the cost: 1.2 times as many lost requests weigh like twice the mean time."""
 _SHARPNESS = 12
-"""Of what is foreseen: of requests that should take 0.9 times their SLO 22 % are late, of those
-that should take 1.1 times 76 %. So a forecast that goes a little over it is no edge."""
+"""Steepness of the part of requests that are late: 22 % of those foreseen to take 0.9 times their
+SLO, 76 % of those at 1.1 times. So a forecast that goes a little over it is no edge. What loses 1
+in 100 is below it: with an SLO for 99 % of the requests, TPOT costs from 0.67 of it on."""
+_PLACES = np.arange(0.05, 1, 0.1)
+"""Of requests in a queue: parts, 0..1, of its tokens that are computed until their turn is over."""
 _NOISE = 0.3
 """Spread of the logarithm of the times of a prompt token and of a decode step: prompts of a window,
 and those beside a step, differ in length. With a smaller one of decode's, waits for prompts were
@@ -54,7 +57,7 @@ class Forecast:
     tpot_s: float
     miss: float
     """The requests that do not keep both SLOs, over those that the percentile lets go: 1 is just
-    within it; 0 without SLOs."""
+    within it, 1 / (1 - percentile) are all; 0 without SLOs."""
     e2e_s: float
     """Mean time to the end of the requests that are here and that come soon (`flow.Flow`)."""
     cost: float
@@ -79,17 +82,18 @@ class SloController:
          (`jpd.semi_pd.flow`). Prompts that wait are taken to be as long as those that waited within
          `load_window_s`, if that is longer than the mean one. A wait is at least the mean TTFT
          seen, times the ratio below;
-       - TTFT, the largest of: what the SLO percentile of the waiting requests will see; what the
-         queue will be in `horizon_s` if tokens arrive faster than they are computed; the percentile
-         seen in `load_window_s`, times the ratio of s / (1 - load) (the paper's Eq. 3);
-       - the requests that would not keep both SLOs: their TTFTs spread around that one as those
-         seen did, and each may be late by the mean TPOT whatever its TTFT;
+       - TTFT, the larger of: the percentile of the queue's, now or in `horizon_s` if tokens arrive
+         faster than they are computed; the percentile seen in `load_window_s`, times the ratio of
+         s / (1 - load) (the paper's Eq. 3);
+       - the part of requests that will not keep both SLOs: late are those seen, times that ratio,
+         or those of the queue, whichever is the larger part of its own; and each may be late by
+         the mean TPOT, whatever its TTFT;
 
     4. takes the share with the least cost, end-to-end time * max(1, miss / `act_above`)^4, if that
        is lower by `min_gain`. Far from both SLOs this is the least mean end-to-end time; near one
-       of them, the share under which the fewest requests are lost. There is no edge between the two
-       at which to flap. A request is lost once, however late it is: where that is so of all under
-       all shares, or of the same ones, the least mean decides again.
+       of them, a share under which fewer requests are lost, the more so the more are. There is no
+       edge between the two at which to flap. A request is lost once, however late it is: where all
+       are lost under all shares, or as many, the least mean decides again.
 
     Two such decisions are `min_dwell_s` apart. A share whose miss is above `act_above` may be left
     before that, unless another one was left so less than `min_dwell_s` ago. Going back to shares
@@ -298,11 +302,9 @@ class SloController:
 
         # In units of `queue_s`: what is seen under one share says what it would be under another.
         under = [(o, queue_s(shares)) for o, shares in self._seen if shares is not None]
-        ttfts = [ttft_s / queue for o, queue in under for ttft_s in o.ttft_s]
+        ttfts = np.array([ttft_s / queue for o, queue in under for ttft_s in o.ttft_s] or [0.0])
         percentile = PERCENTILE if self.slo is None else self.slo.percentile
-        ttft = float(np.quantile(ttfts, percentile)) if ttfts else 0.0
-        mean_ttft = sum(ttfts) / max(1, len(ttfts))
-        spread = np.array(ttfts) / ttft if ttft else np.ones(1)  # as they were, the percentile at 1
+        ttft, mean_ttft = float(np.quantile(ttfts, percentile)), float(ttfts.mean())
         flows = {shares: flow_under(shares) for shares in {*self._allowed, current}}
         growing = load.waiting_tokens + load.tokens_per_s * self.horizon_s
 
@@ -310,16 +312,15 @@ class SloController:
             each_s, flow = token_s(shares), flows[shares]
             starved_s = queue_s(current) * flow.tpot_s / flows[current].tpot_s
             queue = self._starved * starved_s + (1 - self._starved) * queue_s(shares)
-            ttft_s = max(
-                percentile * load.waiting_tokens * each_s,
-                growing * each_s - self.horizon_s,
-                ttft * queue,
-            )
+            # Of the last request of the queue, now or in `horizon_s`.
+            waits_s = max(load.waiting_tokens * each_s, growing * each_s - self.horizon_s)
+            ttft_s = max(percentile * waits_s, ttft * queue)
             e2e_s = flow.new * max(flow.wait_s, mean_ttft * queue) + flow.decode_s
             miss = 0.0
             if self.slo is not None:
-                in_time = 1 - _late(ttft_s * spread, self.slo.ttft_s).mean()
-                kept = in_time * (1 - _late(flow.tpot_s, self.slo.tpot_s))
+                foreseen = ttfts * queue, _PLACES * waits_s
+                late = max(_late(times_s, self.slo.ttft_s).mean() for times_s in foreseen)
+                kept = (1 - late) * (1 - _late(flow.tpot_s, self.slo.tpot_s))
                 miss = float(1 - kept) / (1 - percentile)
             cost = e2e_s * max(1.0, miss / self.act_above) ** _URGENCY
             return Forecast(ttft_s, flow.tpot_s, miss, e2e_s, cost)
@@ -372,6 +373,7 @@ class SloController:
         return current if getattr(current, phase) >= getattr(most, phase) else most
 
 
-def _late(seconds: np.ndarray | float, slo_s: float) -> np.ndarray | float:
-    """Part, 0..1, of the requests foreseen to take so long that take longer than their SLO."""
-    return 1 / (1 + (slo_s / np.maximum(seconds, 1e-9)) ** _SHARPNESS)
+def _late(seconds: np.ndarray | float, slo_s: float) -> np.ndarray:
+    """Part, 0..1, of requests foreseen to take `seconds` that take over `slo_s`, elementwise."""
+    ratio = np.maximum(np.asarray(seconds) / slo_s, 1e-3)
+    return 1 / (1 + ratio**-_SHARPNESS)
