@@ -172,7 +172,7 @@ def add_rows(report: Report, case: str, kind: str, done: CrashRun, parity: Parit
     }
     bad = [f"{found[key]} {key}" for key in ("lost", "leaked_pages", "wrong") if found[key]]
     if bad:
-        reason = "; ".join([", ".join(bad), *parity.faults])
+        reason = ", ".join(bad) + (f"; {parity.named}" if parity.faults else "")
         report.fail(f"{case} requests", kind, reason, **found)
     else:
         report.add(f"{case} requests", kind, **found)

@@ -154,7 +154,7 @@ def add_result(
         **counts,
     }
     if parity.wrong:
-        report.fail(case, topology, f"wrong tokens: {'; '.join(parity.faults)}", **found)
+        report.fail(case, topology, f"wrong tokens: {parity.named}", **found)
     else:
         report.add(case, topology, **found)
 

@@ -58,6 +58,11 @@ class Parity:
         """Requests with a fault."""
         return len(self.faults)
 
+    @property
+    def named(self) -> str:
+        """The first faults, for a message: ten of them at most."""
+        return "; ".join(self.faults[:10])
+
 
 def verify(
     generate: Callable[[list[LoadRequest]], list[list[Said]]],
