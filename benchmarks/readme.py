@@ -359,8 +359,9 @@ LINES = (
     ),
     Line(
         "h200/simulator_fidelity.json",
-        "`jpd simulate` fitted to the steps of one served rate, against that and two others, "
-        "azure_conv, chunked prefill and (100, 100)",
+        "`jpd simulate` fitted to the steps of a served rate, 8 requests/s, against that, 4 and 12 "
+        "(0.2 to 0.5 of what one executor keeps up with), azure_conv, chunked prefill and "
+        "(100, 100)",
         lambda s: (
             f"mean TTFT off by at most {s['ttft_error_pct_max']:.1f} %, TPOT "
             f"{s['tpot_error_pct_max']:.1f} %, end-to-end time {s['e2el_error_pct_max']:.1f} %"

@@ -33,7 +33,7 @@ DEFAULT_SHARES = (*(Shares(x, 100 - x) for x in (30, 40, 50, 60, 70, 80)), FULL)
 overlap in part gained nothing over those on an H200."""
 
 _URGENCY = 4
-"""Power of the miss in the cost: 1.2 times as many lost requests weigh like twice the mean time."""
+"""Power in the cost of the part lost: 1.2 times as many weigh like twice the mean time."""
 _SHARPNESS = 12
 """Steepness of the part of requests that are late: 22 % of those foreseen to take 0.9 times their
 SLO, 76 % of those at 1.1 times. So a forecast that goes a little over it is no edge. What loses 1
@@ -56,12 +56,13 @@ class Forecast:
     """At the SLO's percentile, 0.9 without one."""
     tpot_s: float
     miss: float
-    """The requests that do not keep both SLOs, over those that the percentile lets go: 1 is just
-    within it, 1 / (1 - percentile) are all; 0 without SLOs."""
+    """The larger of TTFT and TPOT over its SLO: 1 is just within both; 0 without SLOs."""
     e2e_s: float
     """Mean time to the end of the requests that are here and that come soon (`flow.Flow`)."""
     cost: float
     """`e2e_s`, and more where an SLO is in danger: what the controller makes small."""
+    lost: float = 0.0
+    """Part, 0..1, of the requests that do not keep both SLOs; 0 without SLOs."""
 
 
 @dataclass(kw_only=True)
@@ -89,11 +90,12 @@ class SloController:
          or those of the queue, whichever is the larger part of its own; and each may be late by
          the mean TPOT, whatever its TTFT;
 
-    4. takes the share with the least cost, end-to-end time * max(1, miss / `act_above`)^4, if that
-       is lower by `min_gain`. Far from both SLOs this is the least mean end-to-end time; near one
-       of them, a share under which fewer requests are lost, the more so the more are. There is no
-       edge between the two at which to flap. A request is lost once, however late it is: where all
-       are lost under all shares, or as many, the least mean decides again.
+    4. takes the share with the least cost, if that is lower by `min_gain`: the end-to-end time,
+       times (lost / (`act_above` * (1 - percentile)))^4 where that is above 1. Far from both SLOs
+       this is the least mean end-to-end time; near one of them, a share under which fewer requests
+       are lost, the more so the more are. There is no edge between the two at which to flap. A
+       request is lost once, however late it is: where all are lost under all shares, or as many,
+       the least mean decides again.
 
     Two such decisions are `min_dwell_s` apart. A share whose miss is above `act_above` may be left
     before that, unless another one was left so less than `min_dwell_s` ago. Going back to shares
@@ -131,8 +133,8 @@ class SloController:
     idle_after_s: float = 1.0
     """A phase without work for this long is idle."""
     act_above: float = 0.8
-    """Part, 0..1, of the requests that the SLO's percentile lets go from which on they cost:
-    forecasts err, and what is lost while shares are found out counts too."""
+    """Part, 0..1, of an SLO from which on a share is left at once, and of the requests that its
+    percentile lets go from which on they cost: forecasts err, and what is lost meanwhile counts."""
     min_gain: float = 0.07
     """Part, 0..1, by which a switch must lower the cost."""
     min_dwell_s: float = 2.0
@@ -316,14 +318,15 @@ class SloController:
             waits_s = max(load.waiting_tokens * each_s, growing * each_s - self.horizon_s)
             ttft_s = max(percentile * waits_s, ttft * queue)
             e2e_s = flow.new * max(flow.wait_s, mean_ttft * queue) + flow.decode_s
-            miss = 0.0
+            miss = lost = 0.0
             if self.slo is not None:
+                miss = max(ttft_s / self.slo.ttft_s, flow.tpot_s / self.slo.tpot_s)
                 foreseen = ttfts * queue, _PLACES * waits_s
                 late = max(_late(times_s, self.slo.ttft_s).mean() for times_s in foreseen)
-                kept = (1 - late) * (1 - _late(flow.tpot_s, self.slo.tpot_s))
-                miss = float(1 - kept) / (1 - percentile)
-            cost = e2e_s * max(1.0, miss / self.act_above) ** _URGENCY
-            return Forecast(ttft_s, flow.tpot_s, miss, e2e_s, cost)
+                lost = float(1 - (1 - late) * (1 - _late(flow.tpot_s, self.slo.tpot_s)))
+            costs_above = self.act_above * (1 - percentile)
+            cost = e2e_s * max(1.0, lost / costs_above) ** _URGENCY
+            return Forecast(ttft_s, flow.tpot_s, miss, e2e_s, cost, lost)
 
         self.forecasts = {shares: forecast(shares) for shares in flows}
 
