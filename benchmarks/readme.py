@@ -65,9 +65,13 @@ def _speedups(found: Summary) -> str:
 
 
 def _ahead(found: Summary) -> str:
-    """Of the unified policies: mean time, also without an SLO, and goodput."""
+    """Of the unified policies: mean time, also without an SLO if that was measured, and goodput."""
+    without_slo = found["without_slo"]
+    aimed_at_none = ""
+    if without_slo["mean_e2e_speedup_max"] is not None:
+        aimed_at_none = f" (aimed at no SLO {_speedups(without_slo)})"
     return (
-        f"{_speedups(found)} (aimed at no SLO {_speedups(found.get('without_slo', {}))}), goodput "
+        f"{_speedups(found)}{aimed_at_none}, goodput "
         f"{_ratio(found, 'goodput_vs_chunked')} chunked, "
         f"{_ratio(found, 'goodput_vs_prefill_first')} prefill-first, "
         f"{_ratio(found, 'goodput_dynamic_vs_100_100')} of (100, 100)"
@@ -100,6 +104,18 @@ def _served(summary: Summary) -> str:
     )
 
 
+def _pause(s: Summary, kind: str, what: str) -> str:
+    """Of running requests, with a switch and in the controls without: median and p99."""
+    still_ms, added_ms = (
+        [s[f"{kind}_{of}_p{q}_ms"] for q in (50, 99)] for of in ("control_pause", "added")
+    )
+    p50, p99 = (f"{still + more:.0f} ms" for still, more in zip(still_ms, added_ms, strict=True))
+    return (
+        f"to {what} ({s[f'{kind}_switches']} switches) p50 {p50}, p99 {p99}, without a switch "
+        f"{still_ms[0]:.0f} and {still_ms[1]:.0f} ms"
+    )
+
+
 def _recoveries(s: Summary, kind: str) -> str:
     """Of each phase, in seconds."""
     return ", ".join(
@@ -119,7 +135,8 @@ def _simulated(s: Summary) -> str:
     names = {"chunked": "chunked", "prefill_first": "prefill-first"}
     names["semi_pd_100_100"] = "(100, 100)"
     names["chunked_shortest"] = "chunked, short prompts first"
-    names["semi_pd_70_30_shortest"] = "(70, 30), short prompts first"
+    for x, y in ((70, 30), (85, 15), (90, 10)):
+        names[f"semi_pd_{x}_{y}_shortest"] = f"({x}, {y}), short prompts first"
     return "; ".join(
         f"{name} {errors(impl, 'ttft')}, {errors(impl, 'tpot')}" for impl, name in names.items()
     )
@@ -290,17 +307,16 @@ LINES = (
     Line(
         "h200/semi_pd_switch.json",
         lambda s: (
-            "pause of running requests at a change of shares, p99, 64 running and prompts "
-            "arriving, Llama-3.1-8B"
+            "pause of running requests at a change of shares, 64 running and prompts arriving, "
+            "Llama-3.1-8B, against as long a time without one"
         ),
         lambda s: (
-            f"{s['pool_pause_p99_ms']:.0f} ms to kept executors ({s['pool_switches']} switches), "
-            f"{s['background_pause_p99_ms']:.0f} ms to ones started in the background "
-            f"({s['background_switches']}); hand-over of a request to decode p50 "
-            f"{s['hand_over_p50_ms']:.0f} ms, p99 {s['hand_over_p99_ms']:.0f} ms, "
+            f"{_pause(s, 'pool', 'kept executors')}; "
+            f"{_pause(s, 'background', 'ones started in the background')}; hand-over of a request "
+            f"to decode p50 {s['hand_over_p50_ms']:.0f} ms, p99 {s['hand_over_p99_ms']:.0f} ms, "
             f"{s['hand_over_kv_bytes_copied']} bytes of KV copied"
         ),
-        "15 ms, 15 ms",
+        "p99 15 ms, 15 ms",
     ),
     Line(
         "h200/semi_pd_parity.json",
@@ -352,8 +368,8 @@ LINES = (
     ),
     Line(
         "cpu/simulated_serving.json",
-        "the same run by `jpd simulate`, which is fitted to single steps and not to it: error of "
-        "mean TTFT and TPOT, over the rates, at most (mean)",
+        "the same two workloads by `jpd simulate`, which is fitted to single steps and not to "
+        "them: error of mean TTFT and TPOT, over the rates, at most (mean)",
         _simulated,
         "15 %",
     ),
