@@ -106,13 +106,12 @@ def _served(summary: Summary) -> str:
 
 def _pause(s: Summary, kind: str, what: str) -> str:
     """Of running requests, with a switch and in the controls without: median and p99."""
-    still_ms, added_ms = (
-        [s[f"{kind}_{of}_p{q}_ms"] for q in (50, 99)] for of in ("control_pause", "added")
+    switch, control = (
+        [f"{s[f'{kind}_{of}pause_p{q}_ms']:.0f}" for q in (50, 99)] for of in ("", "control_")
     )
-    p50, p99 = (f"{still + more:.0f} ms" for still, more in zip(still_ms, added_ms, strict=True))
     return (
-        f"to {what} ({s[f'{kind}_switches']} switches) p50 {p50}, p99 {p99}, without a switch "
-        f"{still_ms[0]:.0f} and {still_ms[1]:.0f} ms"
+        f"to {what} ({s[f'{kind}_switches']} switches) p50 {switch[0]} ms, p99 {switch[1]} ms, "
+        f"without a switch {control[0]} and {control[1]} ms"
     )
 
 
@@ -126,20 +125,23 @@ def _recoveries(s: Summary, kind: str) -> str:
 
 
 def _simulated(s: Summary) -> str:
-    """Errors of the simulator, for each implementation."""
+    """Errors of the simulator, for each implementation that was compared."""
+    end = "_ttft_error_pct_max"
+
+    def name(impl: str) -> str:
+        of = impl.removesuffix("_shortest")
+        if of.startswith("semi_pd_"):
+            shown = f"({of.removeprefix('semi_pd_').replace('_', ', ')})"
+        else:
+            shown = of.replace("_", "-")
+        return shown if of == impl else f"{shown}, short prompts first"
 
     def errors(impl: str, part: str) -> str:
         key = f"{impl}_{part}_error_pct"
         return f"{s[f'{key}_max']:.0f} % ({s[f'{key}_mean']:.0f})"
 
-    names = {"chunked": "chunked", "prefill_first": "prefill-first"}
-    names["semi_pd_100_100"] = "(100, 100)"
-    names["chunked_shortest"] = "chunked, short prompts first"
-    for x, y in ((70, 30), (85, 15), (90, 10)):
-        names[f"semi_pd_{x}_{y}_shortest"] = f"({x}, {y}), short prompts first"
-    return "; ".join(
-        f"{name} {errors(impl, 'ttft')}, {errors(impl, 'tpot')}" for impl, name in names.items()
-    )
+    impls = [key.removesuffix(end) for key in s if key.endswith(end)]
+    return "; ".join(f"{name(i)} {errors(i, 'ttft')}, {errors(i, 'tpot')}" for i in impls)
 
 
 def _overlapped(link: str) -> Callable[[Summary], str]:

@@ -341,6 +341,7 @@ def summarise(report: Report, case: str) -> None:
         if row is None or still is None:
             continue
         report.summary |= {
+            f"{impl}_pause_p50_ms": row["ms"],
             f"{impl}_pause_p99_ms": row["p99_ms"],
             f"{impl}_control_pause_p50_ms": still["ms"],
             f"{impl}_control_pause_p99_ms": still["p99_ms"],

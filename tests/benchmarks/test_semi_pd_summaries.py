@@ -481,6 +481,7 @@ def test_a_switch_adds_what_a_control_has_not(tmp_path) -> None:
     report.add("c", "pool control", [9.0, 8.0, 7.0], **of_control, **common)
     semi_pd_switch.summarise(report, "c")
     assert report.summary == {
+        "pool_pause_p50_ms": 20.0,
         "pool_pause_p99_ms": 40.0,
         "pool_control_pause_p50_ms": 8.0,
         "pool_control_pause_p99_ms": 42.0,

@@ -465,6 +465,7 @@ def test_ours_gives_up_an_slo_that_nobody_keeps_and_takes_the_better_mean() -> N
     controller = ours(slo=SLO, allowed=[Shares(60, 40), FULL])
     changes = play(controller, lambda s: busy(s, gap=0.9, **late), until_s=1)
     full, divided = (controller.forecasts[shares] for shares in (FULL, Shares(60, 40)))
+    assert 1.5 * SLO.ttft_s < full.ttft_s < 0.9 * divided.ttft_s
     assert full.lost == pytest.approx(1, rel=1e-3) == divided.lost
     assert divided.e2e_s < 0.93 * full.e2e_s
     assert [wanted for _, wanted in changes] == [Shares(60, 40)]
