@@ -21,11 +21,12 @@ waits for its turn takes memory and nothing else.
    divide them; `--kept` must have their shares;
    `semi_pd_dynamic` lets jpd's `SloController` choose among shares that are kept ready, aiming at
    the tight SLO, and `semi_pd_mean` at no SLO but the least mean E2E; `auto` is `semi_pd_dynamic`
-   with `topology="auto"`, which serves with one executor below `--break-even`, a ratio (see
-   `jpd/semi_pd/mode.py`), and `auto_mean`, measured only if it is asked for, `semi_pd_mean` with
-   it. The others are held on two executors, and points with shares that change begin under
-   (100, 100) with two. Each has a twin whose name ends with `_shortest`, measured only if it is
-   asked for: the same with `scheduling_policy="shortest"` in place of "fcfs".
+   with `topology="auto"`, which serves with one executor where the controller foresees less cost
+   or, with `--break-even`, below that ratio (both in `jpd/semi_pd/mode.py`), and `auto_mean`,
+   measured only if it is asked for, `semi_pd_mean` with it. The others are held on two executors,
+   and points with shares that change begin under (100, 100) with two. Each has a twin whose name
+   ends with `_shortest`, measured only if it is asked for: the same with
+   `scheduling_policy="shortest"` in place of "fcfs".
 
 A run too long for one call is cut into several: with `--seconds N` no case begins that may not end
 in time, `--merge` keeps the rows of earlier runs, with their SLOs and capacities, so that a load is
@@ -51,9 +52,9 @@ The summary has for each workload, over the means of its seeds:
   above and, in `against_twins`, of `semi_pd_dynamic_shortest` against their twins;
 - `break_even_rate`: the highest rate at which the mean E2E of the better unified policy is as good
   as that of `semi_pd_dynamic`, interpolated between the two measured rates around it; `>=`: it is
-  still better at the highest; null: at none. `break_even_ratio` is what `--break-even` should be,
-  by this workload: requests that two executors would save for each one that waits, by what that
-  policy saw at that rate (rows: `saved_per_waiting`, the estimate of `jpd.semi_pd.mode.BreakEven`);
+  still better at the highest; null: at none. `break_even_ratio` is what the ratio of
+  `jpd.semi_pd.mode.BreakEven` should be, by this workload: requests that two executors would save
+  for each one that waits, by what that policy saw at that rate (rows: `saved_per_waiting`);
 - `auto_vs_better_min`: mean E2E of the best of the unified policies and `semi_pd_dynamic` over that
   of `auto`, at the rate where it is smallest; 1 where `auto` took the better one everywhere;
 - `seed_spread`: largest difference between seeds of a point's mean E2E, over their mean;
@@ -100,11 +101,10 @@ from jpd import AsyncLLM
 from jpd.bench import client, slo, traces
 from jpd.bench.slo import RequestRecord, Slo
 from jpd.bench.workload import Workload
-from jpd.config import BREAK_EVEN
 from jpd.semi_pd import controller as controllers
 from jpd.semi_pd.controller import Observation, Shares
 from jpd.semi_pd.decision_log import LoggedController
-from jpd.semi_pd.mode import BreakEven, Mode, held_up_s, saved_per_waiting
+from jpd.semi_pd.mode import BreakEven, ForeseenMode, Mode, held_up_s, saved_per_waiting
 from jpd.semi_pd.slo_controller import SloController
 
 REFERENCE = "chunked"
@@ -241,7 +241,7 @@ def run_point(
     seed: int,
     impl: str,
     target: Slo,
-    break_even: float,
+    break_even: float | None,
     decisions: Path | None,
 ) -> tuple[list[RequestRecord], dict[str, Any]]:
     """Runs one point; records of the requests, and what the engine counted.
@@ -252,7 +252,8 @@ def run_point(
         seed: of the prompts.
         impl: what it is measured as.
         target: what a controller aims at.
-        break_even: ratio from which on two executors serve as `auto` and `auto_mean`.
+        break_even: ratio from which on two executors serve as `auto` and `auto_mean`; None: the
+            controller says.
         decisions: file for what a controller is shown and says; None for none.
     """
     options, coordinator = llm.config.semi_pd, llm._engine.coordinator
@@ -264,12 +265,18 @@ def run_point(
             aim = controllers.Slo(ttft_s=target.ttft_s, tpot_s=target.tpot_s)
             allowed = [Shares(*pair) for pair in options.kept_shares]
             aimless = plain in (MEAN, AUTO_MEAN)
-            controller = SloController(slo=None if aimless else aim, allowed=allowed)
+            controller = SloController(
+                slo=None if aimless else aim,
+                allowed=allowed,
+                max_num_batched_tokens=llm.config.max_num_batched_tokens,
+            )
         options.controller.inner = (
             LoggedController(controller, decisions) if decisions else controller
         )
         if plain in (AUTO, AUTO_MEAN):
-            options.break_even.inner = BreakEven(ratio=break_even)
+            options.break_even.inner = (
+                ForeseenMode(controller) if break_even is None else BreakEven(ratio=break_even)
+            )
     before = _counts(llm)
     if not steered:
         coordinator.recent()  # of earlier points
@@ -364,7 +371,7 @@ def measure_case(
     *,
     limit: int,
     seconds: float,
-    break_even: float,
+    break_even: float | None,
     decisions: Path | None,
 ) -> None:
     """Adds the rows of a case.
@@ -597,8 +604,7 @@ def main() -> None:
     parser.add_argument(
         "--break-even",
         type=float,
-        default=BREAK_EVEN,
-        help="ratio, of auto and auto_mean [%(default)s]",
+        help="ratio, of auto and auto_mean [the controller says]",
     )
     parser.add_argument(
         "--kept",

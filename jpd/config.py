@@ -25,16 +25,17 @@ MatmulAllReduce = Literal["auto", "overlap", "xla"]
 
 MAX_STEP_TOKENS = 65_536
 BREAK_EVEN = 1.5
-"""Default of `SemiPDConfig.break_even`. In `jpd simulate` of Llama-3.1-8B on an H200, with requests
-for 20 s, `SloController` among (100, 100), (70, 30), (60, 40) and (50, 50), and prefill's measured
-times under these shares, two executors had the better mean with azure_conv and arxiv (eight seeds)
-from load 0.8 or 0.9 on, with the ShareGPT-like lengths from 1.2 on and with azure_code at none.
-With 1.5, `auto` had 0.93 times the better one's speed or more everywhere, and kept the tight SLO
-for 90 % of the requests up to 0.97 times chunked prefill's rate or more. With 1 and 0.7 it did no
-better there and lost up to 3 and 5 % with azure_code, with 2, 3 and 4 an earlier controller did
-much the same. All that was before the controller counted requests (those that wait, those that
-would be lost); since then 1.5 was simulated alone (benchmarks/FINDINGS.md). Runs on an H200 asked
-for 2.0 and 4.7 (azure_conv, earlier controllers, `break_even_ratio` in benchmarks/results/h200).
+"""Stands for `SemiPDConfig.break_even` where that is None and the controller foresees no executor
+for both phases. In `jpd simulate` of Llama-3.1-8B on an H200, with requests for 20 s,
+`SloController` among (100, 100), (70, 30), (60, 40) and (50, 50), and prefill's measured times
+under these shares, two executors had the better mean with azure_conv and arxiv (eight seeds) from
+load 0.8 or 0.9 on, with the ShareGPT-like lengths from 1.2 on and with azure_code at none. With
+1.5, `auto` had 0.93 times the better one's speed or more everywhere, and kept the tight SLO for 90
+% of the requests up to 0.97 times chunked prefill's rate or more. With 1 and 0.7 it did no better
+there and lost up to 3 and 5 % with azure_code, with 2, 3 and 4 an earlier controller did much the
+same. All that was before the controller counted requests (those that wait, those that would be
+lost); since then 1.5 was simulated alone (benchmarks/FINDINGS.md). Runs on an H200 asked for 2.0
+and 4.7 (azure_conv, earlier controllers, `break_even_ratio` in benchmarks/results/h200).
 Simulations are trials that are not kept."""
 
 _SPLITS = (
@@ -166,9 +167,11 @@ class SemiPDConfig:
     """(prefill, decode) shares whose executors are kept ready beside those that serve, so that a
     switch to them is a hand-over between two steps. Each costs a process and its work space.
     `topology="auto"` also keeps decode executors on `decode_share` and on all SMs."""
-    break_even: Any = BREAK_EVEN
-    """For `topology="auto"`: how many requests two executors must save for each one that waits for
-    its first token; a number, or an object with `decide`, see `jpd.semi_pd.mode.BreakEven`."""
+    break_even: Any = None
+    """For `topology="auto"`, who says whether one executor or two serve. None: the controller, if
+    it foresees both, as jpd's do ("slo", "mean"; `jpd.semi_pd.mode.ForeseenMode`), else 1.5. A
+    number: how many requests two executors must save for each one that waits for its first token
+    (`jpd.semi_pd.mode.BreakEven`). Or an object with `decide`."""
 
     def __post_init__(self) -> None:
         for name in ("prefill_share", "decode_share"):
@@ -202,7 +205,7 @@ class SemiPDConfig:
             require(not needed or value is not None, f"semi_pd.{name}", value, "a time in seconds")
         even = self.break_even
         number = isinstance(even, int | float) and not isinstance(even, bool)
-        ok = 0 < even < math.inf if number else _decides(even)
+        ok = 0 < even < math.inf if number else even is None or _decides(even)
         require(ok, "semi_pd.break_even", even, "a number above 0, or an object with decide")
         if not self.sm_shares:
             full = self.prefill_share == self.decode_share == 100 and not self.kept_shares
@@ -329,7 +332,7 @@ class EngineConfig:
             "only with topology='semi_pd' or 'auto'",
         )
         require(
-            self.topology == "auto" or self.semi_pd.break_even == BREAK_EVEN,
+            self.topology == "auto" or self.semi_pd.break_even is None,
             "semi_pd.break_even",
             self.semi_pd.break_even,
             "only with topology='auto'",

@@ -18,7 +18,7 @@ from jpd.engine.lane import PagesLostError
 from jpd.errors import ConfigError
 from jpd.semi_pd import collectives
 from jpd.semi_pd.controller import Controller, Shares, Slo
-from jpd.semi_pd.mode import UNIFIED_SHARE, BreakEven, ModePolicy
+from jpd.semi_pd.mode import UNIFIED_SHARE, BreakEven, ForeseenMode, ModePolicy
 from jpd.semi_pd.paper_controller import PaperController
 from jpd.semi_pd.pool import ExecutorPool
 from jpd.semi_pd.shared_model import SharedModel
@@ -108,6 +108,7 @@ def _build_apart(config: EngineConfig) -> Engine:
             models.append(SharedModel(owner, prepared, env, handle))
             resources.callback(models[-1].stop)
         prefill, decode = models[0], models[-1]
+        controller = make_controller(prepared.config)
         topology = TwoPhases(
             models,
             _pool("prefill", prefill, decode if apart else None, prefill_shares, config),
@@ -115,8 +116,8 @@ def _build_apart(config: EngineConfig) -> Engine:
             Shares(options.prefill_share, options.decode_share),
             prepared.config.max_num_seqs,
             depth=1 + prepared.config.async_scheduling,
-            controller=make_controller(options),
-            mode_policy=make_mode_policy(config),
+            controller=controller,
+            mode_policy=make_mode_policy(config, controller),
             control_interval_s=options.control_interval_s,
             step_timeout_s=options.step_timeout_s,
             on_close=resources.close,
@@ -192,26 +193,30 @@ def num_executors(config: EngineConfig) -> int:
     return count
 
 
-def make_controller(options: SemiPDConfig) -> Controller | None:
+def make_controller(config: EngineConfig) -> Controller | None:
     """Who is asked for shares; None where nobody changes them."""
+    options = config.semi_pd
     if not isinstance(options.controller, str):
         return options.controller
     if options.controller == "static":
         return None
     allowed = [Shares(*pair) for pair in options.kept_shares] or None
+    tokens = config.max_num_batched_tokens
     if options.controller == "mean":
-        return SloController(allowed=allowed)
+        return SloController(allowed=allowed, max_num_batched_tokens=tokens)
     slo = Slo(ttft_s=options.ttft_slo_s, tpot_s=options.tpot_slo_s)
     if options.controller == "paper":
         return PaperController(slo=slo)
-    return SloController(slo=slo, allowed=allowed)
+    return SloController(slo=slo, allowed=allowed, max_num_batched_tokens=tokens)
 
 
-def make_mode_policy(config: EngineConfig) -> ModePolicy | None:
+def make_mode_policy(config: EngineConfig, controller: Controller | None) -> ModePolicy | None:
     """Who decides between one executor and two; None where the topology does."""
     policy = config.semi_pd.break_even
     if config.topology != "auto":
         return None
+    if policy is None:
+        return ForeseenMode(controller) if hasattr(controller, "decide_mode") else BreakEven()
     return BreakEven(ratio=policy) if isinstance(policy, int | float) else policy
 
 

@@ -1,7 +1,7 @@
-"""How requests would flow through both phases of a divided GPU: a fluid, no single request.
+"""How requests would flow through both phases: a fluid, no single request.
 
-Prompt tokens wait, are computed at a constant rate, and become decoding requests, which end after
-so many steps in the mean (with no memory of how many they had). Both queues are followed through
+Prompt tokens wait, are computed, and become decoding requests, which end after so many steps in
+the mean (with no memory of how many they had). Both queues are followed through
 time instead of in a steady state, for at the loads that matter there is none: with more arrivals
 than prefill can compute the one queue grows, and shares that let it grow shorten the other.
 """
@@ -53,12 +53,14 @@ class Flow(NamedTuple):
     """Mean time of a decode step, over decoding requests, while new ones come."""
 
 
-def follow(load: Load, token_s: float, step_s: Callable[[float, float], float]) -> Flow:
+def follow(
+    load: Load, token_s: Callable[[float], float], step_s: Callable[[float, float], float]
+) -> Flow:
     """Lets the requests pass until all have ended.
 
     Args:
         load: the requests.
-        token_s: seconds to compute a prompt token, above 0.
+        token_s: seconds to compute a prompt token, above 0, from the requests that decode.
         step_s: seconds of a decode step, above 0, from the requests that decode and the part of
             the time, 0..1, in which prompts are computed meanwhile.
     """
@@ -72,8 +74,8 @@ def follow(load: Load, token_s: float, step_s: Callable[[float, float], float]) 
             if waiting < 1 and decoding < 0.5:
                 break
             if waiting >= 1:  # no longer than the queue lasts: the part that works is whole then
-                step = min(step, waiting * token_s)
-        can = step / token_s
+                step = min(step, waiting * token_s(decoding))
+        can = step / token_s(decoding)
         computed = min(waiting + come, can)
         gap_s = step_s(decoding, computed / can)
         ends_per_s = 1 / (load.output_tokens * gap_s)

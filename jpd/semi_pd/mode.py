@@ -9,7 +9,7 @@ on recorded observations and in `jpd simulate`. A user's own policy is any objec
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -126,6 +126,39 @@ class BreakEven:
         return self._wanted
 
 
+class Foresees(Protocol):
+    """A controller that foresees one executor too, such as jpd's (`SloController`)."""
+
+    def decide_mode(self, observation: Observation, current: Mode) -> Mode:
+        """As `ModePolicy.decide`; called before the controller's own `decide`."""
+        ...
+
+    @property
+    def mode_estimate(self) -> float | None:
+        """Cost on one executor over that on two, both foreseen; None while nothing is known."""
+        ...
+
+
+class ForeseenMode:
+    """One executor where the controller of the SM shares foresees less cost than under any of them.
+
+    By the same forecast as between shares, SLOs included, and as seldom. `BreakEven` asks less: it
+    looks at two executors under about (70, 30), and at mean times alone.
+    """
+
+    def __init__(self, controller: Foresees) -> None:
+        self._controller = controller
+
+    def decide(self, observation: Observation, current: Mode) -> Mode:
+        """What the controller says."""
+        return self._controller.decide_mode(observation, current)
+
+    @property
+    def estimate(self) -> float | None:
+        """Cost on one executor over that on two: two are better above 1."""
+        return self._controller.mode_estimate
+
+
 def arriving_tokens_per_s(seen: Sequence[Observation]) -> float:
     """Prompt tokens that come in a second; 0 where the observations are of no time."""
     first, last = seen[0], seen[-1]
@@ -137,13 +170,26 @@ def arriving_tokens_per_s(seen: Sequence[Observation]) -> float:
     return max(0, computed + queued) / span_s  # aborts can make the sum negative
 
 
-def held_up_s(seen: Collection[Observation]) -> float:
-    """For how long one prompt token holds decode up on one executor; 0 while none was computed."""
+def held_up_s(seen: Collection[Observation], alone_s: float | None = None) -> float:
+    """For how long one prompt token holds decode up on one executor; 0 while none was computed.
+
+    Args:
+        seen: On one executor.
+        alone_s: Time of a step without prompts; None: as it was meanwhile, 0 if no step was.
+    """
     tokens = sum(o.prefill_tokens for o in seen)
-    gaps, held = ([s for o in seen for s in getattr(o, n)] for n in ("token_gap_s", "held_gap_s"))
-    others = len(gaps) - len(held)
-    alone_s = (sum(gaps) - sum(held)) / others if others else 0.0
+    held = [s for o in seen for s in o.held_gap_s]
+    if alone_s is None:
+        alone = gaps_alone_s(seen)
+        alone_s = sum(alone) / len(alone) if alone else 0.0
     return max(0.0, sum(held) - len(held) * alone_s) / tokens if tokens else 0.0
+
+
+def gaps_alone_s(seen: Collection[Observation]) -> list[float]:
+    """Times of the decode steps without prompts on one executor."""
+    gaps = Counter(s for o in seen for s in o.token_gap_s)
+    gaps.subtract(s for o in seen for s in o.held_gap_s)
+    return [s for s, count in gaps.items() for _ in range(count)]
 
 
 def saved_per_waiting(

@@ -6,6 +6,8 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
 
 import numpy as np
 
@@ -20,6 +22,7 @@ from jpd.semi_pd.controller import (
     require_positive,
 )
 from jpd.semi_pd.flow import Flow, Load, follow
+from jpd.semi_pd.mode import Mode, gaps_alone_s, held_up_s
 from jpd.semi_pd.share_models import (
     H200_SERVING,
     DecodeTimeModel,
@@ -27,10 +30,15 @@ from jpd.semi_pd.share_models import (
     PrefillTimeModel,
     Work,
 )
+from jpd.semi_pd.step_times import StepTimes
 
 DEFAULT_SHARES = (*(Shares(x, 100 - x) for x in (30, 40, 50, 60, 70, 80)), FULL)
 """Disjoint shares, which protect decode, and all SMs for both, which favours prefill. Shares that
 overlap in part gained nothing over those on an H200."""
+
+ONE = "unified"
+"""In place of shares: one executor on all SMs, which mixes prompts and decode in its steps."""
+Setting = Shares | Literal["unified"]
 
 _URGENCY = 4
 """Power in the cost of the part lost: 1.2 times as many weigh like twice the mean time."""
@@ -44,13 +52,16 @@ _NOISE = 0.3
 """Spread of the logarithm of the times of a prompt token and of a decode step: prompts of a window,
 and those beside a step, differ in length. With a smaller one of decode's, waits for prompts were
 taken for sequences that cost much."""
+_FEWEST_ALONE = 5
+"""Steps of one executor without prompts that say how long one takes: where nearly all have prompts,
+the one that has none is that of a change between one executor and two."""
 _NEVER_MORE_BUSY = 0.8
 """Part, 0..1, of what prefill can do at all: forecasts of short windows must not see the pole."""
 
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """What requests would see under some shares."""
+    """What requests would see under some shares, or on one executor."""
 
     ttft_s: float
     """At the SLO's percentile, 0.9 without one."""
@@ -112,6 +123,12 @@ class SloController:
 
     It asks for no shares but the `allowed` ones: where those are the warm executors of a pool, no
     switch ever waits for a process to start.
+
+    Where `decide_mode` is called (`topology="auto"`), one executor for both phases is one more
+    choice, with the same cost, gain and dwell. What is learned while it serves, the time of a
+    decode step without prompts and by how much a prompt token makes one longer
+    (`mixed_steps.MixedSteps`), says by way of the same two models what two executors would take,
+    and the other way round.
     """
 
     slo: Slo | None = None
@@ -147,11 +164,13 @@ class SloController:
     """Age at which what was learned about a share is forgotten, and for how long SMs are lent."""
     interference: Interference = H200_SERVING
     """What the phases do to each other on this GPU."""
+    max_num_batched_tokens: int = 2048
+    """The engine's: prompt tokens of a step, at most."""
 
     prefill_model: PrefillTimeModel = field(init=False)
     decode_model: DecodeTimeModel = field(init=False)
-    forecasts: dict[Shares, Forecast] = field(init=False, default_factory=dict)
-    """Of the last decision that needed them; for plots."""
+    forecasts: dict[Setting, Forecast] = field(init=False, default_factory=dict)
+    """Of the last decision that needed them, with that of `ONE` where it is a choice; for plots."""
     reason: str = field(init=False, default="")
     """Why the last answer is what it is; for plots and logs."""
 
@@ -163,36 +182,61 @@ class SloController:
         require(0 <= self.min_gain < 1, "min_gain", self.min_gain, "at least 0, below 1")
         dwell = f"at least min_dwell_s={self.min_dwell_s}"
         require(self.max_dwell_s >= self.min_dwell_s, "max_dwell_s", self.max_dwell_s, dwell)
+        tokens = self.max_num_batched_tokens
+        require(tokens >= 1, "max_num_batched_tokens", tokens, "at least 1")
         window = f"at least window_s={self.window_s}"
         require(self.load_window_s >= self.window_s, "load_window_s", self.load_window_s, window)
         self._allowed = tuple(DEFAULT_SHARES if self.allowed is None else self.allowed)
         require(len(self._allowed) > 0, "allowed", self._allowed, "at least one share")
-        self.prefill_model = PrefillTimeModel(self.interference, self.memory_s, _NOISE)
-        self.decode_model = DecodeTimeModel(self.interference, self.memory_s, _NOISE)
+        self._times = StepTimes(self.interference, self.memory_s, _NOISE, tokens)
+        self.prefill_model, self.decode_model = self._times.prefill, self._times.decode
         self._prefill_busy = 0.0
         self._starved = 0.0  # 0..1: how far TTFT follows decode's speed
-        # What was seen last, over what the models say of it.
-        self._prefill_scale = self._decode_scale = 1.0
         self._switch = SwitchInFlight(self.switch_timeout_s)
         # Of load_window_s: each with its shares, None where they changed meanwhile.
-        self._seen: deque[tuple[Observation, Shares | None]] = deque()
-        self._serving: Shares | None = None
+        self._seen: deque[tuple[Observation, Setting | None]] = deque()
+        self._serving: Setting | None = None
         self._since_s = -math.inf  # when the current shares began to serve
         self._prefill_worked_s = self._decode_worked_s = -math.inf
         self._lent: tuple[Shares, float] | None = None  # what served before, until when
-        self._left_s: dict[Shares, float] = {}  # when each was left by a decision
+        self._left_s: dict[Setting, float] = {}  # when each was left by a decision
         self._switched_s = self._urgent_s = -math.inf
         self._dwell_s = self.min_dwell_s
+        self._may_unify = False  # somebody asks for the mode
+        self._mode: Mode = "semi_pd"
 
     def decide(self, observation: Observation, current: Shares) -> Shares:
         """The shares to serve with; `reason` says why."""
+        wanted = self._decide(observation, current)
+        self._mode = "unified" if wanted == ONE else "semi_pd"
+        return current if wanted == ONE else wanted
+
+    def decide_mode(self, observation: Observation, current: Mode) -> Mode:
+        """Whether one executor or two are to serve; asked before `decide`.
+
+        While one serves this learns and decides; while two do, what `decide` said last is told.
+        """
+        self._may_unify = True
+        if current == ONE:
+            self._mode = "unified" if self._decide(observation, ONE) == ONE else "semi_pd"
+        return self._mode
+
+    @property
+    def mode_estimate(self) -> float | None:
+        """Cost on one executor over the least under the allowed shares, by the last forecasts."""
+        if ONE not in self.forecasts:
+            return None
+        two = min(self.forecasts[shares].cost for shares in self._allowed)
+        return self.forecasts[ONE].cost / two if two else None
+
+    def _decide(self, observation: Observation, current: Setting) -> Setting:
         now_s = observation.now_s
         self._take(observation, current)
         under_way = self._switch.waiting_for(current, now_s)
         if under_way is not None:
             self.reason = "switch under way"
             return under_way
-        learned = self._learn(now_s, current)
+        learned = self._learn_one(now_s) if current == ONE else self._learn(now_s, current)
         lone = self._for_a_lone_phase(now_s, current)
         if lone is not None:
             self.reason = "a phase is idle"
@@ -210,8 +254,9 @@ class SloController:
         self._forecast_all(observation, current)
         return self._choose(now_s, current)
 
-    def _choose(self, now_s: float, current: Shares) -> Shares:
-        best = min(self._allowed, key=lambda shares: self.forecasts[shares].cost)
+    def _choose(self, now_s: float, current: Setting) -> Setting:
+        choices = (*self._allowed, ONE) if self._may_unify else self._allowed
+        best = min(choices, key=lambda setting: self.forecasts[setting].cost)
         here = self.forecasts[current]
         if self.forecasts[best].cost >= (1 - self.min_gain) * here.cost:
             self.reason = "no share gains enough"
@@ -230,17 +275,19 @@ class SloController:
         self._left_s[current] = self._switched_s = now_s
         return self._go(best, current, now_s)
 
-    def _go(self, wanted: Shares, current: Shares, now_s: float) -> Shares:
-        if wanted != current:
+    def _go(self, wanted: Setting, current: Setting, now_s: float) -> Setting:
+        if wanted not in (current, ONE):
             self._switch.ask(wanted, now_s)
         return wanted
 
-    def _take(self, observation: Observation, current: Shares) -> None:
+    def _take(self, observation: Observation, current: Setting) -> None:
         now_s = observation.now_s
         away = bool(self._seen) and now_s - self._seen[-1][0].now_s > self.window_s
-        if away:  # nobody asked, as while one executor served: that says nothing about two
+        if away:  # nobody asked, as while one executor served without `decide_mode`
             self._seen.clear()
+        if away or current == ONE:
             self._lent = None
+        if away:
             self._prefill_worked_s = self._decode_worked_s = now_s
         changed = away or current != self._serving
         if changed:
@@ -256,50 +303,77 @@ class SloController:
     def _learn(self, now_s: float, current: Shares) -> bool:
         """Whether enough is known of both phases to say what another share would change."""
         under = [o for o, shares in self._seen if shares == current]
-        start_s = max(self._since_s, now_s - self.window_s)
-        recent = [o for o in under if o.now_s > start_s]
-        if now_s - start_s < self.window_s / 4:  # a step or two of each phase say little
+        recent = self._recent(now_s, under)
+        if not recent:
             return False
-        busy_s = sum(o.prefill_busy_s for o in recent)
-        self._prefill_busy = min(1.0, busy_s / (now_s - start_s))
-        waited = sum(o.waiting_requests > 0 for o in recent) / len(recent)
-        # Requests waited and prefill did not work: 0 up to a quarter of the time, 1 from three on.
-        self._starved = min(1.0, max(0.0, 2 * (waited - self._prefill_busy) - 0.5))
+        self._see_waits(recent, now_s, sum(o.prefill_busy_s for o in recent))
         tokens = sum(o.prefill_tokens for o in under)
         if tokens and self._prefill_busy >= 0.1:  # with less, a step's fixed cost is most of it
             seconds = sum(o.prefill_busy_s for o in under) / tokens
             decode_busy = sum(bool(o.decoding_requests or o.token_gap_s) for o in under)
             work = Work(shares=current, other_busy=decode_busy / len(under))
-            self.prefill_model.update(now_s, work, seconds)
-            self._prefill_scale = seconds / self.prefill_model.predict(work)
+            self._times.see_token(now_s, work, seconds)
         gaps = [gap for o in recent for gap in o.token_gap_s]
         if sum(gaps):
             seconds = sum(gaps) / len(gaps)
             sequences = sum(o.decoding_requests for o in recent) / len(recent)
             work = Work(shares=current, other_busy=self._prefill_busy, sequences=sequences)
-            self.decode_model.update(now_s, work, seconds)
-            self._decode_scale = seconds / self.decode_model.predict(work)
-        return bool(self.prefill_model.points and self.decode_model.points)
+            self._times.see_step(now_s, work, seconds)
+        return self._times.are_known
 
-    def _forecast_all(self, observation: Observation, current: Shares) -> None:
-        """Fills `forecasts`, the current shares among them."""
+    def _learn_one(self, now_s: float) -> bool:
+        """The same while one executor serves: both phases as they would be alone on all SMs."""
+        recent = self._recent(now_s, [o for o, setting in self._seen if setting == ONE])
+        if not recent:
+            return False
+        self._see_waits(recent, now_s, sum(sum(o.held_gap_s) for o in recent))
+        sequences = sum(o.decoding_requests for o in recent) / len(recent)
+        alone = gaps_alone_s(recent)
+        if len(alone) >= _FEWEST_ALONE and (alone_s := float(np.median(alone))):
+            work = Work(shares=FULL, other_busy=0.0, sequences=sequences)
+            self._times.see_step(now_s, work, alone_s)
+        beside = [o for o in recent if o.held_gap_s]
+        if beside and self.decode_model.points:
+            held_s = held_up_s(beside, self._times.alone_s(sequences))
+            if held_s > 0:
+                self._times.see_mixed_token(now_s, held_s)
+        return self._times.are_known
+
+    def _recent(self, now_s: float, under: Sequence[Observation]) -> list[Observation]:
+        """Those of `window_s` since what serves began to; none while they say too little."""
+        start_s = max(self._since_s, now_s - self.window_s)
+        if now_s - start_s < self.window_s / 4:  # a step or two of each phase
+            return []
+        return [o for o in under if o.now_s > start_s]
+
+    def _see_waits(self, recent: Sequence[Observation], now_s: float, busy_s: float) -> None:
+        """Learns for which part of the time prefill worked, and whether it was what others wait
+        for."""
+        start_s = max(self._since_s, now_s - self.window_s)
+        self._prefill_busy = min(1.0, busy_s / (now_s - start_s))
+        waited = sum(o.waiting_requests > 0 for o in recent) / len(recent)
+        # Requests waited and prefill did not work: 0 up to a quarter of the time, 1 from three on.
+        self._starved = min(1.0, max(0.0, 2 * (waited - self._prefill_busy) - 0.5))
+
+    def _forecast_all(self, observation: Observation, current: Setting) -> None:
+        """Fills `forecasts`, the current setting among them."""
         load = self._load(observation)
+        mixed = self._times.mixed(load)
+        settings = dict.fromkeys([*self._allowed, current, *([ONE] if self._may_unify else [])])
 
-        # Both phases work, or there would be nothing to divide. What was seen last sets the scale,
-        # the models say what another share would change: contexts are as they are now.
-        def token_s(shares: Shares) -> float:
-            work = Work(shares=shares, other_busy=1.0)
-            return self._prefill_scale * self.prefill_model.predict(work)
+        # Both phases work, or there would be nothing to divide.
+        def token_s(setting: Setting) -> float:
+            one = setting == ONE
+            return mixed.prompt_token_s(load.decoding) if one else self._times.token_s(setting)
 
-        def flow_under(shares: Shares) -> Flow:
-            def step_s(decoding: float, busy: float) -> float:
-                work = Work(shares=shares, other_busy=busy, sequences=decoding)
-                return self._decode_scale * self.decode_model.predict(work)
+        def flow_under(setting: Setting) -> Flow:
+            if setting == ONE:
+                return follow(load, mixed.prompt_token_s, mixed.step_s)
+            each_s = token_s(setting)
+            return follow(load, lambda _: each_s, partial(self._times.step_s, setting))
 
-            return follow(load, token_s(shares), step_s)
-
-        def queue_s(shares: Shares) -> float:
-            each_s = token_s(shares)
+        def queue_s(setting: Setting) -> float:
+            each_s = token_s(setting)
             return each_s / (1 - min(_NEVER_MORE_BUSY, load.tokens_per_s * each_s))
 
         # In units of `queue_s`: what is seen under one share says what it would be under another.
@@ -307,13 +381,13 @@ class SloController:
         ttfts = np.array([ttft_s / queue for o, queue in under for ttft_s in o.ttft_s] or [0.0])
         percentile = PERCENTILE if self.slo is None else self.slo.percentile
         ttft, mean_ttft = float(np.quantile(ttfts, percentile)), float(ttfts.mean())
-        flows = {shares: flow_under(shares) for shares in {*self._allowed, current}}
+        flows = {setting: flow_under(setting) for setting in settings}
         growing = load.waiting_tokens + load.tokens_per_s * self.horizon_s
 
-        def forecast(shares: Shares) -> Forecast:
-            each_s, flow = token_s(shares), flows[shares]
+        def forecast(setting: Setting) -> Forecast:
+            each_s, flow = token_s(setting), flows[setting]
             starved_s = queue_s(current) * flow.tpot_s / flows[current].tpot_s
-            queue = self._starved * starved_s + (1 - self._starved) * queue_s(shares)
+            queue = self._starved * starved_s + (1 - self._starved) * queue_s(setting)
             # Of the last request of the queue, now or in `horizon_s`.
             waits_s = max(load.waiting_tokens * each_s, growing * each_s - self.horizon_s)
             ttft_s = max(percentile * waits_s, ttft * queue)
@@ -328,7 +402,7 @@ class SloController:
             cost = e2e_s * max(1.0, lost / costs_above) ** _URGENCY
             return Forecast(ttft_s, flow.tpot_s, miss, e2e_s, cost, lost)
 
-        self.forecasts = {shares: forecast(shares) for shares in flows}
+        self.forecasts = {setting: forecast(setting) for setting in flows}
 
     def _load(self, observation: Observation) -> Load:
         """Requests of now, and those that come if they come as in `load_window_s`."""
@@ -365,8 +439,11 @@ class SloController:
         queued = last.waiting_tokens - first.waiting_tokens
         return max(0, computed + queued) / span_s  # aborts can make the sum negative
 
-    def _for_a_lone_phase(self, now_s: float, current: Shares) -> Shares | None:
-        """The shares for the phase that works alone; None if both work."""
+    def _for_a_lone_phase(self, now_s: float, current: Setting) -> Shares | None:
+        """The shares for the phase that works alone; None if both work, or one executor for both,
+        which has all SMs."""
+        if current == ONE:
+            return None
         prefill_idle = now_s - self._prefill_worked_s > self.idle_after_s
         decode_idle = now_s - self._decode_worked_s > self.idle_after_s
         if not prefill_idle and not decode_idle:

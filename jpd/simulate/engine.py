@@ -113,6 +113,7 @@ class _TwoPhases(TwoPhases):
 
 def _two_phases(config: EngineConfig, gpu: VirtualGpu) -> _TwoPhases:
     options, model = config.semi_pd, gpu.model
+    controller = semi_pd_build.make_controller(config)
 
     def pool(phase: str) -> ExecutorPool:
         place = int(config.topology == "disaggregated" and phase == "decode")
@@ -139,8 +140,8 @@ def _two_phases(config: EngineConfig, gpu: VirtualGpu) -> _TwoPhases:
         Shares(options.prefill_share, options.decode_share),
         config.max_num_seqs,
         depth=1 + config.async_scheduling,
-        controller=semi_pd_build.make_controller(options),
-        mode_policy=semi_pd_build.make_mode_policy(config),
+        controller=controller,
+        mode_policy=semi_pd_build.make_mode_policy(config, controller),
         control_interval_s=options.control_interval_s,
         step_timeout_s=options.step_timeout_s,
         on_close=lambda: None,

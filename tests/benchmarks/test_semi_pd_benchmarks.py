@@ -640,7 +640,7 @@ def test_the_dynamic_point_aims_at_the_slo(engine: Engine, tmp_path, monkeypatch
     seats = {phase: getattr(engine.topology, phase) for phase in ("prefill", "decode")}
     topology = SimpleNamespace(shares=Shares(50, 50), **seats)
     llm = SimpleNamespace(
-        config=SimpleNamespace(semi_pd=options),
+        config=SimpleNamespace(semi_pd=options, max_num_batched_tokens=128),
         stats=engine.coordinator.stats(),
         _engine=SimpleNamespace(topology=topology, coordinator=engine.coordinator),
     )
@@ -663,7 +663,7 @@ def test_the_dynamic_point_aims_at_the_slo(engine: Engine, tmp_path, monkeypatch
     assert fields == dict.fromkeys(counts, 0) | {"mode": "semi_pd", "kept_shares": kept}
     assert mode.inner.ratio == 1.5
     assert isinstance(steering.inner, SloController)
-    assert steering.inner.slo.ttft_s == 0.5
+    assert (steering.inner.slo.ttft_s, steering.inner.max_num_batched_tokens) == (0.5, 128)
     assert steering.inner.allowed == [Shares(*pair) for pair in PAIRS]
     semi_pd_serving.run_point(llm, None, 0, "semi_pd_dynamic", *aim)
     assert isinstance(steering.inner, SloController)
@@ -685,6 +685,10 @@ def test_the_dynamic_point_aims_at_the_slo(engine: Engine, tmp_path, monkeypatch
     mode.inner = semi_pd_serving.Held()
     semi_pd_serving.run_point(llm, None, 0, "auto_mean_shortest", *aim)
     assert (steering.inner.slo, mode.inner.ratio, began[-1]) == (None, 1.5, FULL)
+    semi_pd_serving.run_point(llm, None, 0, "auto", aim[0], None, log)  # by the controller's word
+    monkeypatch.setattr(SloController, "decide_mode", lambda self, *seen: (self, *seen))
+    told = mode.inner.decide("seen", "unified")
+    assert told == (steering.inner.inner, "seen", "unified")
     topology.shares = Shares(70, 30)
     monkeypatch.setattr(semi_pd_serving, "send", lambda *args: [])
     monkeypatch.setattr(semi_pd_serving, "SETTLE_S", 0.01)

@@ -22,17 +22,17 @@ LOAD = Load(
 
 
 def constant(seconds: float):
-    """A decode step that takes as long whatever runs."""
-    return lambda decoding, busy: seconds
+    """A decode step, or a prompt token, that takes as long whatever runs."""
+    return lambda decoding, busy=0.0: seconds
 
 
 def test_nothing_takes_no_time() -> None:
-    flow = follow(replace(LOAD, tokens_per_s=0.0), 1e-4, constant(0.01))
+    flow = follow(replace(LOAD, tokens_per_s=0.0), constant(1e-4), constant(0.01))
     assert (flow.wait_s, flow.decode_s, flow.new, flow.tpot_s) == (0.0, 0.0, 0.0, 0.01)
 
 
 def test_prompts_that_are_computed_as_they_come_only_decode() -> None:
-    flow = follow(LOAD, 1e-4, constant(0.01))
+    flow = follow(LOAD, constant(1e-4), constant(0.01))
     assert flow.wait_s == 0
     assert flow.new == 1
     assert flow.decode_s == pytest.approx(100 * 0.01, rel=0.02)
@@ -43,20 +43,20 @@ def test_prompts_that_are_computed_as_they_come_only_decode() -> None:
 def test_decoding_requests_end_with_no_memory(output: float) -> None:
     """n requests, each of which ends after `output` more steps in the mean."""
     load = replace(LOAD, tokens_per_s=0.0, decoding=40.0, output_tokens=output)
-    flow = follow(load, 1e-4, constant(0.02))
+    flow = follow(load, constant(1e-4), constant(0.02))
     assert flow.new == 0
     assert flow.decode_s == pytest.approx(output * 0.02, rel=0.05)
 
 
 def test_a_queue_without_arrivals_drains_at_the_rate_of_prefill() -> None:
     load = replace(LOAD, waiting_tokens=50_000.0, tokens_per_s=0.0, seconds=0.01)
-    flow = follow(load, 1e-3, constant(1e-4))
+    flow = follow(load, constant(1e-3), constant(1e-4))
     assert flow.wait_s == pytest.approx(50 / 2, rel=0.02)  # the mean of 0 and 50 s
 
 
 def test_a_queue_that_grows_is_waited_for_until_it_is_gone() -> None:
     """Twice as much comes as can be computed: the last one waits as long as arrivals lasted."""
-    flow = follow(LOAD, 4e-4, constant(1e-4))
+    flow = follow(LOAD, constant(4e-4), constant(1e-4))
     assert flow.wait_s == pytest.approx(100 / 2, rel=0.02)
 
 
@@ -64,10 +64,10 @@ def test_a_queue_of_long_prompts_is_one_of_few_requests() -> None:
     """Short ones go first: the queue is as long in tokens, and half or a quarter as many wait."""
     for longer in (2, 4):
         growing = replace(LOAD, queued_prompt_tokens=longer * LOAD.prompt_tokens)
-        flow = follow(growing, 4e-4, constant(1e-4))
+        flow = follow(growing, constant(4e-4), constant(1e-4))
         assert flow.wait_s == pytest.approx(100 / 2 / longer, rel=0.02)
         draining = replace(growing, waiting_tokens=50_000.0, tokens_per_s=0.0, seconds=0.01)
-        flow = follow(replace(draining, decoding=50.0), 1e-3, constant(1e-4))
+        flow = follow(replace(draining, decoding=50.0), constant(1e-3), constant(1e-4))
         assert flow.wait_s == pytest.approx(50 / 2, rel=0.02)  # of each that waits: it is there
         assert flow.new == pytest.approx(100 / longer / (100 / longer + 50))
         assert flow.decode_s == pytest.approx(100 * 1e-4, rel=0.02)  # none is lost or doubled
@@ -91,7 +91,7 @@ def test_arrivals_wait_and_decode_as_events_one_by_one_do() -> None:
         waiting += come - computed
         decoding += computed / load.prompt_tokens - ends
         now_s += dt
-    flow = follow(load, token_s, step_s)
+    flow = follow(load, constant(token_s), step_s)
     new = (20_000 + 50_000) / 500
     assert flow.new == pytest.approx(new / (new + 30))
     assert flow.wait_s == pytest.approx(waited / new, rel=0.02)
@@ -101,7 +101,8 @@ def test_arrivals_wait_and_decode_as_events_one_by_one_do() -> None:
 def test_slower_decode_fills_its_own_batch() -> None:
     """Steps of half the speed, and longer with more rows: more than twice the time."""
     gaps = [
-        follow(LOAD, 1e-4, lambda n, busy, s=s: s * (0.005 + 1e-4 * n)).tpot_s for s in (1.0, 2.0)
+        follow(LOAD, constant(1e-4), lambda n, busy, s=s: s * (0.005 + 1e-4 * n)).tpot_s
+        for s in (1.0, 2.0)
     ]
     assert gaps[1] > 2.2 * gaps[0]
 
@@ -111,6 +112,6 @@ def test_slower_decode_fills_its_own_batch() -> None:
 @pytest.mark.parametrize("gap_s", [1e-9, 1e6])
 def test_whatever_comes_ends_in_numbers(output: float, token_s: float, gap_s: float) -> None:
     load = replace(LOAD, waiting_tokens=1e7, decoding=1000.0, output_tokens=output)
-    flow = follow(load, token_s, constant(gap_s))
+    flow = follow(load, constant(token_s), constant(gap_s))
     assert np.isfinite(list(flow)).all()
     assert min(flow) >= 0

@@ -13,7 +13,7 @@ from jpd.config import BREAK_EVEN, EngineConfig, SemiPDConfig
 from jpd.errors import ConfigError
 from jpd.semi_pd import build
 from jpd.semi_pd.controller import Observation
-from jpd.semi_pd.mode import BreakEven, Mode, phases_of
+from jpd.semi_pd.mode import BreakEven, ForeseenMode, Mode, gaps_alone_s, phases_of
 from native.mps import Mps, MpsError
 
 
@@ -127,6 +127,15 @@ def test_without_prompts_nothing_changes() -> None:
     assert policy.estimate is None
 
 
+def test_steps_without_prompts() -> None:
+    seen = [
+        Observation(now_s=0.0, token_gap_s=[0.1, 0.2, 0.1, 0.5], held_gap_s=[0.1]),
+        Observation(now_s=1.0, token_gap_s=[0.5, 0.3], held_gap_s=[0.5, 0.5]),  # of the one before
+    ]
+    assert sorted(gaps_alone_s(seen)) == [0.1, 0.2, 0.3]
+    assert gaps_alone_s([]) == []
+
+
 def test_it_goes_on_asking_while_the_change_is_under_way() -> None:
     """An executor on all SMs may have to be started first."""
     policy = BreakEven(ratio=2.0)
@@ -168,11 +177,24 @@ def auto(**semi_pd: object) -> EngineConfig:
 
 
 def test_who_decides() -> None:
-    assert build.make_mode_policy(auto()).ratio == BREAK_EVEN == BreakEven().ratio
-    assert build.make_mode_policy(auto(break_even=7.5)).ratio == 7.5
+    assert build.make_mode_policy(auto(), None).ratio == BREAK_EVEN == BreakEven().ratio
+    assert build.make_mode_policy(auto(break_even=7.5), None).ratio == 7.5
     own = SimpleNamespace(decide=lambda observation, current: current)
-    assert build.make_mode_policy(auto(break_even=own)) is own
-    assert build.make_mode_policy(EngineConfig(model="none", topology="semi_pd")) is None
+    assert build.make_mode_policy(auto(break_even=own), None) is own
+    assert build.make_mode_policy(EngineConfig(model="none", topology="semi_pd"), None) is None
+    # Without a word of the user's, a controller that foresees one executor too.
+    for name in ("slo", "mean"):
+        config = auto(controller=name, ttft_slo_s=1.0, tpot_slo_s=0.1).replace(
+            max_num_batched_tokens=512
+        )
+        controller = build.make_controller(config)
+        assert controller.max_num_batched_tokens == 512
+        assert isinstance(build.make_mode_policy(config, controller), ForeseenMode)
+        assert build.make_mode_policy(config.replace(topology="semi_pd"), controller) is None
+        number = auto(controller=name, ttft_slo_s=1.0, tpot_slo_s=0.1, break_even=7.5)
+        assert build.make_mode_policy(number, controller).ratio == 7.5
+    paper = auto(controller="paper", ttft_slo_s=1.0, tpot_slo_s=0.1)
+    assert build.make_mode_policy(paper, build.make_controller(paper)).ratio == BREAK_EVEN
     with pytest.raises(ConfigError, match="only with topology='auto'"):
         EngineConfig(model="none", topology="semi_pd", semi_pd=SemiPDConfig(break_even=9))
 

@@ -128,7 +128,7 @@ def sleeping_llm(prepared: Prepared, model: LatencyModel) -> AsyncLLM:
             config.max_num_seqs,
             depth=depth,
             controller=None,
-            mode_policy=make_mode_policy(config),
+            mode_policy=make_mode_policy(config, None),
             control_interval_s=config.semi_pd.control_interval_s,
             step_timeout_s=60.0,
             on_close=lambda: None,

@@ -226,6 +226,40 @@ def test_the_default_break_even_takes_what_is_better(
     assert mean_e2e_s("auto") < 1.02 * found[better] < 0.98 * max(found.values())
 
 
+@pytest.mark.parametrize(
+    ("workload", "rate", "order", "kept", "better", "within"),
+    [
+        ("azure_conv", 26.7, "shortest", ((100, 100), (70, 30)), "semi_pd", 1.1),
+        ("azure_conv", 8.0, "fcfs", ((100, 100), (70, 30)), "unified", 1.02),
+        ("azure_code", 15.0, "fcfs", ((100, 100), (70, 30)), "unified", 1.02),
+        # Decode is hardly held up, but there is much of it, and little prefill.
+        ("sharegpt_like", 55.0, "fcfs", ((100, 100), (60, 40), (40, 60)), "semi_pd", 1.02),
+    ],
+)
+def test_what_the_controller_foresees_to_be_better_is(
+    llama_8b, latencies_8b, workload, rate, order, kept, better, within
+):
+    n = round(16 * rate)
+    requests = traces.make(workload, rate=rate, n=n, seed=0, max_total_tokens=8192)
+    buckets = {"batch_buckets": (32, 128, 256), "token_buckets": (256, 512, 1024, 2048)}
+    sizes = {"max_model_len": 8192, "num_pages": 18_432, "scheduling_policy": order}
+
+    def mean_e2e_s(topology: str) -> float:
+        options = {"topology": topology, **sizes, **buckets}
+        if topology != "unified":
+            options["semi_pd"] = {"controller": "mean", "kept_shares": kept}
+        config = EngineConfig.from_kwargs(str(llama_8b), **options)
+        one = engine.build(engine.prepare(config, 1 << 37, "a GPU"), latencies_8b)
+        records = simulate(requests, [one])
+        one.close()
+        return sum(record.e2e_s for record in records) / len(records)
+
+    found = {topology: mean_e2e_s(topology) for topology in ("unified", "semi_pd")}
+    assert min(found, key=found.get) == better
+    assert within * found[better] < 0.98 * max(found.values())
+    assert mean_e2e_s("auto") < within * found[better]
+
+
 def test_kv_heads_that_several_ranks_have(model):
     """A rank has one KV head at least, of keys and of what is sent between GPUs."""
     eight, sixteen = (arithmetic(model, ranks) for ranks in (8, 16))
