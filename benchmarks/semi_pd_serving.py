@@ -33,8 +33,8 @@ in time, `--merge` keeps the rows of earlier runs, with their SLOs and capacitie
 one and the same rate in all of them, and `--missing` measures the cases that they lack. The file is
 written after every case, and a case is whole or missing. `--seconds 0 --merge FILE ...` measures
 nothing: it merges files and draws the chart. With `--decisions FOLDER` what each controller was
-shown and said goes there, also those that never change their mind, a file a point
-(`jpd/semi_pd/decision_log.py`).
+shown and said while two executors served goes there, also those that never change their mind, a
+file a point (`jpd/semi_pd/decision_log.py`).
 
 The summary has for each workload, over the means of its seeds:
 

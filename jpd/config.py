@@ -25,8 +25,8 @@ MatmulAllReduce = Literal["auto", "overlap", "xla"]
 
 MAX_STEP_TOKENS = 65_536
 BREAK_EVEN = 1.5
-"""Stands for `SemiPDConfig.break_even` where that is None and the controller foresees no executor
-for both phases. In `jpd simulate` of Llama-3.1-8B on an H200, with requests for 20 s,
+"""Stands for `SemiPDConfig.break_even` where that is None and the controller cannot foresee what
+one executor would do. In `jpd simulate` of Llama-3.1-8B on an H200, with requests for 20 s,
 `SloController` among (100, 100), (70, 30), (60, 40) and (50, 50), and prefill's measured times
 under these shares, two executors had the better mean with azure_conv and arxiv (eight seeds) from
 load 0.8 or 0.9 on, with the ShareGPT-like lengths from 1.2 on and with azure_code at none. With
@@ -169,9 +169,10 @@ class SemiPDConfig:
     `topology="auto"` also keeps decode executors on `decode_share` and on all SMs."""
     break_even: Any = None
     """For `topology="auto"`, who says whether one executor or two serve. None: the controller, if
-    it foresees both, as jpd's do ("slo", "mean"; `jpd.semi_pd.mode.ForeseenMode`), else 1.5. A
-    number: how many requests two executors must save for each one that waits for its first token
-    (`jpd.semi_pd.mode.BreakEven`). Or an object with `decide`."""
+    it foresees both, as jpd's do ("slo", "mean"; `jpd.semi_pd.mode.ForeseenMode`) with
+    `prefill_policy="mixed"`, else 1.5. A number: how many requests two executors must save for each
+    one that waits for its first token (`jpd.semi_pd.mode.BreakEven`). Or an object with `decide`.
+    """
 
     def __post_init__(self) -> None:
         for name in ("prefill_share", "decode_share"):

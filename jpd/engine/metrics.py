@@ -27,7 +27,8 @@ class EngineStats:
     mode_changes: int = 0
     """Times that `mode` changed: by `topology="auto"`, or as nobody was left for a phase."""
     break_even_estimate: float | None = None
-    """What `topology="auto"` decides by, see `jpd.semi_pd.mode`; None while nothing is known."""
+    """What `topology="auto"` decides by, see `jpd.semi_pd.mode`: cost on one executor over that on
+    two, by jpd's controllers, or requests saved for each one that waits; None while unknown."""
     executors_lost: int = 0
     """Executors that failed or were killed while others went on, idle ones included."""
     pages_lost: int = 0

@@ -194,7 +194,11 @@ def num_executors(config: EngineConfig) -> int:
 
 
 def make_controller(config: EngineConfig) -> Controller | None:
-    """Who is asked for shares; None where nobody changes them."""
+    """Who is asked for shares; None where nobody changes them.
+
+    Args:
+        config: with nothing left open, as `Prepared.config`.
+    """
     options = config.semi_pd
     if not isinstance(options.controller, str):
         return options.controller
@@ -216,7 +220,8 @@ def make_mode_policy(config: EngineConfig, controller: Controller | None) -> Mod
     if config.topology != "auto":
         return None
     if policy is None:
-        return ForeseenMode(controller) if hasattr(controller, "decide_mode") else BreakEven()
+        foresees = hasattr(controller, "decide_mode") and config.prefill_policy == "mixed"
+        return ForeseenMode(controller) if foresees else BreakEven()
     return BreakEven(ratio=policy) if isinstance(policy, int | float) else policy
 
 

@@ -116,7 +116,8 @@ class Controller(Protocol):
     """Decides the SM shares; called by the coordinator a few times a second.
 
     While one executor serves both phases (`topology="auto"`) there is nothing to divide: it is not
-    called, and what happened meanwhile it is not told.
+    called, and what happened meanwhile it is not told, unless it has `decide_mode` and is to say
+    when that is (`jpd.semi_pd.mode.Foresees`).
     """
 
     def decide(self, observation: Observation, current: Shares) -> Shares:
@@ -149,8 +150,8 @@ class StaticController:
         return self.shares
 
 
-class SwitchInFlight:
-    """The shares that were asked for last, until they serve or too much time went by.
+class SwitchInFlight[Setting]:
+    """The shares, or whatever else serves, asked for last, until they serve or it took too long.
 
     While a switch is under way nothing can be learned about either end of it, and a new plan would
     start from shares that are about to go: the released code neither samples nor plans then either.
@@ -159,15 +160,16 @@ class SwitchInFlight:
     def __init__(self, timeout_s: float) -> None:
         require_positive("switch_timeout_s", timeout_s)
         self._timeout_s = timeout_s
-        self._wanted: Shares | None = None
+        self._wanted: Setting | None = None
         self._asked_s = -math.inf
 
-    def ask(self, shares: Shares, now_s: float) -> None:
-        """Remembers that `shares` were asked for."""
-        self._wanted, self._asked_s = shares, now_s
+    def ask(self, wanted: Setting, now_s: float) -> None:
+        """Remembers that `wanted` was asked for."""
+        self._wanted, self._asked_s = wanted, now_s
 
-    def waiting_for(self, current: Shares, now_s: float) -> Shares | None:
-        """The shares still under way, or None once they serve or have been given up."""
+    def waiting_for(self, current: Setting | None, now_s: float) -> Setting | None:
+        """What is still under way, or None once it serves or has been given up; `current` None:
+        something else serves."""
         late = now_s - self._asked_s >= self._timeout_s
         if self._wanted is not None and (self._wanted == current or late):
             self._wanted = None

@@ -1,6 +1,7 @@
 """What a controller was shown and what it said, in a file: to look at, and to ask another one.
 
-A log is JSON lines, one a call of `decide`, each with all that was observed. Asking another
+A log is JSON lines, one a call of `decide`, each with all that was observed. What a controller sees
+while one executor serves (`decide_mode`) is not in it. Asking another
 controller with it (`answers`) is an open loop: its answers change nothing of what is observed next.
 """
 
@@ -45,6 +46,12 @@ class LoggedController:
         self.inner = inner
         self._path: Path | None = Path(path)
         self._mode = "w"
+
+    def __getattr__(self, name: str) -> Any:
+        """All else is the other one's, as `decide_mode`."""
+        if name == "inner":  # not made yet
+            raise AttributeError(name)
+        return getattr(self.inner, name)
 
     def decide(self, observation: Observation, current: Shares) -> Shares:
         """What the other one says."""

@@ -1,9 +1,9 @@
 """How requests would flow through both phases: a fluid, no single request.
 
 Prompt tokens wait, are computed, and become decoding requests, which end after so many steps in
-the mean (with no memory of how many they had). Both queues are followed through
-time instead of in a steady state, for at the loads that matter there is none: with more arrivals
-than prefill can compute the one queue grows, and shares that let it grow shorten the other.
+the mean (with no memory of how many they had). Both queues are followed through time instead of in
+a steady state, for at the loads that matter there is none: with more arrivals than prefill can
+compute the one queue grows, and shares that let it grow shorten the other.
 """
 
 from __future__ import annotations

@@ -39,6 +39,10 @@ class MixedSteps:
         """Seconds until the next prompt token is computed: its part of the whole step."""
         return self.token_s + self.decode_s(decoding) / self.tokens(decoding)
 
+    def least_token_s(self, decoding: float) -> float:
+        """Seconds of a prompt token in a step that is full: what decides how many can come."""
+        return self.token_s + self.decode_s(decoding) / self.most_tokens
+
     def step_s(self, decoding: float, busy: float) -> float:
         """Mean seconds between two tokens of a request, where steps with prompts take the part
         `busy`, 0..1, of the time."""

@@ -140,10 +140,11 @@ class Foresees(Protocol):
 
 
 class ForeseenMode:
-    """One executor where the controller of the SM shares foresees less cost than under any of them.
+    """One executor where the controller of the SM shares foresees less cost than under them.
 
-    By the same forecast as between shares, SLOs included, and as seldom. `BreakEven` asks less: it
-    looks at two executors under about (70, 30), and at mean times alone.
+    By the same forecast as between shares, SLOs included, with the same gain and dwell, and for
+    chunked prefill alone (`prefill_policy="mixed"`). `BreakEven` asks less: it looks at two
+    executors under about (70, 30), and at mean times.
     """
 
     def __init__(self, controller: Foresees) -> None:

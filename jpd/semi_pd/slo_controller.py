@@ -54,7 +54,7 @@ and those beside a step, differ in length. With a smaller one of decode's, waits
 taken for sequences that cost much."""
 _FEWEST_ALONE = 5
 """Steps of one executor without prompts that say how long one takes: where nearly all have prompts,
-the one that has none is that of a change between one executor and two."""
+the one that has none is that of a change between one executor and two. Their median counts, too."""
 _NEVER_MORE_BUSY = 0.8
 """Part, 0..1, of what prefill can do at all: forecasts of short windows must not see the pole."""
 
@@ -165,7 +165,8 @@ class SloController:
     interference: Interference = H200_SERVING
     """What the phases do to each other on this GPU."""
     max_num_batched_tokens: int = 2048
-    """The engine's: prompt tokens of a step, at most."""
+    """Prompt tokens of a step at most. It must be the engine's; an engine sets it in those that it
+    makes itself."""
 
     prefill_model: PrefillTimeModel = field(init=False)
     decode_model: DecodeTimeModel = field(init=False)
@@ -207,18 +208,28 @@ class SloController:
 
     def decide(self, observation: Observation, current: Shares) -> Shares:
         """The shares to serve with; `reason` says why."""
+        if self._mode == "unified":  # and yet shares are asked for: it was not to be
+            self._switch.ask(current, observation.now_s)
         wanted = self._decide(observation, current)
         self._mode = "unified" if wanted == ONE else "semi_pd"
+        self._may_unify = False  # until it is asked for again
         return current if wanted == ONE else wanted
 
     def decide_mode(self, observation: Observation, current: Mode) -> Mode:
         """Whether one executor or two are to serve; asked before `decide`.
 
-        While one serves this learns and decides; while two do, what `decide` said last is told.
+        While one serves this learns and decides; while two do, what `decide` said last is told, for
+        `switch_timeout_s` if one is wanted.
         """
         self._may_unify = True
         if current == ONE:
             self._mode = "unified" if self._decide(observation, ONE) == ONE else "semi_pd"
+        elif self._mode == "unified":
+            if self._serving == ONE:  # and ended by itself
+                self._switch.ask(ONE, observation.now_s)
+            self._take(observation, None)
+            if self._switch.waiting_for(None, observation.now_s) is None:
+                self._mode = "semi_pd"
         return self._mode
 
     @property
@@ -255,8 +266,7 @@ class SloController:
         return self._choose(now_s, current)
 
     def _choose(self, now_s: float, current: Setting) -> Setting:
-        choices = (*self._allowed, ONE) if self._may_unify else self._allowed
-        best = min(choices, key=lambda setting: self.forecasts[setting].cost)
+        best = min(self._choices, key=lambda setting: self.forecasts[setting].cost)
         here = self.forecasts[current]
         if self.forecasts[best].cost >= (1 - self.min_gain) * here.cost:
             self.reason = "no share gains enough"
@@ -266,6 +276,8 @@ class SloController:
             self.reason = "dwell"
             return current
         self.reason = "an SLO is in danger" if urgent else "mean latency"
+        if best == ONE:
+            self.reason += ": one executor"
         if urgent:
             self._urgent_s = now_s
         if now_s - self._switched_s > self.max_dwell_s:
@@ -276,11 +288,11 @@ class SloController:
         return self._go(best, current, now_s)
 
     def _go(self, wanted: Setting, current: Setting, now_s: float) -> Setting:
-        if wanted not in (current, ONE):
+        if wanted != current:
             self._switch.ask(wanted, now_s)
         return wanted
 
-    def _take(self, observation: Observation, current: Setting) -> None:
+    def _take(self, observation: Observation, current: Setting | None) -> None:
         now_s = observation.now_s
         away = bool(self._seen) and now_s - self._seen[-1][0].now_s > self.window_s
         if away:  # nobody asked, as while one executor served without `decide_mode`
@@ -326,7 +338,6 @@ class SloController:
         recent = self._recent(now_s, [o for o, setting in self._seen if setting == ONE])
         if not recent:
             return False
-        self._see_waits(recent, now_s, sum(sum(o.held_gap_s) for o in recent))
         sequences = sum(o.decoding_requests for o in recent) / len(recent)
         alone = gaps_alone_s(recent)
         if len(alone) >= _FEWEST_ALONE and (alone_s := float(np.median(alone))):
@@ -337,6 +348,11 @@ class SloController:
             held_s = held_up_s(beside, self._times.alone_s(sequences))
             if held_s > 0:
                 self._times.see_mixed_token(now_s, held_s)
+        busy_s = sum(sum(o.held_gap_s) for o in recent)
+        if self._times.are_known:  # not all prompts hold somebody up
+            tokens = sum(o.prefill_tokens for o in recent)
+            busy_s = max(busy_s, tokens * self._times.token_s(FULL, 0.0))
+        self._see_waits(recent, now_s, busy_s)
         return self._times.are_known
 
     def _recent(self, now_s: float, under: Sequence[Observation]) -> list[Observation]:
@@ -359,12 +375,11 @@ class SloController:
         """Fills `forecasts`, the current setting among them."""
         load = self._load(observation)
         mixed = self._times.mixed(load)
-        settings = dict.fromkeys([*self._allowed, current, *([ONE] if self._may_unify else [])])
 
-        # Both phases work, or there would be nothing to divide.
         def token_s(setting: Setting) -> float:
-            one = setting == ONE
-            return mixed.prompt_token_s(load.decoding) if one else self._times.token_s(setting)
+            if setting == ONE:
+                return mixed.prompt_token_s(load.decoding)
+            return self._times.token_s(setting, 1.0)  # both work: else it need not be divided
 
         def flow_under(setting: Setting) -> Flow:
             if setting == ONE:
@@ -374,14 +389,15 @@ class SloController:
 
         def queue_s(setting: Setting) -> float:
             each_s = token_s(setting)
-            return each_s / (1 - min(_NEVER_MORE_BUSY, load.tokens_per_s * each_s))
+            least_s = mixed.least_token_s(load.decoding) if setting == ONE else each_s
+            return each_s / (1 - min(_NEVER_MORE_BUSY, load.tokens_per_s * least_s))
 
         # In units of `queue_s`: what is seen under one share says what it would be under another.
         under = [(o, queue_s(shares)) for o, shares in self._seen if shares is not None]
         ttfts = np.array([ttft_s / queue for o, queue in under for ttft_s in o.ttft_s] or [0.0])
         percentile = PERCENTILE if self.slo is None else self.slo.percentile
         ttft, mean_ttft = float(np.quantile(ttfts, percentile)), float(ttfts.mean())
-        flows = {setting: flow_under(setting) for setting in settings}
+        flows = {setting: flow_under(setting) for setting in [*self._choices, current]}
         growing = load.waiting_tokens + load.tokens_per_s * self.horizon_s
 
         def forecast(setting: Setting) -> Forecast:
@@ -403,6 +419,10 @@ class SloController:
             return Forecast(ttft_s, flow.tpot_s, miss, e2e_s, cost, lost)
 
         self.forecasts = {setting: forecast(setting) for setting in flows}
+
+    @property
+    def _choices(self) -> tuple[Setting, ...]:
+        return (*self._allowed, ONE) if self._may_unify else self._allowed
 
     def _load(self, observation: Observation) -> Load:
         """Requests of now, and those that come if they come as in `load_window_s`."""

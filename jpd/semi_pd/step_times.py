@@ -47,7 +47,7 @@ class StepTimes:
         seconds += self._weights_s()  # a prefill executor reads them for itself
         self.see_token(now_s, Work(shares=FULL, other_busy=0.0), seconds)
 
-    def token_s(self, shares: Shares, busy: float = 1.0) -> float:
+    def token_s(self, shares: Shares, busy: float) -> float:
         """Of a prompt token under shares, while decode works this part of the time, 0..1."""
         return self._prefill_scale * self.prefill.predict(Work(shares=shares, other_busy=busy))
 

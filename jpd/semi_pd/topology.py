@@ -329,7 +329,7 @@ class TwoPhases:
 
     @property
     def break_even_estimate(self) -> float | None:
-        """Of jpd's own mode policy."""
+        """Of jpd's own mode policies."""
         return getattr(self._mode_policy, "estimate", None)
 
     def lost(self, lane: Lane, error: ExecutorLostError) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -9,10 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jpd.config import EngineConfig
 from jpd.errors import ConfigError
-from jpd.semi_pd.controller import FULL, Observation, Shares, Slo
-from jpd.semi_pd.mode import ForeseenMode, Mode
-from jpd.semi_pd.slo_controller import ONE, SloController
+from jpd.semi_pd import build
+from jpd.semi_pd.controller import FULL, Observation, Shares, Slo, StaticController
+from jpd.semi_pd.decision_log import LoggedController
+from jpd.semi_pd.mode import BreakEven, ForeseenMode, Mode
+from jpd.semi_pd.slo_controller import ONE, Forecast, SloController
 
 DIVIDED = Shares(70, 30)
 ALLOWED = (FULL, DIVIDED)
@@ -167,17 +171,141 @@ def test_nobody_asks_for_the_mode_where_two_always_serve() -> None:
     assert ForeseenMode(controller).estimate is None
 
 
+class Foretold(SloController):
+    """Whose forecasts are made up: the cost of each choice."""
+
+    told: Callable[[float, object], float]
+    """From the time and the choice."""
+
+    def _forecast_all(self, observation: Observation, current: object) -> None:
+        self.forecasts = {
+            choice: Forecast(0.0, 0.0, 0.0, 1.0, self.told(observation.now_s, choice))
+            for choice in [*self._choices, current]
+        }
+
+
 def test_changes_of_the_mode_have_their_time_between_them() -> None:
-    """A load that goes up and down, twice a second."""
+    """Whatever serves, the other looks better."""
+    for dwell_s in (1e-9, 4.0):
+        controller = Foretold(allowed=ALLOWED, min_dwell_s=dwell_s, max_dwell_s=dwell_s)
+        policy, mode, changes = ForeseenMode(controller), "unified", []
+        for tenth in range(1, 301):
+            controller.told = lambda _, choice, mode=mode: 1 + ((choice == ONE) == (mode == ONE))
+            seen = crowded_one(tenth / 10) if mode == ONE else crowded_two(tenth / 10, FULL)
+            wanted = policy.decide(seen, mode)
+            if mode == wanted == "semi_pd":
+                controller.decide(seen, FULL)
+            if wanted != mode:
+                changes.append(tenth / 10)
+                mode = wanted
+        gaps = [b - a for a, b in itertools.pairwise(changes)]
+        assert len(changes) >= 5
+        assert min(gaps) >= min(dwell_s, 3.0)
+        assert (min(gaps) < 1.0) == (dwell_s < 1.0)
+
+
+@pytest.mark.parametrize(("cost", "served"), [(0.95, [ONE]), (0.9, [ONE, DIVIDED])])
+def test_a_little_less_cost_changes_nothing(cost: float, served: list) -> None:
+    controller = Foretold(allowed=[DIVIDED])
+    controller.told = lambda _, choice: 1.0 if choice == ONE else cost
+    assert play(controller, crowded_one, crowded_two, shares=DIVIDED, seconds=2.0) == served
+    # And back.
+    controller = Foretold(allowed=[DIVIDED])
+    controller.told = lambda _, choice: cost if choice == ONE else 1.0
+    back = play(controller, crowded_one, crowded_two, "semi_pd", DIVIDED, seconds=2.0)
+    assert back == ([DIVIDED] if served == [ONE] else [DIVIDED, ONE])
+
+
+def test_an_idle_time_on_one_stays_there_and_lends_nothing() -> None:
     controller = SloController(allowed=ALLOWED)
 
     def one(now_s: float) -> Observation:
-        return crowded_one(now_s) if now_s % 0.5 < 0.25 else quiet_one(now_s)
+        return quiet_one(now_s) if now_s < 3 else Observation(now_s=now_s)
 
-    def two(now_s: float, shares: Shares) -> Observation:
-        return crowded_two(now_s, shares) if now_s % 0.5 < 0.25 else quiet_two(now_s, shares)
+    assert play(controller, one, quiet_two, seconds=10.0) == [ONE]
+    # SMs that were lent before are not asked back for.
+    lent = SloController(allowed=ALLOWED, idle_after_s=0.5)
+    alone = lambda now_s, shares: Observation(now_s=now_s, decoding_requests=4, token_gap_s=[0.01])  # noqa: E731
+    for tenth in range(1, 10):
+        shares = lent.decide(crowded_two(tenth / 10, DIVIDED), DIVIDED)
+    assert shares == DIVIDED
+    for tenth in range(10, 20):
+        shares = lent.decide(alone(tenth / 10, shares), shares)
+    assert (shares, lent.reason) == (FULL, "a phase is idle")
+    modes = {ForeseenMode(lent).decide(quiet_one(2 + i / 10), "unified") for i in range(10)}
+    assert modes == {"unified"}
 
-    assert len(play(controller, one, two, seconds=30.0)) <= 1 + 30 / controller.min_dwell_s
+
+def test_one_slow_step_without_prompts_teaches_nothing() -> None:
+    """As that in which two executors became one."""
+    controller = SloController(allowed=ALLOWED)
+    full = [alone_s(32) + 2000 * TOKEN_S] * 2
+
+    def one(now_s: float) -> Observation:
+        seen = on_one(now_s, 32, 1000)
+        if now_s < 2:
+            return seen
+        slow = [0.05] if 2.0 <= now_s < 2.05 else []
+        return replace(seen, token_gap_s=full + slow, held_gap_s=full, prefill_tokens=4000)
+
+    controller.min_gain = 0.99
+    play(controller, one, quiet_two, seconds=6.0)
+    assert all(
+        seconds == pytest.approx(alone_s(32)) for _, seconds in controller.decode_model.points
+    )
+
+
+def test_one_executor_that_never_comes_is_given_up() -> None:
+    controller = Foretold(allowed=ALLOWED, switch_timeout_s=5.0)
+    controller.told = lambda _, choice: 1.0 if choice == ONE else 2.0
+    policy, modes = ForeseenMode(controller), []
+    for tenth in range(1, 121):
+        seen = crowded_two(tenth / 10, FULL)
+        modes.append(policy.decide(seen, "semi_pd"))
+        if modes[-1] == "semi_pd":
+            controller.decide(seen, FULL)
+    runs = [(mode, len(list(run))) for mode, run in itertools.groupby(modes)]
+    assert [mode for mode, _ in runs[:4]] == ["semi_pd", "unified", "semi_pd", "unified"]
+    assert runs[1][1] == pytest.approx(50, abs=1)
+    # What was seen meanwhile counts: the rate is known at once.
+    assert controller._load(crowded_two(12.0, FULL)).tokens_per_s == pytest.approx(30_000, rel=0.05)
+
+
+def test_where_nobody_follows_shares_are_divided_as_ever() -> None:
+    """A user's policy that asked, and does as it likes; or nobody that asks any more."""
+    controller = Foretold(allowed=ALLOWED)
+    controller.told = lambda _, choice: {ONE: 1.0, DIVIDED: 2.0, FULL: 4.0}[choice]
+    for tenth in range(1, 11):
+        controller.decide_mode(crowded_two(tenth / 10, FULL), "semi_pd")
+        controller.decide(crowded_two(tenth / 10, FULL), FULL)
+    assert ONE in controller.forecasts
+    served = [controller.decide(crowded_two(1 + i / 10, FULL), FULL) for i in range(60)]
+    assert ONE not in controller.forecasts
+    assert served[-1] == DIVIDED
+
+
+def test_a_step_takes_as_many_tokens_as_the_engine_lets_it() -> None:
+    costs = []
+    for tokens in (256, 2048):
+        controller = SloController(allowed=ALLOWED, max_num_batched_tokens=tokens)
+        controller.min_gain = 0.99  # stays
+        play(controller, crowded_one, crowded_two, seconds=1.0)
+        costs.append(controller.forecasts[ONE].cost)
+    # A token costs more, as each step reads the weights and the rows' pages for fewer.
+    assert costs[0] > 1.1 * costs[1]
+
+
+def test_a_log_does_not_hide_that_it_foresees(tmp_path) -> None:
+    config = EngineConfig(model="none", topology="auto")
+    logged = LoggedController(SloController(allowed=ALLOWED), tmp_path / "log")
+    policy = build.make_mode_policy(config, logged)
+    assert isinstance(policy, ForeseenMode)
+    assert policy.decide(quiet_one(0.1), "unified") == "unified"
+    static = LoggedController(StaticController(), tmp_path / "log")
+    assert isinstance(build.make_mode_policy(config, static), BreakEven)
+    # What is foreseen is chunked prefill.
+    first = config.replace(prefill_policy="first")
+    assert isinstance(build.make_mode_policy(first, logged), BreakEven)
 
 
 def test_it_goes_on_asking_while_the_change_is_under_way() -> None:

@@ -227,18 +227,19 @@ def test_the_default_break_even_takes_what_is_better(
 
 
 @pytest.mark.parametrize(
-    ("workload", "rate", "order", "kept", "better", "within"),
+    ("workload", "rate", "order", "kept", "better"),
     [
-        ("azure_conv", 26.7, "shortest", ((100, 100), (70, 30)), "semi_pd", 1.1),
-        ("azure_conv", 8.0, "fcfs", ((100, 100), (70, 30)), "unified", 1.02),
-        ("azure_code", 15.0, "fcfs", ((100, 100), (70, 30)), "unified", 1.02),
+        ("azure_conv", 26.7, "shortest", ((100, 100), (70, 30)), "semi_pd"),
+        ("azure_conv", 8.0, "fcfs", ((100, 100), (70, 30)), "unified"),
+        ("azure_code", 15.0, "fcfs", ((100, 100), (70, 30)), "unified"),
         # Decode is hardly held up, but there is much of it, and little prefill.
-        ("sharegpt_like", 55.0, "fcfs", ((100, 100), (60, 40), (40, 60)), "semi_pd", 1.02),
+        ("sharegpt_like", 55.0, "fcfs", ((100, 100), (60, 40), (40, 60)), "semi_pd"),
     ],
 )
 def test_what_the_controller_foresees_to_be_better_is(
-    llama_8b, latencies_8b, workload, rate, order, kept, better, within
+    llama_8b, latencies_8b, workload, rate, order, kept, better
 ):
+    """`auto` has three quarters at least of what the better one gains over the other."""
     n = round(16 * rate)
     requests = traces.make(workload, rate=rate, n=n, seed=0, max_total_tokens=8192)
     buckets = {"batch_buckets": (32, 128, 256), "token_buckets": (256, 512, 1024, 2048)}
@@ -256,8 +257,9 @@ def test_what_the_controller_foresees_to_be_better_is(
 
     found = {topology: mean_e2e_s(topology) for topology in ("unified", "semi_pd")}
     assert min(found, key=found.get) == better
-    assert within * found[better] < 0.98 * max(found.values())
-    assert mean_e2e_s("auto") < within * found[better]
+    gain_s = max(found.values()) - found[better]
+    assert gain_s > 0.05 * found[better]
+    assert mean_e2e_s("auto") < found[better] + gain_s / 4
 
 
 def test_kv_heads_that_several_ranks_have(model):
