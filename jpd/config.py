@@ -167,7 +167,7 @@ class SemiPDConfig:
     """(prefill, decode) shares whose executors are kept ready beside those that serve, so that a
     switch to them is a hand-over between two steps. Each costs a process and its work space.
     `topology="auto"` also keeps decode executors on `decode_share` and on all SMs."""
-    break_even: Any = None
+    break_even: float | None = None  # or an object: a command line has numbers alone
     """For `topology="auto"`, who says whether one executor or two serve. None: the controller, if
     it foresees both, as jpd's do ("slo", "mean"; `jpd.semi_pd.mode.ForeseenMode`) with
     `prefill_policy="mixed"`, else 1.5. A number: how many requests two executors must save for each

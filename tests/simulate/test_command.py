@@ -67,6 +67,13 @@ def test_a_controller_switches_shares(simulate):
     assert result["completed"] == 800
 
 
+@pytest.mark.parametrize("ratio", ["", "--semi-pd.break-even 2.5"])
+def test_who_says_when_one_executor_serves(simulate, ratio):
+    """The controller, or a rule with a number; an object cannot be written on a command line."""
+    options = f"--topology auto --semi-pd.controller mean {ratio} --num-prompts 50 --rate 100"
+    assert simulate(*options.split())[0]["completed"] == 50
+
+
 def test_measured_steps_take_the_place_of_arithmetic(simulate, tmp_path):
     file = tmp_path / "steps.json"
     measured(0, 0.05).write(file)
