@@ -30,9 +30,7 @@ def alone_s(decoding: int) -> float:
     return WEIGHTS_S + 4e-5 * decoding
 
 
-def on_one(
-    now_s: float, decoding: int, chunk: int, steps: int = 1, waiting: int = 0
-) -> Observation:
+def on_one(now_s: float, decoding: int, chunk: int, steps: int = 1) -> Observation:
     """A tenth of a second in which so many steps had a chunk of prompts, and others none."""
     held = [alone_s(decoding) + chunk * TOKEN_S] * steps
     others = max(0, round((0.1 - sum(held)) / alone_s(decoding)))
@@ -43,8 +41,6 @@ def on_one(
         held_gap_s=held,
         prefill_tokens=steps * chunk,
         decoding_requests=decoding,
-        waiting_requests=waiting,
-        waiting_tokens=waiting * chunk,
     )
 
 
@@ -122,9 +118,11 @@ def test_it_learns_both_phases_from_one_executor() -> None:
 
 def test_where_all_steps_have_prompts_it_knows_a_step_from_before() -> None:
     controller = SloController(allowed=ALLOWED)
-    full = lambda now_s: replace(  # noqa: E731
-        on_one(now_s, 32, 2000, steps=2), token_gap_s=[alone_s(32) + 2000 * TOKEN_S] * 2
-    )
+
+    def full(now_s: float) -> Observation:
+        seen = on_one(now_s, 32, 2000, steps=2)
+        return replace(seen, token_gap_s=seen.held_gap_s)
+
     play(controller, full, quiet_two, seconds=2.0)
     assert controller.reason == "nothing learned yet"  # a step without prompts was never seen
     play(controller, lambda now_s: on_one(now_s, 32, 1000), quiet_two, seconds=1.0, from_s=2.0)
@@ -200,7 +198,7 @@ def test_changes_of_the_mode_have_their_time_between_them() -> None:
                 mode = wanted
         gaps = [b - a for a, b in itertools.pairwise(changes)]
         assert len(changes) >= 5
-        assert min(gaps) >= min(dwell_s, 3.0)
+        assert min(gaps) >= dwell_s - 0.11  # one executor is asked for a tenth after it was chosen
         assert (min(gaps) < 1.0) == (dwell_s < 1.0)
 
 
@@ -225,12 +223,12 @@ def test_an_idle_time_on_one_stays_there_and_lends_nothing() -> None:
     assert play(controller, one, quiet_two, seconds=10.0) == [ONE]
     # SMs that were lent before are not asked back for.
     lent = SloController(allowed=ALLOWED, idle_after_s=0.5)
-    alone = lambda now_s, shares: Observation(now_s=now_s, decoding_requests=4, token_gap_s=[0.01])  # noqa: E731
     for tenth in range(1, 10):
         shares = lent.decide(crowded_two(tenth / 10, DIVIDED), DIVIDED)
     assert shares == DIVIDED
     for tenth in range(10, 20):
-        shares = lent.decide(alone(tenth / 10, shares), shares)
+        alone = Observation(now_s=tenth / 10, decoding_requests=4, token_gap_s=[0.01])
+        shares = lent.decide(alone, shares)
     assert (shares, lent.reason) == (FULL, "a phase is idle")
     modes = {ForeseenMode(lent).decide(quiet_one(2 + i / 10), "unified") for i in range(10)}
     assert modes == {"unified"}

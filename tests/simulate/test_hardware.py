@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -195,6 +196,19 @@ def test_products_compute_whole_tiles(latencies_8b):
     assert tiles(2048, 32) == pytest.approx(9)
 
 
+def mean_e2e_of(folder, latencies, requests, semi_pd, topology: str, **options) -> float:
+    """Seconds; `semi_pd` are the options of topologies with two executors."""
+    options |= {"topology": topology, "max_model_len": 8192, "num_pages": 18_432}
+    options |= {"batch_buckets": (32, 128, 256), "token_buckets": (256, 512, 1024, 2048)}
+    if topology != "unified":
+        options["semi_pd"] = semi_pd
+    config = EngineConfig.from_kwargs(str(folder), **options)
+    one = engine.build(engine.prepare(config, 1 << 37, "a GPU"), latencies)
+    records = simulate(requests, [one])
+    one.close()
+    return sum(record.e2e_s for record in records) / len(records)
+
+
 @pytest.mark.parametrize(
     ("workload", "rate", "better"),
     [
@@ -209,18 +223,8 @@ def test_the_default_break_even_takes_what_is_better(
 ):
     n = round(8 * rate)
     requests = traces.make(workload, rate=rate, n=n, seed=0, max_total_tokens=8192)
-    buckets = {"batch_buckets": (32, 128, 256), "token_buckets": (256, 512, 1024, 2048)}
-
-    def mean_e2e_s(topology: str) -> float:
-        options = {"topology": topology, "max_model_len": 8192, "num_pages": 18_432, **buckets}
-        if topology != "unified":
-            options["semi_pd"] = {"prefill_share": 70, "decode_share": 30}
-        config = EngineConfig.from_kwargs(str(llama_8b), **options)
-        one = engine.build(engine.prepare(config, 1 << 37, "a GPU"), latencies_8b)
-        records = simulate(requests, [one])
-        one.close()
-        return sum(record.e2e_s for record in records) / len(records)
-
+    fixed = {"prefill_share": 70, "decode_share": 30}
+    mean_e2e_s = partial(mean_e2e_of, llama_8b, latencies_8b, requests, fixed)
     found = {topology: mean_e2e_s(topology) for topology in ("unified", "semi_pd")}
     assert min(found, key=found.get) == better
     assert mean_e2e_s("auto") < 1.02 * found[better] < 0.98 * max(found.values())
@@ -242,19 +246,10 @@ def test_what_the_controller_foresees_to_be_better_is(
     """`auto` has three quarters at least of what the better one gains over the other."""
     n = round(16 * rate)
     requests = traces.make(workload, rate=rate, n=n, seed=0, max_total_tokens=8192)
-    buckets = {"batch_buckets": (32, 128, 256), "token_buckets": (256, 512, 1024, 2048)}
-    sizes = {"max_model_len": 8192, "num_pages": 18_432, "scheduling_policy": order}
-
-    def mean_e2e_s(topology: str) -> float:
-        options = {"topology": topology, **sizes, **buckets}
-        if topology != "unified":
-            options["semi_pd"] = {"controller": "mean", "kept_shares": kept}
-        config = EngineConfig.from_kwargs(str(llama_8b), **options)
-        one = engine.build(engine.prepare(config, 1 << 37, "a GPU"), latencies_8b)
-        records = simulate(requests, [one])
-        one.close()
-        return sum(record.e2e_s for record in records) / len(records)
-
+    steered = {"controller": "mean", "kept_shares": kept}
+    mean_e2e_s = partial(
+        mean_e2e_of, llama_8b, latencies_8b, requests, steered, scheduling_policy=order
+    )
     found = {topology: mean_e2e_s(topology) for topology in ("unified", "semi_pd")}
     assert min(found, key=found.get) == better
     gain_s = max(found.values()) - found[better]
