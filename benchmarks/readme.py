@@ -64,27 +64,33 @@ def _speedups(found: Summary) -> str:
     return " and ".join("not measured" if of is None else f"{of:.2f}×" for of in both)
 
 
+def _goodputs(found: Summary) -> str:
+    """Over those of the others."""
+    return (
+        f"goodput {_ratio(found, 'goodput_vs_chunked')} chunked, "
+        f"{_ratio(found, 'goodput_vs_prefill_first')} prefill-first, "
+        f"{_ratio(found, 'goodput_dynamic_vs_100_100')} of (100, 100)"
+    )
+
+
 def _ahead(found: Summary) -> str:
     """Of the unified policies: mean time, also without an SLO if that was measured, and goodput."""
     without_slo = found["without_slo"]
     aimed_at_none = ""
     if without_slo["mean_e2e_speedup_max"] is not None:
         aimed_at_none = f" (aimed at no SLO {_speedups(without_slo)})"
-    return (
-        f"{_speedups(found)}{aimed_at_none}, goodput "
-        f"{_ratio(found, 'goodput_vs_chunked')} chunked, "
-        f"{_ratio(found, 'goodput_vs_prefill_first')} prefill-first, "
-        f"{_ratio(found, 'goodput_dynamic_vs_100_100')} of (100, 100)"
-    )
+    return f"{_speedups(found)}{aimed_at_none}, {_goodputs(found)}"
 
 
 def _served_one(found: Summary) -> str:
-    """Semi-PD on a workload."""
-    auto, shortest = found.get("auto_vs_better_min"), found.get("shortest")
-    parts = [
-        "mean end-to-end time of the controller with the tight SLO against the better unified "
-        f"policy's, at best and at 80 % load, {_ahead(found)}"
-    ]
+    """What semi-PD gains on a workload."""
+    auto, shortest = found["auto_vs_better_min"], found.get("shortest")
+    parts = []
+    if found["mean_e2e_speedup_max"] is not None:
+        parts.append(
+            "mean end-to-end time of the controller with the tight SLO against the better unified "
+            f"policy's, at best and at 80 % load, {_ahead(found)}"
+        )
     if auto is not None:
         parts.append(f"`auto` at least {auto:.2f}× the best of that controller and both policies")
     if shortest is not None:
@@ -92,15 +98,21 @@ def _served_one(found: Summary) -> str:
             f"with short prompts first, in the mean against the best unified policy in either "
             f"order, {_ahead(shortest)}"
         )
+        auto_mean = shortest.get("auto_mean")
+        if auto_mean is not None:
+            parts.append(
+                f"`auto` with no SLO in that order {_speedups(auto_mean)}, {_goodputs(auto_mean)}"
+            )
     return "; ".join(parts)
 
 
-def _served(summary: Summary) -> str:
-    """Semi-PD on each workload."""
-    return "; ".join(
-        f"{workload}: {_served_one(found)}"
-        for workload, found in summary.items()
-        if isinstance(found, dict)
+def _served(workload: str) -> Line:
+    """Semi-PD on a workload."""
+    return Line(
+        "h200/semi_pd_serving.json",
+        f"serving Llama-3.1-8B by semi-PD, {workload}",
+        lambda s: _served_one(s[workload]),
+        "1.27× on two workloads; goodput 1.55×, 1.72×, 1.11×",
     )
 
 
@@ -362,16 +374,12 @@ LINES = (
         ),
         "",
     ),
-    Line(
-        "h200/semi_pd_serving.json",
-        "serving Llama-3.1-8B by semi-PD",
-        _served,
-        "1.27× on two workloads; 1.55×, 1.72×, 1.11×",
-    ),
+    _served("azure_conv"),
+    _served("azure_code"),
     Line(
         "cpu/simulated_serving.json",
-        "the same two workloads by `jpd simulate`, which is fitted to single steps and not to "
-        "them: error of mean TTFT and TPOT, over the rates, at most (mean)",
+        "the same workloads by `jpd simulate`, which is fitted to single steps and not to them: "
+        "error of mean TTFT and TPOT, over the rates, at most (mean)",
         _simulated,
         "15 %",
     ),

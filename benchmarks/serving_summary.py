@@ -123,81 +123,99 @@ def common_rates(curves: Mapping[str, Curve], impl: str) -> list[float]:
     return [rate for rate in curves[impl].rates if all(rate in rates for rates in others)]
 
 
-def add_speedups(
-    summary: dict[str, Any], missing: dict[str, str], curves: Mapping[str, Curve], impl: str
-) -> str | None:
+def unified_rivals(curves: Mapping[str, Curve], impl: str) -> list[str]:
+    """The unified policies that were measured; for a twin their twins too."""
+    orders = ("", SHORTEST) if impl.endswith(SHORTEST) else ("",)
+    return [of + order for order in orders for of in UNIFIED if of + order in curves]
+
+
+def best_e2e_ms(curves: Mapping[str, Curve], impls: Iterable[str], rate: float) -> float:
+    """Of those that were measured at the rate; infinite where none was."""
+    of = [curves[impl] for impl in impls]
+    return min((c.e2e_ms[c.rates.index(rate)] for c in of if rate in c.rates), default=math.inf)
+
+
+def add_speedups(summary: dict[str, Any], curves: Mapping[str, Curve], impl: str) -> None:
     """Adds how much better its mean E2E is than that of the better unified policy.
 
     A twin is compared with the twins of those too, where they were measured.
 
     Args:
-        summary: gets two keys.
-        missing: why one of them is None.
+        summary: gets three keys, `relations` and `null_because`.
         curves: of a workload.
         impl: whose speed-up.
-
-    Returns:
-        Why nothing can be said of it; None: it can.
     """
-    highest, at_80 = keys = ("mean_e2e_speedup_max", "mean_e2e_speedup_at_80pct_load")
+    highest, at_80, even = keys = (
+        "mean_e2e_speedup_max",
+        "mean_e2e_speedup_at_80pct_load",
+        "break_even_rate",
+    )
     summary |= dict.fromkeys(keys)
+    missing = summary["null_because"]
     reason = absent(curves, (*UNIFIED, impl))
     common = [] if reason else common_rates(curves, impl)
     if not common:
-        reason = reason or "no rate was measured with all three"
-        missing |= dict.fromkeys(keys, reason)
-        return reason
-    e2e = {of: dict(zip(c.rates, c.e2e_ms, strict=True)) for of, c in curves.items()}
-    others = [of for of in UNIFIED if of in curves]
-    if impl.endswith(SHORTEST):
-        others += [of + SHORTEST for of in UNIFIED if of + SHORTEST in curves]
-    speedups = [min(e2e[of].get(r, math.inf) for of in others) / e2e[impl][r] for r in common]
-    ours = curves[impl]
+        missing |= dict.fromkeys(keys, reason or "no rate was measured with all three")
+        return
+    ours, rivals = curves[impl], unified_rivals(curves, impl)
+    speedups = [best_e2e_ms(curves, rivals, r) / best_e2e_ms(curves, [impl], r) for r in common]
     loads = [ours.loads[ours.rates.index(r)] for r in common]
     summary[highest] = max(speedups)
     if min(loads) - 0.005 <= 0.8 <= max(loads) + 0.005:  # rates have three digits
         summary[at_80] = float(np.interp(0.8, loads, speedups))
     else:
         missing[at_80] = f"loads {min(loads):.2f} to {max(loads):.2f} were measured"
-    return None
+    summary[even], relation = break_even(common, speedups)
+    if summary[even] is None:
+        missing[even] = f"no unified policy is better at a rate measured, from {common[0]:g} on"
+    else:
+        summary["relations"][even] = relation
 
 
-def add_break_even(
-    summary: dict[str, Any], curves: Mapping[str, Curve], rates: Sequence[float]
-) -> None:
-    """Adds what says whether, and from which load on, two executors are better than one.
+def add_break_even_ratio(summary: dict[str, Any], curves: Mapping[str, Curve]) -> None:
+    """Adds what `BreakEven` should be told, by the dynamic controller's break-even.
 
     Args:
-        summary: of a workload; gets its three keys, `relations` and `null_because`.
-        curves: of the unified policies and the dynamic controller at least.
-        rates: at which all of those were measured, rising.
+        summary: of a workload, with its speed-ups; gets a key and `null_because`.
+        curves: of a workload.
     """
-    relations, missing = summary["relations"], summary["null_because"]
-
-    def at(impl: str, rate: float, values: str = "e2e_ms") -> float:
-        return getattr(curves[impl], values)[curves[impl].rates.index(rate)]
-
-    better = [min(UNIFIED, key=lambda impl, r=rate: at(impl, r)) for rate in rates]
-    speedups = [at(of, r) / at(DYNAMIC, r) for of, r in zip(better, rates, strict=True)]
-    rate, relation = break_even(rates, speedups)
-    summary["break_even_rate"] = rate
+    key, missing = "break_even_ratio", summary["null_because"]
+    summary[key], rate = None, summary["break_even_rate"]
     if rate is None:
-        never = f"no unified policy is better at a rate measured, from {rates[0]:g} on"
-        missing |= dict.fromkeys(("break_even_rate", "break_even_ratio"), never)
+        missing[key] = missing["break_even_rate"]
+        return
+    rates = common_rates(curves, DYNAMIC)
+    better = [curves[min(UNIFIED, key=lambda u, r=r: best_e2e_ms(curves, [u], r))] for r in rates]
+    if all(of.per_waiting is not None for of in better):
+        ratios = [of.per_waiting[of.rates.index(r)] for of, r in zip(better, rates, strict=True)]
+        summary[key] = float(np.interp(rate, rates, ratios))
     else:
-        relations["break_even_rate"] = relation
-        if all(curves[of].per_waiting is not None for of in better):
-            ratios = [at(of, r, "per_waiting") for of, r in zip(better, rates, strict=True)]
-            summary["break_even_ratio"] = float(np.interp(rate, rates, ratios))
-        else:
-            missing["break_even_ratio"] = "saved_per_waiting was not counted"
-    both = [r for r in rates if AUTO in curves and r in curves[AUTO].rates]
-    if both:
-        summary["auto_vs_better_min"] = min(
-            min(at(impl, r) for impl in (*UNIFIED, DYNAMIC)) / at(AUTO, r) for r in both
-        )
-    else:
-        missing["auto_vs_better_min"] = "auto not measured at a rate of the others"
+        missing[key] = "saved_per_waiting was not counted"
+
+
+def add_auto(
+    summary: dict[str, Any], curves: Mapping[str, Curve], auto: str, controllers: Iterable[str]
+) -> None:
+    """Adds whether `topology="auto"` took the better one.
+
+    Args:
+        summary: gets a key and `null_because`.
+        curves: of a workload.
+        auto: which of them.
+        controllers: on two executors; those that were measured count.
+    """
+    key = "auto_vs_better_min"
+    summary[key] = None
+    two = [impl for impl in controllers if impl in curves]
+    reason = absent(curves, [*UNIFIED, auto]) or (None if two else "no controller was measured")
+    rates = [] if reason else common_rates(curves, auto)
+    rates = [r for r in rates if best_e2e_ms(curves, two, r) < math.inf]
+    if not rates:
+        summary["null_because"][key] = reason or f"{auto} not measured at a rate of the others"
+        return
+    others = [*unified_rivals(curves, auto), *two]
+    ratios = [best_e2e_ms(curves, others, r) / best_e2e_ms(curves, [auto], r) for r in rates]
+    summary[key] = min(ratios)
 
 
 def add_goodputs(
@@ -231,13 +249,33 @@ def add_goodputs(
             part[key], summary["relations"][label + key] = ratio
 
 
+def empty() -> dict[str, Any]:
+    """A part of a summary."""
+    return {"relations": {}, "null_because": {}}
+
+
+def speedups_of(curves: Mapping[str, Curve], impl: str) -> dict[str, Any]:
+    """What one implementation gains in mean E2E."""
+    summary = empty()
+    add_speedups(summary, curves, impl)
+    return summary
+
+
 def summarise_one(
     curves: Mapping[str, Curve], goodputs: Mapping[str, Goodput], impl: str
 ) -> dict[str, Any]:
     """What one implementation gains: mean E2E and goodput over those of the others."""
-    summary: dict[str, Any] = {"relations": {}, "null_because": {}}
-    add_speedups(summary, summary["null_because"], curves, impl)
+    summary = speedups_of(curves, impl)
     add_goodputs(summary, summary, goodputs, impl)
+    return summary
+
+
+def summarise_auto_mean(
+    curves: Mapping[str, Curve], goodputs: Mapping[str, Goodput], order: str = ""
+) -> dict[str, Any]:
+    """The same for `auto` without an SLO, and whether it took the better one."""
+    summary = summarise_one(curves, goodputs, AUTO_MEAN + order)
+    add_auto(summary, curves, AUTO_MEAN + order, (MEAN + order, DYNAMIC + order))
     return summary
 
 
@@ -250,12 +288,12 @@ def summarise_shortest(
     `against_twins`, that of `semi_pd_dynamic_shortest` with each of their twins.
     """
     summary = summarise_one(curves, goodputs, DYNAMIC + SHORTEST)
-    twins = summary["against_twins"] = {"relations": {}, "null_because": {}}
+    add_auto(summary, curves, AUTO + SHORTEST, [DYNAMIC + SHORTEST])
+    twins = summary["against_twins"] = empty()
     add_goodputs(twins, twins, goodputs, DYNAMIC + SHORTEST, twins=True)
-    without = summary["without_slo"] = {"null_because": {}}
-    add_speedups(without, without["null_because"], curves, MEAN + SHORTEST)
+    summary["without_slo"] = speedups_of(curves, MEAN + SHORTEST)
     if AUTO_MEAN + SHORTEST in curves:
-        summary[AUTO_MEAN] = summarise_one(curves, goodputs, AUTO_MEAN + SHORTEST)
+        summary[AUTO_MEAN] = summarise_auto_mean(curves, goodputs, SHORTEST)
     return summary
 
 
@@ -265,18 +303,10 @@ def summarise_workload(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         impl: curve([row for row in rows if row["impl"] == impl])
         for impl in dict.fromkeys(row["impl"] for row in rows)
     }
-    summary: dict[str, Any] = {"relations": {}, "null_because": {}}
-    missing = summary["null_because"]
-
-    keys = ("break_even_rate", "break_even_ratio", "auto_vs_better_min")
-    summary |= dict.fromkeys(keys)
-    reason = add_speedups(summary, missing, curves, DYNAMIC)
-    if reason is None:
-        add_break_even(summary, curves, common_rates(curves, DYNAMIC))
-    else:
-        missing |= dict.fromkeys(keys, reason)
-    summary["without_slo"] = {"null_because": {}}
-    add_speedups(summary["without_slo"], summary["without_slo"]["null_because"], curves, MEAN)
+    summary = speedups_of(curves, DYNAMIC)
+    add_break_even_ratio(summary, curves)
+    add_auto(summary, curves, AUTO, [DYNAMIC])
+    summary["without_slo"] = speedups_of(curves, MEAN)
     goodputs = {
         scale: {i: slo.goodput(c.rates, c.attained[scale]) for i, c in curves.items()}
         for scale in SLOS
@@ -287,7 +317,7 @@ def summarise_workload(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         label = "" if scale == "tight" else f"{scale} "
         add_goodputs(part, summary, goodputs[scale], DYNAMIC, label)
     if AUTO_MEAN in curves:
-        summary[AUTO_MEAN] = summarise_one(curves, goodputs["tight"], AUTO_MEAN)
+        summary[AUTO_MEAN] = summarise_auto_mean(curves, goodputs["tight"])
     if fixed := [impl for impl in curves if impl in DIVIDED]:
         summary["fixed"] = {i: summarise_one(curves, goodputs["tight"], i) for i in fixed}
     if {impl + SHORTEST for impl in (DYNAMIC, MEAN, AUTO_MEAN)} & curves.keys():

@@ -203,6 +203,9 @@ def test_twins_with_short_prompts_first_are_compared_with_the_best_unified_polic
     twins = found["shortest"]
     assert twins["mean_e2e_speedup_max"] == pytest.approx(2.5)
     assert twins["goodput_vs_chunked"] == pytest.approx(8 / 6)
+    # It is as fast as the best unified policy where the speed-ups of 1.125 and 2.5 would be 1.
+    assert twins["break_even_rate"] is None
+    assert "from 4 on" in twins["null_because"]["break_even_rate"]
     again = twins["against_twins"]
     assert again["goodput_vs_chunked"] == pytest.approx(8 / (4 + 4 * 0.1 / 0.15))
     assert "prefill_first_shortest" in again["null_because"]["goodput_vs_prefill_first"]
@@ -212,6 +215,11 @@ def test_twins_with_short_prompts_first_are_compared_with_the_best_unified_polic
     faster = points(semi_pd_mean_shortest=[(8, 100, 0.1)])
     twins = serving_summary.summarise_workload([*rows, *faster])["shortest"]
     assert twins["without_slo"]["mean_e2e_speedup_max"] == pytest.approx(4.0)
+    slower = points(semi_pd_mean_shortest=[(4, 100, 0.1), (8, 200, 0.1)])
+    without = serving_summary.summarise_workload([*rows, *slower])["shortest"]["without_slo"]
+    # 0.9 at 4/s, of chunked prefill's twin, and 2 at 8/s.
+    assert without["break_even_rate"] == pytest.approx(4 + 4 * 0.1 / 1.1)
+    assert without["relations"] == {"break_even_rate": "="}
     # A twin of a unified policy that was measured at some rates only counts there.
     some = [row for row in rows if (row["impl"], row["rate"]) != ("chunked_shortest", 4)]
     assert serving_summary.summarise_workload(some)["shortest"]["mean_e2e_speedup_max"] == 2.5
@@ -254,11 +262,33 @@ def test_the_controller_without_an_slo_is_compared_as_auto_too() -> None:
     again = serving_summary.summarise_workload(rows)
     assert again["auto_mean"] == found["auto_mean"]
     twin = again["shortest"]["auto_mean"]
+    assert twin["auto_vs_better_min"] is None
+    assert "no controller" in twin["null_because"]["auto_vs_better_min"]
     assert twin["mean_e2e_speedup_max"] == pytest.approx(400 / 200)
     assert (twin["goodput_vs_chunked"], twin["relations"]["goodput_vs_chunked"]) == (
         pytest.approx(8 / 6),
         ">=",
     )
+
+
+def test_auto_is_compared_in_its_own_order_and_aim() -> None:
+    rows = points(
+        chunked=[(4, 100, 1.0), (8, 500, 0.8)],
+        prefill_first=[(4, 120, 1.0), (8, 450, 0.5)],
+        chunked_shortest=[(4, 90, 1.0), (8, 400, 0.85)],
+        semi_pd_dynamic_shortest=[(4, 125, 1.0), (8, 150, 0.9)],
+        auto_shortest=[(4, 100, 1.0), (8, 160, 0.9)],
+        auto_mean_shortest=[(4, 90, 1.0), (8, 200, 0.9)],
+    )
+    found = serving_summary.summarise_workload(rows)
+    assert found["auto_vs_better_min"] is None
+    twins = found["shortest"]
+    assert twins["auto_vs_better_min"] == pytest.approx(90 / 100)
+    assert twins["auto_mean"]["auto_vs_better_min"] == pytest.approx(150 / 200)
+    rows += points(semi_pd_mean_shortest=[(8, 100, 0.1)])
+    twins = serving_summary.summarise_workload(rows)["shortest"]
+    assert twins["auto_vs_better_min"] == pytest.approx(90 / 100)
+    assert twins["auto_mean"]["auto_vs_better_min"] == pytest.approx(100 / 200)
 
 
 def test_what_was_not_measured_is_null_and_says_why() -> None:
