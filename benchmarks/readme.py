@@ -376,6 +376,8 @@ LINES = (
     ),
     _served("azure_conv"),
     _served("azure_code"),
+    _served("arxiv"),
+    _served("sharegpt_like"),
     Line(
         "cpu/simulated_serving.json",
         "the same workloads by `jpd simulate`, which is fitted to single steps and not to them: "
