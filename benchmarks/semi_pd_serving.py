@@ -41,14 +41,16 @@ The summary has for each workload, over the means of its seeds:
 - `mean_e2e_speedup_max`, `mean_e2e_speedup_at_80pct_load`: mean E2E of the better one of the two
   unified policies over that of `semi_pd_dynamic`; at the rate where it is largest, and at load 0.8
   (interpolated between rates);
-- `break_even_rate`: the highest rate at which that policy is as good, interpolated between the two
-  measured rates around it; `>=`: it is still better at the highest; null: at none.
+- `break_even_rate`: the highest rate at which the better unified policy is as good as
+  `semi_pd_dynamic`, interpolated between the two measured rates around it; `>=`: it is still better
+  at the highest; null: at none. Of `auto`s, which may be on one executor there, it says little.
   `break_even_ratio` is what the ratio of `jpd.semi_pd.mode.BreakEven` should be, by this workload:
   requests that two executors would save for each one that waits, by what that policy saw at that
   rate (rows: `saved_per_waiting`);
 - `auto_vs_better_min`: mean E2E of the best of the unified policies and `semi_pd_dynamic` over that
   of `auto`, at the rate where it is smallest; 1 where `auto` took the better one everywhere;
-- `goodput_vs_...`: the rate at which 90 % keep the tight SLO, of `semi_pd_dynamic` over that of
+- `goodput`: of each implementation, the rate and how it relates to the true one; `goodput_vs_...`:
+  the rate at which 90 % keep the tight SLO, of `semi_pd_dynamic` over that of
   another (`per_gpu`: over half of it, since it has two); `loose` has the same for the loose SLO.
   Where a curve never crosses 90 % the ratio is a bound, see `relations`;
 - `without_slo`: the speed-ups and the break-even of `semi_pd_mean`;
@@ -58,9 +60,10 @@ The summary has for each workload, over the means of its seeds:
 - `fixed`: speed-ups, break-even and goodput of each that was measured with shares that divide the
   SMs, twins too (in `fixed` and `auto_mean` `goodput_dynamic_vs_100_100` is not of
   `semi_pd_dynamic`, but of the one they are for);
-- `shortest`: these for the twins of the controllers and of both `auto`s, if one was measured; mean
-  E2E against the best unified policy, twins included, goodput (tight) against the same others as
-  above and, in `against_twins`, of `semi_pd_dynamic_shortest` against their twins;
+- `shortest`: likewise for the twins of the controllers and of `auto_mean`, if one was measured,
+  with `auto_vs_better_min` of `auto_shortest`; mean E2E against the best unified policy, twins included,
+  goodput (tight) against the same others as above and, in `against_twins`, of
+  `semi_pd_dynamic_shortest` against their twins;
 - `seed_spread`: largest difference between seeds of a point's mean E2E, over their mean;
 - `null_because`: why a number is missing.
 """

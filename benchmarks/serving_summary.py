@@ -141,7 +141,7 @@ def add_speedups(summary: dict[str, Any], curves: Mapping[str, Curve], impl: str
     A twin is compared with the twins of those too, where they were measured.
 
     Args:
-        summary: gets three keys, `relations` and `null_because`.
+        summary: gets three keys, and entries of its `relations` and `null_because`.
         curves: of a workload.
         impl: whose speed-up.
     """
@@ -176,7 +176,7 @@ def add_break_even_ratio(summary: dict[str, Any], curves: Mapping[str, Curve]) -
     """Adds what `BreakEven` should be told, by the dynamic controller's break-even.
 
     Args:
-        summary: of a workload, with its speed-ups; gets a key and `null_because`.
+        summary: of a workload, with its speed-ups; gets a key or an entry of `null_because`.
         curves: of a workload.
     """
     key, missing = "break_even_ratio", summary["null_because"]
@@ -199,7 +199,7 @@ def add_auto(
     """Adds whether `topology="auto"` took the better one.
 
     Args:
-        summary: gets a key and `null_because`.
+        summary: gets a key and, where it is None, an entry of `null_because`.
         curves: of a workload.
         auto: which of them.
         controllers: on two executors; those that were measured count.
@@ -250,7 +250,7 @@ def add_goodputs(
 
 
 def empty() -> dict[str, Any]:
-    """A part of a summary."""
+    """A part of a summary with nothing in it yet."""
     return {"relations": {}, "null_because": {}}
 
 
@@ -273,7 +273,13 @@ def summarise_one(
 def summarise_auto_mean(
     curves: Mapping[str, Curve], goodputs: Mapping[str, Goodput], order: str = ""
 ) -> dict[str, Any]:
-    """The same for `auto` without an SLO, and whether it took the better one."""
+    """What `auto` without an SLO gains, and whether it took the better one.
+
+    Args:
+        curves: of a workload.
+        goodputs: of each implementation.
+        order: `SHORTEST` for its twin.
+    """
     summary = summarise_one(curves, goodputs, AUTO_MEAN + order)
     add_auto(summary, curves, AUTO_MEAN + order, (MEAN + order, DYNAMIC + order))
     return summary

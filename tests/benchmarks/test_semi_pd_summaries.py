@@ -203,7 +203,7 @@ def test_twins_with_short_prompts_first_are_compared_with_the_best_unified_polic
     twins = found["shortest"]
     assert twins["mean_e2e_speedup_max"] == pytest.approx(2.5)
     assert twins["goodput_vs_chunked"] == pytest.approx(8 / 6)
-    # It is as fast as the best unified policy where the speed-ups of 1.125 and 2.5 would be 1.
+    # Better at both rates: 1.125 and 2.5.
     assert twins["break_even_rate"] is None
     assert "from 4 on" in twins["null_because"]["break_even_rate"]
     again = twins["against_twins"]
@@ -289,6 +289,22 @@ def test_auto_is_compared_in_its_own_order_and_aim() -> None:
     twins = serving_summary.summarise_workload(rows)["shortest"]
     assert twins["auto_vs_better_min"] == pytest.approx(90 / 100)
     assert twins["auto_mean"]["auto_vs_better_min"] == pytest.approx(100 / 200)
+
+
+def test_auto_is_judged_by_controllers_of_its_own_aim_where_those_served() -> None:
+    same = [(4, 100, 1.0), (8, 300, 0.8)]
+    rows = points(
+        chunked=same,
+        prefill_first=same,
+        semi_pd_dynamic=[(8, 200, 0.9)],
+        semi_pd_mean=[(8, 150, 0.5)],
+        auto=[(4, 200, 1.0), (8, 250, 0.9)],
+        auto_mean=[(4, 200, 1.0), (8, 160, 0.9)],
+    )
+    found = serving_summary.summarise_workload(rows)
+    # Nothing is said of 4/s, where neither controller served.
+    assert found["auto_vs_better_min"] == pytest.approx(200 / 250)
+    assert found["auto_mean"]["auto_vs_better_min"] == pytest.approx(150 / 160)
 
 
 def test_what_was_not_measured_is_null_and_says_why() -> None:
