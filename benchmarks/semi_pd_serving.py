@@ -61,8 +61,8 @@ The summary has for each workload, over the means of its seeds:
   SMs, twins too (in `fixed` and `auto_mean` `goodput_dynamic_vs_100_100` is not of
   `semi_pd_dynamic`, but of the one they are for);
 - `shortest`: likewise for the twins of the controllers and of `auto_mean`, if one was measured,
-  with `auto_vs_better_min` of `auto_shortest`; mean E2E against the best unified policy, twins included,
-  goodput (tight) against the same others as above and, in `against_twins`, of
+  with `auto_vs_better_min` of `auto_shortest`; mean E2E against the best unified policy, twins
+  included, goodput (tight) against the same others as above and, in `against_twins`, of
   `semi_pd_dynamic_shortest` against their twins;
 - `seed_spread`: largest difference between seeds of a point's mean E2E, over their mean;
 - `null_because`: why a number is missing.
