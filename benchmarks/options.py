@@ -39,6 +39,14 @@ def seconds(text: str) -> float:
     return value
 
 
+def stored(text: str) -> Path:
+    """Reads the path of a file that must be there."""
+    path = Path(text)
+    if not path.is_file():
+        raise argparse.ArgumentTypeError(f"{path}: there is no such file")
+    return path
+
+
 def shares(text: str) -> Shares:
     """Reads SM shares, as `70,30`."""
     try:
@@ -69,7 +77,7 @@ def add_merge_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--merge",
         nargs="*",
-        type=Path,
+        type=stored,
         metavar="FILE",
         help="keep the cases of these results that this run does not measure "
         "[the file that is written, if it exists]",

@@ -329,6 +329,12 @@ def test_other_questions_are_not_merged(make, tmp_path):
         plan(make(), "--merge", str(other.finish()))
 
 
+def test_a_file_that_is_not_there_is_not_merged(make, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        plan(make(), "--merge", str(tmp_path / "nothing.json"))
+    assert "nothing.json: there is no such file" in capsys.readouterr().err
+
+
 def test_a_row_of_no_run_is_refused(make):
     report = make()
     report.add("a", "ours", [1.0], "us")
