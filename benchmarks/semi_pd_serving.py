@@ -50,9 +50,9 @@ The summary has for each workload, over the means of its seeds:
 - `auto_vs_better_min`: mean E2E of the best of the unified policies and `semi_pd_dynamic` over that
   of `auto`, at the rate where it is smallest; 1 where `auto` took the better one everywhere;
 - `goodput`: of each implementation, the rate and how it relates to the true one; `goodput_vs_...`:
-  the rate at which 90 % keep the tight SLO, of `semi_pd_dynamic` over that of
-  another (`per_gpu`: over half of it, since it has two); `loose` has the same for the loose SLO.
-  Where a curve never crosses 90 % the ratio is a bound, see `relations`;
+  the rate at which 90 % keep the tight SLO, of `semi_pd_dynamic` over that of another (`per_gpu`:
+  over half of it, since it has two); `loose` has the same for the loose SLO. Where a curve never
+  crosses 90 % the ratio is a bound, see `relations`;
 - `without_slo`: the speed-ups and the break-even of `semi_pd_mean`;
 - `auto_mean`: these for it, if it was measured, goodput with the tight SLO, and whether it took the
   better one, judged by the unified policies and the controllers on two executors that were

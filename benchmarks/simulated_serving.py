@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import topologies
+from benchmarks import options, topologies
 from benchmarks.readme import RESULTS
 from benchmarks.report import Report, add_arguments
 from benchmarks.semi_pd_serving import ENGINES, REFERENCE, second_half_per_s
@@ -106,10 +106,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.simulated_serving")
     add_arguments(parser)
     stored = RESULTS / "h200" / "semi_pd_serving.json"
-    parser.add_argument("file", nargs="?", type=Path, default=stored, help=f"[{stored.name}]")
+    parser.add_argument(
+        "file", nargs="?", type=options.stored, default=stored, help=f"[{stored.name}]"
+    )
     args = parser.parse_args()
-    if not args.file.is_file():
-        parser.error(f"{args.file}: there is no such file")
     served = json.loads(args.file.read_text())
     model, gpu = served["summary"].get("model"), served["env"]["gpu"]
     if model not in topologies.SIZES or gpu != "NVIDIA H200":

@@ -1,8 +1,8 @@
 """What a controller was shown and what it said, in a file: to look at, and to ask another one.
 
 A log is JSON lines, one a call of `decide`, each with all that was observed. What a controller sees
-while one executor serves (`decide_mode`) is not in it. Asking another
-controller with it (`answers`) is an open loop: its answers change nothing of what is observed next.
+while one executor serves (`decide_mode`) is not in it. Asking another controller with it
+(`answers`) is an open loop: its answers change nothing of what is observed next.
 """
 
 from __future__ import annotations
