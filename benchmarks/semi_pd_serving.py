@@ -24,9 +24,10 @@ waits for its turn takes memory and nothing else.
    with `topology="auto"`, which serves with one executor where the controller foresees less cost
    or, with `--break-even`, below that ratio (both in `jpd/semi_pd/mode.py`), and `auto_mean`,
    measured only if it is asked for, `semi_pd_mean` with it. The others are held on two executors,
-   and points with shares that change begin under (100, 100) with two. Each has a twin whose name
-   ends with `_shortest`, measured only if it is asked for: the same with
-   `scheduling_policy="shortest"` in place of "fcfs".
+   and points with shares that change begin under (100, 100) with two. `chunked_1024`, `auto_512`
+   and so on, measured only if they are asked for, are the same with so many `max_num_mixed_tokens`
+   in place of all that a step may have. Each has a twin whose name ends with `_shortest`, measured
+   only if it is asked for: the same with `scheduling_policy="shortest"` in place of "fcfs".
 
 A run too long for one call is cut into several: with `--seconds N` no case begins that may not end
 in time, `--merge` keeps the rows of earlier runs, with their SLOs and capacities, so that a load is
@@ -38,10 +39,10 @@ file a point (`jpd/semi_pd/decision_log.py`).
 
 The summary has for each workload, over the means of its seeds:
 
-- `mean_e2e_speedup_max`, `mean_e2e_speedup_at_80pct_load`: mean E2E of the better one of the two
-  unified policies over that of `semi_pd_dynamic`; at the rate where it is largest, and at load 0.8
-  (interpolated between rates);
-- `break_even_rate`: the highest rate at which the better unified policy is as good as
+- `mean_e2e_speedup_max`, `mean_e2e_speedup_at_80pct_load`: mean E2E of the best of the unified
+  policies (those with smaller steps, too, where they were measured) over that of `semi_pd_dynamic`;
+  at the rate where it is largest, and at load 0.8 (interpolated between rates);
+- `break_even_rate`: the highest rate at which the best unified policy is as good as
   `semi_pd_dynamic`, interpolated between the two measured rates around it; `>=`: it is still better
   at the highest; null: at none. Of `auto`s, which may be on one executor there, it says little.
   `break_even_ratio` is what the ratio of `jpd.semi_pd.mode.BreakEven` should be, by this workload:
@@ -51,8 +52,9 @@ The summary has for each workload, over the means of its seeds:
   of `auto`, at the rate where it is smallest; 1 where `auto` took the better one everywhere;
 - `goodput`: of each implementation, the rate and how it relates to the true one; `goodput_vs_...`:
   the rate at which 90 % keep the tight SLO, of `semi_pd_dynamic` over that of another (`per_gpu`:
-  over half of it, since it has two); `loose` has the same for the loose SLO. Where a curve never
-  crosses 90 % the ratio is a bound, see `relations`;
+  over half of it, since it has two; `best_unified`: the one of the unified policies, smaller steps
+  included, that bears most); `loose` has the same for the loose SLO. Where a curve never crosses 90
+  % the ratio is a bound, see `relations`;
 - `without_slo`: the speed-ups and the break-even of `semi_pd_mean`;
 - `auto_mean`: these for it, if it was measured, goodput with the tight SLO, and whether it took the
   better one, judged by the unified policies and the controllers on two executors that were
@@ -89,20 +91,19 @@ from benchmarks.budget import Budget
 from benchmarks.curves import write_svg
 from benchmarks.render import print_table
 from benchmarks.report import Report, add_arguments
-from benchmarks.serving_summary import (
+from benchmarks.serving_impls import (
     AUTO,
     AUTO_MEAN,
+    CHUNKED,
     DYNAMIC,
+    ENGINES,
     FIXED,
     MEAN,
-    SHORTEST,
-    SLOS,
     STATIC,
-    panels,
-    points_of,
-    summarise_workload,
-    with_twins,
+    UNIFIED,
+    parts,
 )
+from benchmarks.serving_summary import SLOS, panels, points_of, summarise_workload
 from benchmarks.stopping import end_on_sigterm, say
 from jpd import AsyncLLM
 from jpd.bench import client, slo, traces
@@ -114,21 +115,7 @@ from jpd.semi_pd.decision_log import LoggedController
 from jpd.semi_pd.mode import BreakEven, ForeseenMode, Mode, held_up_s, saved_per_waiting
 from jpd.semi_pd.slo_controller import SloController
 
-REFERENCE = "chunked"
-ENGINES = with_twins(
-    {
-        "chunked": "unified",
-        "prefill_first": "unified",
-        **{impl: "semi_pd" for impl in FIXED if not impl.endswith(SHORTEST)},
-        DYNAMIC: "semi_pd",
-        MEAN: "semi_pd",
-        AUTO: "semi_pd",
-        AUTO_MEAN: "semi_pd",
-        "time_slices": "time_slices",
-        "disaggregated": "disaggregated",
-    }
-)
-"""Whose engine is whose, in the order of their turns."""
+REFERENCE = CHUNKED
 SHORT = Workload("short", [0.0], [16], [16], source="one request")
 """Sent between points, so that executors are steered."""
 SETTLE_S = 30.0
@@ -234,10 +221,11 @@ def send(
     run: Callable[..., Coroutine[Any, Any, list[RequestRecord]]],
 ) -> list[RequestRecord]:
     """Sends the requests to the engine as an implementation, in the way of a client's function."""
-    plain, coordinator = impl.removesuffix(SHORTEST), llm._engine.coordinator
-    coordinator.scheduling_policy = "fcfs" if plain == impl else "shortest"
-    if ENGINES[impl] == "unified":  # two of them have one engine
-        coordinator.prefill_policy = topologies.TOPOLOGIES[plain]["prefill_policy"]
+    of, coordinator = parts(impl), llm._engine.coordinator
+    coordinator.scheduling_policy = "shortest" if of.shortest else "fcfs"
+    coordinator.max_num_mixed_tokens = of.mixed_tokens or llm.config.max_num_mixed_tokens
+    if ENGINES[impl] == "unified":  # all of them have one engine
+        coordinator.prefill_policy = topologies.TOPOLOGIES[of.plain]["prefill_policy"]
     options = client.ClientOptions(num_warmups=min(2, len(workload)), seed=seed)
     return asyncio.run(run(llm, workload, options))
 
@@ -264,23 +252,24 @@ def run_point(
         decisions: file for what a controller is shown and says; None for none.
     """
     options, coordinator = llm.config.semi_pd, llm._engine.coordinator
-    steered, plain = isinstance(options.controller, Steering), impl.removesuffix(SHORTEST)
+    steered, of = isinstance(options.controller, Steering), parts(impl)
     if steered:
         settle(llm, impl, FIXED.get(impl, Shares(100, 100)))
         controller = options.controller.inner
         if impl not in FIXED:
             aim = controllers.Slo(ttft_s=target.ttft_s, tpot_s=target.tpot_s)
             allowed = [Shares(*pair) for pair in options.kept_shares]
-            aimless = plain in (MEAN, AUTO_MEAN)
+            aimless = of.plain in (MEAN, AUTO_MEAN)
             controller = SloController(
                 slo=None if aimless else aim,
                 allowed=allowed,
                 max_num_batched_tokens=llm.config.max_num_batched_tokens,
+                max_num_mixed_tokens=of.mixed_tokens or llm.config.max_num_mixed_tokens,
             )
         options.controller.inner = (
             LoggedController(controller, decisions) if decisions else controller
         )
-        if plain in (AUTO, AUTO_MEAN):
+        if of.plain in (AUTO, AUTO_MEAN):
             options.break_even.inner = (
                 ForeseenMode(controller) if break_even is None else BreakEven(ratio=break_even)
             )
@@ -600,7 +589,7 @@ def main() -> None:
         nargs="+",
         choices=[*ENGINES],
         metavar="IMPL",
-        default=["chunked", "prefill_first", STATIC, DYNAMIC, MEAN, AUTO],
+        default=[*UNIFIED, STATIC, DYNAMIC, MEAN, AUTO],
         help="what is measured, in turns, of %(choices)s; the memory must have room for all their "
         "engines [%(default)s]",
     )
@@ -652,6 +641,9 @@ def main() -> None:
         shares = FIXED.get(impl)
         if shares is not None and (shares.prefill, shares.decode) not in kept:
             parser.error(f"--impls: {impl}: {shares} is not kept ready: {kept}")
+        most, tokens = sizes["max_num_batched_tokens"], parts(impl).mixed_tokens
+        if tokens is not None and tokens > most:
+            parser.error(f"--impls: {impl}: steps have at most {most} tokens")
     if (case := stranger(report.all_rows())) is not None:
         parser.error(f"--merge: {case} was measured by another run's SLOs and capacity")
     chosen = choices(report.all_rows())

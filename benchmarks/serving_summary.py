@@ -4,34 +4,26 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from benchmarks.curves import Panel
+from benchmarks.serving_impls import (
+    AUTO,
+    AUTO_MEAN,
+    DIVIDED,
+    DYNAMIC,
+    MEAN,
+    ONE_EXECUTOR,
+    SHORTEST,
+    STATIC,
+    UNIFIED,
+)
 from jpd.bench import slo
 from jpd.bench.slo import Goodput
-from jpd.semi_pd.controller import FULL, Shares
 
-UNIFIED = ("chunked", "prefill_first")
-STATIC, DYNAMIC, MEAN = "semi_pd_100_100", "semi_pd_dynamic", "semi_pd_mean"
-AUTO, AUTO_MEAN = "auto", "auto_mean"
-SHORTEST = "_shortest"
-"""Ends the name of an implementation that has `scheduling_policy="shortest"` instead of "fcfs"."""
-
-
-def with_twins[T](values: Mapping[str, T]) -> dict[str, T]:
-    """The values of implementations, each for its twin too."""
-    return {twin: value for impl, value in values.items() for twin in (impl, impl + SHORTEST)}
-
-
-DIVIDED = with_twins(
-    {f"semi_pd_{x}_{100 - x}": Shares(x, 100 - x) for x in (90, 85, 80, 70, 60, 50, 40, 30)}
-)
-"""Shares that stay and have no SM in common."""
-FIXED = with_twins({STATIC: FULL}) | DIVIDED
-"""Shares that stay."""
 SLOS = {"tight": slo.TIGHT, "loose": slo.LOOSE}
 """Times the unloaded latencies."""
 GOODPUT_RATIOS = {
@@ -41,6 +33,7 @@ GOODPUT_RATIOS = {
     "goodput_vs_disaggregated_per_gpu": ("disaggregated", 2),
 }
 """Whose goodput, and on how many GPUs."""
+VS_BEST_UNIFIED = "goodput_vs_best_unified"
 
 
 class Curve(NamedTuple):
@@ -123,10 +116,10 @@ def common_rates(curves: Mapping[str, Curve], impl: str) -> list[float]:
     return [rate for rate in curves[impl].rates if all(rate in rates for rates in others)]
 
 
-def unified_rivals(curves: Mapping[str, Curve], impl: str) -> list[str]:
-    """The unified policies that were measured; for a twin their twins too."""
+def unified_rivals(measured: Collection[str], impl: str) -> list[str]:
+    """The unified policies that were measured, smaller steps too; for a twin their twins too."""
     orders = ("", SHORTEST) if impl.endswith(SHORTEST) else ("",)
-    return [of + order for order in orders for of in UNIFIED if of + order in curves]
+    return [of + order for order in orders for of in ONE_EXECUTOR if of + order in measured]
 
 
 def best_e2e_ms(curves: Mapping[str, Curve], impls: Iterable[str], rate: float) -> float:
@@ -236,8 +229,14 @@ def add_goodputs(
         label: before the keys in `relations` and `null_because`.
         twins: those of the others.
     """
-    for key, (other, gpus) in GOODPUT_RATIOS.items():
-        other += SHORTEST * twins
+    others = {key: (impl + SHORTEST * twins, n) for key, (impl, n) in GOODPUT_RATIOS.items()}
+    if not twins:
+        # Of equal rates, one that a curve does not fall below is the highest.
+        known = {"<": -1, "=": 0, ">=": 1}
+        bears = {r: (goodputs[r].rate, known[goodputs[r].relation]) for r in goodputs}
+        rivals = unified_rivals(goodputs, ours)
+        others[VS_BEST_UNIFIED] = max(rivals, key=bears.__getitem__, default=UNIFIED[0]), 1
+    for key, (other, gpus) in others.items():
         part[key], ratio = None, None
         reason = absent(goodputs, (ours, other))
         if reason is None:

@@ -23,8 +23,8 @@ import numpy as np
 from benchmarks import options, topologies
 from benchmarks.readme import RESULTS
 from benchmarks.report import Report, add_arguments
-from benchmarks.semi_pd_serving import ENGINES, REFERENCE, second_half_per_s
-from benchmarks.serving_summary import FIXED, SHORTEST
+from benchmarks.semi_pd_serving import REFERENCE, second_half_per_s
+from benchmarks.serving_impls import ENGINES, FIXED, parts
 from jpd import checkpoint
 from jpd.bench import slo, traces
 from jpd.bench.slo import RequestRecord
@@ -40,14 +40,15 @@ MEASURES = ("ttft", "tpot", "e2el")
 
 def serve(model: str, impl: str, workload: Workload) -> list[RequestRecord]:
     """The requests in virtual time."""
-    plain = impl.removesuffix(SHORTEST)
-    shares = FIXED.get(impl)
+    of, shares = parts(impl), FIXED.get(impl)
     changes: dict[str, Any] = dict(topologies.SIZES[model])
-    if plain != impl:
+    if of.shortest:
         changes["scheduling_policy"] = "shortest"
+    if of.mixed_tokens is not None:
+        changes["max_num_mixed_tokens"] = of.mixed_tokens
     if shares is not None:
         changes["semi_pd"] = {"prefill_share": shares.prefill, "decode_share": shares.decode}
-    name = plain if shares is None else "semi_pd"
+    name = of.plain if shares is None else "semi_pd"
     config = EngineConfig.from_kwargs(**topologies.engine_args(model, name, **changes))
     split = Split(checkpoint.read_config(Path(config.model)), 1)
     rank_bytes = checkpoint.param_bytes(split.rank_model, "bfloat16")

@@ -247,6 +247,10 @@ class EngineConfig:
     """Prompt tokens plus decoding rows in one step, padded ones included unless these are more than
     half of it; longer prompts are prefilled in chunks. 2048 on a GPU and 512 on a CPU when not
     given."""
+    max_num_mixed_tokens: int | None = None
+    """The same of a step that has both, where its prompt tokens hold up who decodes: with fewer,
+    gaps between tokens are shorter, and prompts take more steps. `max_num_batched_tokens` when not
+    given. Executors of one phase have no such steps."""
     max_prefills_per_step: int = 8
     """Sequences that may have a prompt chunk in one step."""
     page_size: int = 16
@@ -309,6 +313,7 @@ class EngineConfig:
             "max_model_len": 1,
             "max_num_seqs": 1,
             "max_num_batched_tokens": 1,
+            "max_num_mixed_tokens": 1,
             "max_prefills_per_step": 1,
             "page_size": 1,
             "num_pages": 2,  # page 0 is never given out: padded rows write there
@@ -352,10 +357,13 @@ class EngineConfig:
                 tokens,
                 f"at most {MAX_STEP_TOKENS}",
             )
-        if tokens is not None and seqs is not None:
-            require(
-                tokens >= seqs, "max_num_batched_tokens", tokens, f"at least max_num_seqs={seqs}"
-            )
+        mixed = self.max_num_mixed_tokens
+        for name, value in (("max_num_batched_tokens", tokens), ("max_num_mixed_tokens", mixed)):
+            if value is not None and seqs is not None:
+                require(value >= seqs, name, value, f"at least max_num_seqs={seqs}")
+        if mixed is not None and tokens is not None:
+            most = f"at most max_num_batched_tokens={tokens}"
+            require(mixed <= tokens, "max_num_mixed_tokens", mixed, most)
         require(
             self.page_size & (self.page_size - 1) == 0,
             "page_size",

@@ -253,6 +253,15 @@ def refuse(folder: Path | str, error: type[Exception], message: str, **options: 
             "max_num_batched_tokens=7 is not allowed: at least max_num_seqs=8",
         ),
         ({"max_num_batched_tokens": 10**6}, "max_num_batched_tokens=1000000 .* at most 65536"),
+        ({"max_num_mixed_tokens": 0}, "max_num_mixed_tokens=0 is not allowed: an int >= 1"),
+        (
+            {"max_num_mixed_tokens": 7},
+            "max_num_mixed_tokens=7 is not allowed: at least max_num_seqs=8",
+        ),
+        (
+            {"max_num_mixed_tokens": 9999},
+            "max_num_mixed_tokens=9999 is not allowed: at most max_num_batched_tokens=",
+        ),
         ({"page_size": 12}, "page_size=12 is not allowed: a power of two"),
         ({"page_size": None}, "page_size=None is not allowed"),
         ({"num_pages": 1}, "num_pages=1 is not allowed: an int >= 2"),

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from jpd.config import EngineConfig, PrefillPolicy, SchedulingPolicy
+from jpd.config import EngineConfig, PrefillPolicy, SchedulingPolicy, require
 from jpd.engine import output as outputs
 from jpd.engine.lane import ExecutorLostError, Lane, OneExecutor, PagesLostError, Topology
 from jpd.engine.metrics import EngineStats
@@ -84,6 +84,7 @@ class Coordinator:
         self._cause: BaseException | None = None
         self._given_up: list[Delta] = []
         self._seeds = np.random.default_rng(config.seed)
+        self._most_mixed_tokens = self.max_num_mixed_tokens
 
     @property
     def prefill_policy(self) -> PrefillPolicy:
@@ -97,6 +98,23 @@ class Coordinator:
     @prefill_policy.setter
     def prefill_policy(self, policy: PrefillPolicy) -> None:
         self._config = self._config.replace(prefill_policy=policy)
+
+    @property
+    def max_num_mixed_tokens(self) -> int:
+        """See `EngineConfig`. May be assigned, up to the engine's own: another one holds from the
+        next step on, whose shapes are those that were compiled.
+
+        Raises:
+          ConfigError: it is not between `max_num_seqs` and the engine's own.
+        """
+        return self._config.max_num_mixed_tokens or self._config.max_num_batched_tokens
+
+    @max_num_mixed_tokens.setter
+    def max_num_mixed_tokens(self, tokens: int) -> None:
+        changed = self._config.replace(max_num_mixed_tokens=tokens)
+        most = self._most_mixed_tokens
+        require(tokens <= most, "max_num_mixed_tokens", tokens, f"at most the engine's {most}")
+        self._config, self.scheduler.most_tokens = changed, shape_table(changed).most_tokens
 
     @property
     def scheduling_policy(self) -> SchedulingPolicy:

@@ -1,9 +1,10 @@
 """Decides what each step computes. Pure NumPy and Python: no jax, no clock, no text.
 
-Every step holds one token of each decoding sequence, then prompt chunks while
-`max_num_batched_tokens` lasts: chunks of sequences already admitted, then new ones in order. A
-sequence is admitted when all pages of its prompt are free. A decoding sequence that needs a page
-when none is free preempts the sequence that is served last; that one is computed again later.
+Every step holds one token of each decoding sequence, then prompt chunks while `most_tokens` lasts
+(of `max_num_mixed_tokens`; without decoding sequences, of `max_num_batched_tokens`): chunks of
+sequences already admitted, then new ones in order. A sequence is admitted when all pages of its
+prompt are free. A decoding sequence that needs a page when none is free preempts the sequence that
+is served last; that one is computed again later.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class Scheduler:
       max_num_seqs: rows.
       max_model_len: tokens a row can hold.
       most_tokens: prompt tokens that a step with so many decoding rows may hold; see `ShapeTable`.
+        May be assigned: another one holds from the next step on.
       max_prefills_per_step: chunks of one step.
       num_pages: pages of the pool, page 0 included.
       page_size: tokens a page holds.
@@ -80,7 +82,7 @@ class Scheduler:
         self.cache = PrefixCache(self.pool) if enable_prefix_caching else None
         self.table = SequenceTable(max_num_seqs, max_model_len, page_size, max_stop_ids)
         self.stats = SchedulerStats()
-        self._most_tokens = most_tokens
+        self.most_tokens = most_tokens
         self._max_chunks = max_prefills_per_step
         self._waiting: list[tuple[tuple[int, float, int], Sequence]] = []
         self._prefilling: list[Sequence] = []
@@ -188,7 +190,7 @@ class Scheduler:
         # What was just preempted must not come back in the same step.
         if prefill and not (alone and len(rows)):
             chunks, admitted = self._chunks(
-                self._most_tokens(len(rows)),
+                self.most_tokens(len(rows)),
                 1 if alone else self._max_chunks,
                 decodes_on=decodes_on,
                 alone=alone,

@@ -63,13 +63,15 @@ class ShapeTable:
       max_num_seqs: largest batch.
       max_num_batched_tokens: most rows and prompt tokens of a step together, padded rows too unless
         these are more than half of it.
+      max_num_mixed_tokens: the same of a step that has both; as many when None.
       max_model_len: longest context.
       page_size: contexts are rounded up to whole pages.
       batch_buckets: replaces the defaults: powers of two and, above 32, what is halfway between.
         Of these mixed steps have only what holds 8, 32, 128 and so on, and the largest.
       token_buckets, context_buckets: replace the defaults. Of a mixed step the bucket is for its
         rows and prompt tokens together, so that products have no more rows than of a prompt alone:
-        a few more begin another row of tiles, with which products take up to a sixth longer.
+        a few more begin another row of tiles, with which products take up to a sixth longer. Those
+        of mixed steps end at `max_num_mixed_tokens`.
       sampled: steps may have rows that are not greedy as a rule.
       prefill, decode: the phases that steps hold as a rule; shapes of others are not in `all`.
     """
@@ -81,6 +83,7 @@ class ShapeTable:
         max_num_batched_tokens: int,
         max_model_len: int,
         page_size: int,
+        max_num_mixed_tokens: int | None = None,
         batch_buckets: tuple[int, ...] | None = None,
         token_buckets: tuple[int, ...] | None = None,
         context_buckets: tuple[int, ...] | None = None,
@@ -94,11 +97,15 @@ class ShapeTable:
         self.batches = batch_buckets or _batches(max_num_seqs)
         most = max_num_batched_tokens
         self.tokens = token_buckets or powers(min(_SMALLEST_CHUNK, most), most, 4)
+        most_mixed = max_num_mixed_tokens or most
+        self._mixed_tokens = self.tokens
+        if most_mixed < self.tokens[-1]:
+            self._mixed_tokens = (*(t for t in self.tokens if t < most_mixed), most_mixed)
         few = min(_SMALLEST_MIXED_BATCH, max_num_seqs)
         mixed = {self._batch(rows) for rows in powers(few, max_num_seqs, 4)} | {self.batches[-1]}
         # Prompts alone need no rows.
         self.mixed_batches = (0, *sorted(mixed))
-        self._page_size, self._most = page_size, most
+        self._page_size, self._most, self._most_mixed = page_size, most, most_mixed
         self._kinds = (True, False) if sampled else (True,)  # `StepShape.greedy`
         self._prefill, self._decode = prefill, decode
 
@@ -121,15 +128,17 @@ class ShapeTable:
 
     def most_tokens(self, rows: int) -> int:
         """Prompt tokens that a step with so many decoding rows may hold."""
+        most = self._most_mixed if rows else self._most
         batch = self._mixed_batch(rows)
-        return self._most - (batch if 2 * batch <= self._most else rows)
+        return most - (batch if 2 * batch <= most else rows)
 
     def _mixed_batch(self, rows: int) -> int:
         return _round_up(rows, self.mixed_batches, 1)
 
     def _tokens_beside(self, batch: int) -> tuple[int, ...]:
         """Buckets of prompt tokens in a step with so many padded rows."""
-        return tuple(sorted({t - batch if t >= 2 * batch else t for t in self.tokens}))
+        tokens = self._mixed_tokens if batch else self.tokens
+        return tuple(sorted({t - batch if t >= 2 * batch else t for t in tokens}))
 
     def all(self) -> list[StepShape]:
         """Every shape that `pick` gives within the buckets, the largest first."""
@@ -151,6 +160,7 @@ def shape_table(config: EngineConfig, *, prefill: bool = True, decode: bool = Tr
     return ShapeTable(
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
+        max_num_mixed_tokens=config.max_num_mixed_tokens,
         max_model_len=config.max_model_len,
         page_size=config.page_size,
         batch_buckets=config.batch_buckets,

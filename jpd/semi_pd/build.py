@@ -205,13 +205,14 @@ def make_controller(config: EngineConfig) -> Controller | None:
     if options.controller == "static":
         return None
     allowed = [Shares(*pair) for pair in options.kept_shares] or None
-    tokens = config.max_num_batched_tokens
+    tokens, mixed = config.max_num_batched_tokens, config.max_num_mixed_tokens
+    of_engine = {"max_num_batched_tokens": tokens, "max_num_mixed_tokens": mixed}
     if options.controller == "mean":
-        return SloController(allowed=allowed, max_num_batched_tokens=tokens)
+        return SloController(allowed=allowed, **of_engine)
     slo = Slo(ttft_s=options.ttft_slo_s, tpot_s=options.tpot_slo_s)
     if options.controller == "paper":
         return PaperController(slo=slo)
-    return SloController(slo=slo, allowed=allowed, max_num_batched_tokens=tokens)
+    return SloController(slo=slo, allowed=allowed, **of_engine)
 
 
 def make_mode_policy(config: EngineConfig, controller: Controller | None) -> ModePolicy | None:

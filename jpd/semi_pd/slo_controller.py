@@ -167,6 +167,8 @@ class SloController:
     max_num_batched_tokens: int = 2048
     """Prompt tokens of a step at most. It must be the engine's; an engine sets it in those that it
     makes itself."""
+    max_num_mixed_tokens: int | None = None
+    """The same of a step of one executor that has decoding rows, too; as many when not given."""
 
     prefill_model: PrefillTimeModel = field(init=False)
     decode_model: DecodeTimeModel = field(init=False)
@@ -185,11 +187,14 @@ class SloController:
         require(self.max_dwell_s >= self.min_dwell_s, "max_dwell_s", self.max_dwell_s, dwell)
         tokens = self.max_num_batched_tokens
         require(tokens >= 1, "max_num_batched_tokens", tokens, "at least 1")
+        mixed = tokens if self.max_num_mixed_tokens is None else self.max_num_mixed_tokens
+        most = f"at least 1, at most max_num_batched_tokens={tokens}"
+        require(1 <= mixed <= tokens, "max_num_mixed_tokens", mixed, most)
         window = f"at least window_s={self.window_s}"
         require(self.load_window_s >= self.window_s, "load_window_s", self.load_window_s, window)
         self._allowed = tuple(DEFAULT_SHARES if self.allowed is None else self.allowed)
         require(len(self._allowed) > 0, "allowed", self._allowed, "at least one share")
-        self._times = StepTimes(self.interference, self.memory_s, _NOISE, tokens)
+        self._times = StepTimes(self.interference, self.memory_s, _NOISE, tokens, mixed)
         self.prefill_model, self.decode_model = self._times.prefill, self._times.decode
         self._prefill_busy = 0.0
         self._starved = 0.0  # 0..1: how far TTFT follows decode's speed

@@ -17,14 +17,20 @@ class StepTimes:
         memory_s: age at which a time is forgotten.
         noise: see the models.
         most_tokens: prompt tokens of a step.
+        most_mixed_tokens: of one that has decoding rows, too.
     """
 
     def __init__(
-        self, interference: Interference, memory_s: float, noise: float, most_tokens: int
+        self,
+        interference: Interference,
+        memory_s: float,
+        noise: float,
+        most_tokens: int,
+        most_mixed_tokens: int,
     ) -> None:
         self.prefill = PrefillTimeModel(interference, memory_s, noise)
         self.decode = DecodeTimeModel(interference, memory_s, noise)
-        self._most_tokens = most_tokens
+        self._most_tokens, self._most_mixed_tokens = most_tokens, most_mixed_tokens
         self._prefill_scale = self._decode_scale = 1.0
 
     @property
@@ -66,7 +72,7 @@ class StepTimes:
             load=load,
             decode_s=self.alone_s,
             token_s=max(0.0, self.token_s(FULL, 0.0) - self._weights_s()),
-            most_tokens=self._most_tokens,
+            most_tokens=self._most_mixed_tokens,
         )
 
     def _weights_s(self) -> float:

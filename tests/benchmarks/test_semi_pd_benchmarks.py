@@ -24,7 +24,7 @@ from benchmarks import (
     semi_pd_parity,
     semi_pd_serving,
     semi_pd_switch,
-    serving_summary,
+    serving_impls,
     sm_share_surface,
     token_parity,
     topologies,
@@ -122,9 +122,10 @@ def test_a_folder_for_decisions_that_cannot_be_made(tmp_path, monkeypatch, capsy
             ["--kept", "100,100", "70,30", "--impls", "semi_pd_80_20"],
             "(80, 20) is not kept ready: [(100, 100), (70, 30)]",
         ),
+        (["--impls", "chunked_512"], "chunked_512: steps have at most 128 tokens"),
     ],
 )
-def test_kept_shares_that_cannot_be_served(arguments, said, monkeypatch, capsys) -> None:
+def test_what_cannot_be_served(arguments, said, monkeypatch, capsys) -> None:
     assert run_main(semi_pd_serving, monkeypatch, "--quick", *arguments) == 2
     assert said in capsys.readouterr().err
 
@@ -258,15 +259,16 @@ def test_every_workload_is_calibrated_as_chunked(tmp_path, monkeypatch) -> None:
     coordinator = SimpleNamespace(prefill_policy="first", recent=lambda: recent)
     llm = SimpleNamespace(
         _engine=SimpleNamespace(coordinator=coordinator, topology=None),
-        config=SimpleNamespace(semi_pd=SimpleNamespace(controller=None)),
+        config=SimpleNamespace(semi_pd=SimpleNamespace(controller=None), max_num_mixed_tokens=2048),
         stats=SimpleNamespace(preemptions=0, recompiles=0),
     )
-    policies = []
+    policies, mixed = [], []
 
     async def run(
         llm: Any, workload: Any, options: Any, until: int | None = None
     ) -> list[RequestRecord]:
         policies.append((coordinator.prefill_policy, coordinator.scheduling_policy))
+        mixed.append(coordinator.max_num_mixed_tokens)
         times = {"due_s": 0.0, "sent_s": 0.0, "first_token_s": 0.1, "prompt_tokens": 9}
         tokens = {"wanted_tokens": 5, "output_tokens": 5}
         ends = range(until or len(workload))
@@ -277,7 +279,7 @@ def test_every_workload_is_calibrated_as_chunked(tmp_path, monkeypatch) -> None:
     semi_pd_serving.measure(
         serving_arguments(
             workloads=["azure_conv", "azure_code"],
-            impls=["chunked", "prefill_first", "prefill_first_shortest"],
+            impls=["chunked", "chunked_512", "prefill_first", "prefill_first_shortest"],
         ),
         Report("semi_pd_serving", QUESTION, out=tmp_path),
         SimpleNamespace(of=lambda impl: InThisProcess(llm)),
@@ -285,10 +287,10 @@ def test_every_workload_is_calibrated_as_chunked(tmp_path, monkeypatch) -> None:
         sizes=SIZES,
         seconds=1.0,
     )
-    # Alone, at once, and the three points of each workload.
-    assert policies == [("mixed", "fcfs")] * 3 + [("first", "fcfs"), ("first", "shortest")] + (
-        [("mixed", "fcfs")] * 3 + [("first", "fcfs"), ("first", "shortest")]
-    )
+    # Alone, at once, and the four points of each workload.
+    points = [("mixed", "fcfs")] * 4 + [("first", "fcfs"), ("first", "shortest")]
+    assert policies == 2 * points
+    assert mixed == 2 * ([2048] * 3 + [512] + [2048] * 2)
 
 
 def test_a_calibration_is_written_before_the_first_case(tmp_path, monkeypatch) -> None:
@@ -621,7 +623,7 @@ def test_every_engine_gets_the_same_sizes() -> None:
         assert {key: args[key] for key in SIZES} == SIZES
         assert args.get("topology", "unified") == (
             "unified"
-            if topology in serving_summary.UNIFIED
+            if topology in serving_impls.UNIFIED
             else "disaggregated"
             if topology == "disaggregated"
             else "auto"
@@ -640,7 +642,9 @@ def test_the_dynamic_point_aims_at_the_slo(engine: Engine, tmp_path, monkeypatch
     seats = {phase: getattr(engine.topology, phase) for phase in ("prefill", "decode")}
     topology = SimpleNamespace(shares=Shares(50, 50), **seats)
     llm = SimpleNamespace(
-        config=SimpleNamespace(semi_pd=options, max_num_batched_tokens=128),
+        config=SimpleNamespace(
+            semi_pd=options, max_num_batched_tokens=2048, max_num_mixed_tokens=2000
+        ),
         stats=engine.coordinator.stats(),
         _engine=SimpleNamespace(topology=topology, coordinator=engine.coordinator),
     )
@@ -663,7 +667,8 @@ def test_the_dynamic_point_aims_at_the_slo(engine: Engine, tmp_path, monkeypatch
     assert fields == dict.fromkeys(counts, 0) | {"mode": "semi_pd", "kept_shares": kept}
     assert mode.inner.ratio == 1.5
     assert isinstance(steering.inner, SloController)
-    assert (steering.inner.slo.ttft_s, steering.inner.max_num_batched_tokens) == (0.5, 128)
+    assert (steering.inner.slo.ttft_s, steering.inner.max_num_batched_tokens) == (0.5, 2048)
+    assert steering.inner.max_num_mixed_tokens == 2000
     assert steering.inner.allowed == [Shares(*pair) for pair in PAIRS]
     semi_pd_serving.run_point(llm, None, 0, "semi_pd_dynamic", *aim)
     assert isinstance(steering.inner, SloController)
@@ -685,6 +690,8 @@ def test_the_dynamic_point_aims_at_the_slo(engine: Engine, tmp_path, monkeypatch
     mode.inner = semi_pd_serving.Held()
     semi_pd_serving.run_point(llm, None, 0, "auto_mean_shortest", *aim)
     assert (steering.inner.slo, mode.inner.ratio, began[-1]) == (None, 1.5, FULL)
+    semi_pd_serving.run_point(llm, None, 0, "auto_mean_512_shortest", *aim)
+    assert (steering.inner.slo, steering.inner.max_num_mixed_tokens) == (None, 512)
     semi_pd_serving.run_point(llm, None, 0, "auto", aim[0], None, log)  # by the controller's word
     monkeypatch.setattr(SloController, "decide_mode", lambda self, *seen: (self, *seen))
     told = mode.inner.decide("seen", "unified")

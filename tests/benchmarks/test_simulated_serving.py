@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import simulated_serving
 from benchmarks.readme import RESULTS
-from benchmarks.serving_summary import SHORTEST
+from benchmarks.serving_impls import SHORTEST
 from jpd.bench import traces
 
 STORED = RESULTS / "h200" / "semi_pd_serving.json"

@@ -382,6 +382,47 @@ def test_prompts_ride_along_with_decoding_rows_or_go_first(
     assert outputs[0].outputs[0].token_ids == alone([1], 18)
 
 
+@pytest.mark.parametrize("assigned", [False, True])
+def test_steps_that_hold_up_who_decodes_may_be_smaller(
+    assigned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    coordinator = make(max_num_mixed_tokens=None if assigned else 8)
+    if assigned:
+        assert coordinator.max_num_mixed_tokens == 16
+        coordinator.max_num_mixed_tokens = 8
+    assert coordinator.max_num_mixed_tokens == 8
+    steps: list[tuple[int, int]] = []
+    launch = FakeDevice.launch
+
+    def recording(device: FakeDevice, plan: StepPlan):
+        steps.append((len(plan.rows), sum(len(c.tokens) for c in plan.chunks)))
+        return launch(device, plan)
+
+    monkeypatch.setattr(FakeDevice, "launch", recording)
+    prompts = [[1] * 20, [2] * 10]
+    outputs = [coordinator.add("a", None, prompts[0], SamplingParams(max_tokens=9))]
+    for _ in range(3):
+        coordinator.step()
+    outputs.append(coordinator.add("b", None, prompts[1], SamplingParams(max_tokens=3)))
+    drain(coordinator)
+    # The first prompt holds up nobody. One row is padded to four.
+    assert steps[:6] == [(0, 16), (0, 4), (1, 0), (1, 4), (1, 4), (1, 2)]
+    for output, prompt, tokens in zip(outputs, prompts, (9, 3), strict=True):
+        assert output.outputs[0].token_ids == alone(prompt, tokens)
+
+
+def test_smaller_steps_are_those_of_the_engine_and_hold_all_rows() -> None:
+    coordinator = make(max_num_mixed_tokens=12)
+    with pytest.raises(ConfigError, match=r"max_num_mixed_tokens=13 .* at most the engine's 12"):
+        coordinator.max_num_mixed_tokens = 13
+    with pytest.raises(ConfigError, match=r"max_num_mixed_tokens=3 .* at least max_num_seqs=4"):
+        coordinator.max_num_mixed_tokens = 3
+    assert coordinator.max_num_mixed_tokens == 12
+    coordinator.max_num_mixed_tokens = 4
+    coordinator.max_num_mixed_tokens = 12  # and back
+    assert coordinator.max_num_mixed_tokens == 12
+
+
 def test_an_unknown_policy_is_refused() -> None:
     coordinator = make()
     with pytest.raises(ConfigError, match="prefill_policy='last' is not allowed"):

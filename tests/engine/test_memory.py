@@ -108,21 +108,24 @@ def test_the_estimates_are_what_an_engine_takes(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "seqs", "tokens"),
+    ("given", "seqs", "tokens", "mixed"),
     [
-        ({}, 16, 512),
-        ({"max_num_seqs": 1_000}, 1_000, 1_000),
-        ({"max_num_batched_tokens": 8}, 8, 8),
-        ({"max_num_seqs": 4}, 4, 512),
-        ({"max_num_seqs": 4, "max_num_batched_tokens": 32}, 4, 32),
+        ({}, 16, 512, 512),
+        ({"max_num_seqs": 1_000}, 1_000, 1_000, 1_000),
+        ({"max_num_batched_tokens": 8}, 8, 8, 8),
+        ({"max_num_seqs": 4}, 4, 512, 512),
+        ({"max_num_seqs": 4, "max_num_batched_tokens": 32}, 4, 32, 32),
+        ({"max_num_mixed_tokens": 8}, 8, 512, 8),
+        ({"max_num_batched_tokens": 64, "max_num_mixed_tokens": 32}, 16, 64, 32),
     ],
 )
 def test_what_is_not_given_is_resolved_consistently(
-    model: ModelConfig, given: dict[str, int], seqs: int, tokens: int
+    model: ModelConfig, given: dict[str, int], seqs: int, tokens: int, mixed: int
 ) -> None:
     device = jax.devices("cpu")[0]
     config = resolve(EngineConfig(model="none", **given), model, on_cpu=device.platform == "cpu")
     assert (config.max_num_seqs, config.max_num_batched_tokens) == (seqs, tokens)
+    assert config.max_num_mixed_tokens == mixed
     assert config.max_model_len == model.max_position
     assert config.dtype == model.dtype == "float32"
 

@@ -41,6 +41,7 @@ def test_powers_end_with_the_highest_itself() -> None:
     context=st.floats(0, 1),
     greedy=st.booleans(),
     sampled=st.booleans(),
+    smaller=st.none() | st.floats(0, 1),
 )
 def test_every_step_within_the_limits_has_a_shape_that_was_compiled_and_holds_it(
     seqs: int,
@@ -52,16 +53,20 @@ def test_every_step_within_the_limits_has_a_shape_that_was_compiled_and_holds_it
     context: float,
     greedy: bool,
     sampled: bool,
+    smaller: float | None,
 ) -> None:
+    mixed = seqs + extra if smaller is None else seqs + round(smaller * extra)
     shapes = table(
         max_num_seqs=seqs,
         max_num_batched_tokens=seqs + extra,
+        max_num_mixed_tokens=None if smaller is None else mixed,
         max_model_len=longest,
         page_size=page_size,
         sampled=sampled,
     )
     step_rows = round(rows * seqs)
     step_tokens = round(tokens * shapes.most_tokens(step_rows)) or int(step_rows == 0)
+    assert step_rows + step_tokens <= (mixed if step_rows else seqs + extra)
     step_context = max(1, round(context * longest))
     shape = shapes.pick(step_rows, step_tokens, step_context, greedy)
     assert (shape in shapes.all()) == (sampled or greedy or step_rows == 0)
@@ -89,6 +94,20 @@ def test_a_full_step_has_no_more_rows_than_its_longest_prompt(rows: int) -> None
     assert shape.batch + shape.tokens == 512
     assert shapes.pick(0, shapes.most_tokens(0), 1, True) == StepShape(0, 512, 512, False)
     assert shapes.most_rows == 512
+
+
+@pytest.mark.parametrize("buckets", [None, (64, 256, 300, 512)])
+@pytest.mark.parametrize("rows", [1, 8, 9, 16])
+def test_steps_with_both_may_be_smaller(rows: int, buckets: tuple[int, ...] | None) -> None:
+    shapes = table(max_num_mixed_tokens=200, token_buckets=buckets)
+    shape = shapes.pick(rows, shapes.most_tokens(rows), 1, True)
+    assert shape.batch + shape.tokens == 200
+    assert shapes.most_tokens(0) == shapes.most_rows == 512
+    every = shapes.all()
+    assert {s.batch + s.tokens for s in every if s.batch and s.tokens} == {64, 200}
+    assert {s.tokens for s in every if s.tokens and not s.batch} == set(buckets or (64, 256, 512))
+    # Fewer are compiled.
+    assert len(every) < len(table(token_buckets=buckets).all())
 
 
 def test_a_batch_of_more_than_half_a_step_leaves_prompts_what_its_rows_do() -> None:

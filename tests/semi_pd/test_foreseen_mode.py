@@ -284,13 +284,16 @@ def test_where_nobody_follows_shares_are_divided_as_ever() -> None:
 
 def test_a_step_takes_as_many_tokens_as_the_engine_lets_it() -> None:
     costs = []
-    for tokens in (256, 2048):
-        controller = SloController(allowed=ALLOWED, max_num_batched_tokens=tokens)
+    for tokens, mixed in ((256, None), (2048, 256), (2048, 2048), (2048, None)):
+        controller = SloController(
+            allowed=ALLOWED, max_num_batched_tokens=tokens, max_num_mixed_tokens=mixed
+        )
         controller.min_gain = 0.99  # stays
         play(controller, crowded_one, crowded_two, seconds=1.0)
         costs.append(controller.forecasts[ONE].cost)
     # A token costs more, as each step reads the weights and the rows' pages for fewer.
-    assert costs[0] > 1.1 * costs[1]
+    assert min(costs[:2]) > 1.1 * costs[2]
+    assert costs[2] == costs[3]
 
 
 def test_a_log_does_not_hide_that_it_foresees(tmp_path) -> None:
@@ -324,6 +327,10 @@ def test_it_goes_on_asking_while_the_change_is_under_way() -> None:
 def test_refuses_a_step_of_no_tokens() -> None:
     with pytest.raises(ConfigError, match="max_num_batched_tokens=0"):
         SloController(max_num_batched_tokens=0)
+    for tokens in (0, 2049):
+        most = f"max_num_mixed_tokens={tokens} .* at most max_num_batched_tokens=2048"
+        with pytest.raises(ConfigError, match=most):
+            SloController(max_num_mixed_tokens=tokens)
 
 
 times = st.lists(st.floats(0, 1e6, allow_nan=False, allow_subnormal=False), max_size=6)

@@ -185,10 +185,11 @@ def test_who_decides() -> None:
     # Without a word of the user's, a controller that foresees one executor too.
     for name in ("slo", "mean"):
         config = auto(controller=name, ttft_slo_s=1.0, tpot_slo_s=0.1).replace(
-            max_num_batched_tokens=512
+            max_num_batched_tokens=512, max_num_mixed_tokens=256
         )
         controller = build.make_controller(config)
         assert controller.max_num_batched_tokens == 512
+        assert controller.max_num_mixed_tokens == 256
         assert isinstance(build.make_mode_policy(config, controller), ForeseenMode)
         assert build.make_mode_policy(config.replace(topology="semi_pd"), controller) is None
         number = auto(controller=name, ttft_slo_s=1.0, tpot_slo_s=0.1, break_even=7.5)

@@ -21,8 +21,8 @@ LOAD = Load(
 )
 
 
-def times(most_tokens: int = 2048) -> StepTimes:
-    return StepTimes(H200, 60.0, 0.3, most_tokens)
+def times(most_tokens: int = 2048, most_mixed_tokens: int = 2048) -> StepTimes:
+    return StepTimes(H200, 60.0, 0.3, most_tokens, most_mixed_tokens)
 
 
 def test_what_was_seen_last_sets_the_scale() -> None:
@@ -42,15 +42,15 @@ def test_what_was_seen_last_sets_the_scale() -> None:
     assert now.alone_s(8) < now.alone_s(64)
 
 
-@pytest.mark.parametrize("most_tokens", [256, 2048])
-def test_one_executor_and_two_teach_each_other(most_tokens: int) -> None:
-    now = times(most_tokens)
+@pytest.mark.parametrize(("most_tokens", "mixed_tokens"), [(256, 256), (2048, 2048), (2048, 512)])
+def test_one_executor_and_two_teach_each_other(most_tokens: int, mixed_tokens: int) -> None:
+    now = times(most_tokens, mixed_tokens)
     now.see_step(0.0, Work(shares=FULL, other_busy=0.0, sequences=20), 0.006)
     now.see_mixed_token(0.0, 2e-5)
     mixed = now.mixed(LOAD)
     assert mixed.token_s == pytest.approx(2e-5)  # what one executor said comes back
     assert mixed.decode_s(20) == pytest.approx(0.006)
-    assert mixed.most_tokens == most_tokens
+    assert mixed.most_tokens == mixed_tokens
     # A prefill executor reads the weights for itself, once for a full step.
     alone_s = now.token_s(FULL, 0.0)
     assert alone_s == pytest.approx(2e-5 + now.alone_s(0) / most_tokens)
