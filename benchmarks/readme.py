@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks import serving_impls
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN = "<!-- results: written by `python -m benchmarks.readme` -->"
@@ -53,8 +55,6 @@ _BOUNDS = {"=": "", "<": "below ", "<=": "at most ", ">": "above ", ">=": "at le
 
 def _ratio(found: Summary, key: str) -> str:
     """A ratio of goodputs, which is a bound where a load was missing to find one of them."""
-    if found.get(key) is None:
-        return "not measured"
     return f"{_BOUNDS[found['relations'].get(key, '=')]}{found[key]:.2f}×"
 
 
@@ -66,12 +66,16 @@ def _speedups(found: Summary) -> str:
 
 
 def _goodputs(found: Summary) -> str:
-    """Of one implementation over those of the others."""
-    return (
-        f"goodput {_ratio(found, 'goodput_vs_chunked')} chunked, "
-        f"{_ratio(found, 'goodput_vs_prefill_first')} prefill-first, "
-        f"{_ratio(found, 'goodput_dynamic_vs_100_100')} of (100, 100)"
-    )
+    """Of one implementation over those of the others, where it was measured."""
+    others = {
+        "goodput_vs_chunked": "chunked",
+        "goodput_vs_prefill_first": "prefill-first",
+        "goodput_dynamic_vs_100_100": "of (100, 100)",
+        "goodput_vs_best_unified": "of the best unified policy",
+    }
+    known = [key for key in others if found.get(key) is not None]
+    ratios = ", ".join(f"{_ratio(found, key)} {others[key]}" for key in known)
+    return ratios and f"goodput {ratios}"
 
 
 def _ahead(found: Summary) -> str:
@@ -80,7 +84,8 @@ def _ahead(found: Summary) -> str:
     said = _speedups(found)
     if without_slo["mean_e2e_speedup_max"] is not None:
         said += f" (aimed at no SLO {_speedups(without_slo)})"
-    said += f", {_goodputs(found)}"
+    if goodputs := _goodputs(found):
+        said += f", {goodputs}"
     if auto is not None:
         said += f"; `auto` at least {auto:.2f}× the best of that controller and those policies"
     return said
@@ -91,22 +96,47 @@ def _served_one(found: Summary) -> str:
     shortest, parts = found.get("shortest"), []
     if found["mean_e2e_speedup_max"] is not None:
         parts.append(f"in order of arrival {_ahead(found)}")
-    if shortest is not None:
-        parts.append(
-            f"with short prompts first, those policies in either order, {_ahead(shortest)}"
-        )
-        auto = shortest.get("auto_mean")
-        if auto is not None:
-            parts.append(f"`auto` with no SLO in that order {_speedups(auto)}, {_goodputs(auto)}")
+    if shortest is None:
+        return "; ".join(parts)
+    order = "with short prompts first"
+    if shortest["mean_e2e_speedup_max"] is not None:
+        parts.append(f"{order}, those policies in either order, {_ahead(shortest)}")
+        order = "in that order"
+    for impl, auto in shortest.items():
+        if impl.startswith("auto") and isinstance(auto, dict):
+            parts.append(f"{_auto(impl)} {order}: {_gained(auto)}")
     return "; ".join(parts)
 
 
-def _served(workload: str, aim: str = "as above") -> Line:
-    """The row of semi-PD on a workload."""
+_SMALLER = ", later, those policies also with 1024 and 512 tokens in a mixed step in place of 2048"
+
+
+def _auto(impl: str) -> str:
+    """What an implementation whose name begins with `auto` is."""
+    plain, tokens, _ = serving_impls.parts(impl)
+    aim = "no SLO" if plain == serving_impls.AUTO_MEAN else "the tight SLO"
+    steps = "" if tokens is None else f" and mixed steps of {tokens} tokens"
+    return f"`auto` with {aim}{steps}"
+
+
+def _gained(found: Summary) -> str:
+    """Mean end-to-end time and goodput, where they were measured."""
+    return ", ".join(text for text in (_speedups(found), _goodputs(found)) if text)
+
+
+def _served(workload: str, aim: str = "as above", run: str = "", more: str = "") -> Line:
+    """The row of semi-PD on a workload.
+
+    Args:
+        workload: its name.
+        aim: of the issue.
+        run: end of the file's name.
+        more: about that run.
+    """
     return Line(
-        "h200/semi_pd_serving.json",
-        f"serving Llama-3.1-8B by semi-PD, {workload}: mean end-to-end time of the better unified "
-        "policy over that of the controller with the tight SLO; its goodput over others'",
+        f"h200/semi_pd_serving{run}.json",
+        f"serving Llama-3.1-8B by semi-PD, {workload}{more}: mean end-to-end time of the best "
+        "unified policy over that of the controller with the tight SLO; its goodput over others'",
         lambda s: _served_one(s[workload]),
         aim,
     )
@@ -374,6 +404,8 @@ LINES = (
     _served("azure_code"),
     _served("arxiv"),
     _served("sharegpt_like"),
+    _served("azure_conv", run="_mixed_tokens", more=_SMALLER),
+    _served("azure_code", run="_mixed_tokens", more=_SMALLER),
     Line(
         "cpu/simulated_serving.json",
         "the same workloads by `jpd simulate`, which is fitted to single steps and not to them: "

@@ -56,13 +56,13 @@ The summary has for each workload, over the means of its seeds:
   included, that bears most); `loose` has the same for the loose SLO. Where a curve never crosses 90
   % the ratio is a bound, see `relations`;
 - `without_slo`: the speed-ups and the break-even of `semi_pd_mean`;
-- `auto_mean`: these for it, if it was measured, goodput with the tight SLO, and whether it took the
-  better one, judged by the unified policies and the controllers on two executors that were
-  measured, also those that aim at an SLO;
+- `auto_mean`, `auto_1024` and so on: these for it, if it was measured, goodput with the tight SLO,
+  and whether it took the better one, judged by the unified policies and by the controller on two
+  executors with the tight SLO; without an SLO by that without one, too, where it was measured;
 - `fixed`: speed-ups, break-even and goodput of each that was measured with shares that divide the
-  SMs, twins too (in `fixed` and `auto_mean` `goodput_dynamic_vs_100_100` is not of
+  SMs, twins too (in `fixed` and those of `auto` `goodput_dynamic_vs_100_100` is not of
   `semi_pd_dynamic`, but of the one they are for);
-- `shortest`: likewise for the twins of the controllers and of `auto_mean`, if one was measured,
+- `shortest`: likewise for the twins of the controllers and of `auto`s, if one was measured,
   with `auto_vs_better_min` of `auto_shortest`; mean E2E against the best unified policy, twins
   included, goodput (tight) against the same others as above and, in `against_twins`, of
   `semi_pd_dynamic_shortest` against their twins;

@@ -20,6 +20,7 @@ from benchmarks.serving_impls import (
     SHORTEST,
     STATIC,
     UNIFIED,
+    with_mixed_tokens,
 )
 from jpd.bench import slo
 from jpd.bench.slo import Goodput
@@ -269,19 +270,28 @@ def summarise_one(
     return summary
 
 
-def summarise_auto_mean(
-    curves: Mapping[str, Curve], goodputs: Mapping[str, Goodput], order: str = ""
-) -> dict[str, Any]:
-    """What `auto` without an SLO gains, and whether it took the better one.
+def add_autos(
+    summary: dict[str, Any],
+    curves: Mapping[str, Curve],
+    goodputs: Mapping[str, Goodput],
+    order: str = "",
+) -> None:
+    """Adds what `auto` gains without an SLO and with smaller steps, where that was measured, and
+    whether it took the better one.
 
     Args:
+        summary: gets a part for each, by its name in order of arrival.
         curves: of a workload.
         goodputs: of each implementation.
-        order: `SHORTEST` for its twin.
+        order: `SHORTEST` for their twins.
     """
-    summary = summarise_one(curves, goodputs, AUTO_MEAN + order)
-    add_auto(summary, curves, AUTO_MEAN + order, (MEAN + order, DYNAMIC + order))
-    return summary
+    _, *smaller = with_mixed_tokens(AUTO)
+    rivals = dict.fromkeys(smaller, (DYNAMIC + order,))
+    rivals |= dict.fromkeys(with_mixed_tokens(AUTO_MEAN), (MEAN + order, DYNAMIC + order))
+    for auto, controllers in rivals.items():
+        if auto + order in curves:
+            part = summary[auto] = summarise_one(curves, goodputs, auto + order)
+            add_auto(part, curves, auto + order, controllers)
 
 
 def summarise_shortest(
@@ -297,8 +307,7 @@ def summarise_shortest(
     twins = summary["against_twins"] = empty()
     add_goodputs(twins, twins, goodputs, DYNAMIC + SHORTEST, twins=True)
     summary["without_slo"] = speedups_of(curves, MEAN + SHORTEST)
-    if AUTO_MEAN + SHORTEST in curves:
-        summary[AUTO_MEAN] = summarise_auto_mean(curves, goodputs, SHORTEST)
+    add_autos(summary, curves, goodputs, SHORTEST)
     return summary
 
 
@@ -321,11 +330,11 @@ def summarise_workload(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         part["goodput"] = {impl: list(found) for impl, found in goodputs[scale].items()}
         label = "" if scale == "tight" else f"{scale} "
         add_goodputs(part, summary, goodputs[scale], DYNAMIC, label)
-    if AUTO_MEAN in curves:
-        summary[AUTO_MEAN] = summarise_auto_mean(curves, goodputs["tight"])
+    add_autos(summary, curves, goodputs["tight"])
     if fixed := [impl for impl in curves if impl in DIVIDED]:
         summary["fixed"] = {i: summarise_one(curves, goodputs["tight"], i) for i in fixed}
-    if {impl + SHORTEST for impl in (DYNAMIC, MEAN, AUTO_MEAN)} & curves.keys():
+    steered = (DYNAMIC, MEAN, *with_mixed_tokens(AUTO), *with_mixed_tokens(AUTO_MEAN))
+    if {impl + SHORTEST for impl in steered} & curves.keys():
         summary["shortest"] = summarise_shortest(curves, goodputs["tight"])
     spreads = [c.spread for c in curves.values() if c.spread is not None]
     summary["seed_spread"] = max(spreads, default=None)

@@ -332,6 +332,35 @@ def test_auto_is_compared_in_its_own_order_and_aim() -> None:
     assert twins["auto_mean"]["auto_vs_better_min"] == pytest.approx(100 / 200)
 
 
+def test_auto_with_smaller_steps_has_a_part_of_its_own() -> None:
+    rows = points(
+        chunked=[(4, 100, 1.0), (8, 500, 0.8)],
+        prefill_first=[(4, 120, 1.0), (8, 450, 0.5)],
+        chunked_1024_shortest=[(4, 90, 1.0), (8, 240, 0.85)],
+        semi_pd_dynamic_shortest=[(4, 125, 1.0), (8, 150, 0.9)],
+        semi_pd_mean_shortest=[(8, 100, 0.5)],
+        auto_1024=[(4, 125, 1.0), (8, 300, 0.9)],
+        auto_1024_shortest=[(4, 100, 1.0), (8, 160, 0.9)],
+        auto_mean_512_shortest=[(4, 90, 1.0), (8, 200, 0.9)],
+    )
+    found = serving_summary.summarise_workload(rows)
+    assert found["auto_1024"]["mean_e2e_speedup_max"] == pytest.approx(450 / 300)
+    assert "no controller" in found["auto_1024"]["null_because"]["auto_vs_better_min"]
+    assert "auto_mean" not in found
+    assert found["auto_vs_better_min"] is None
+    twins = found["shortest"]
+    assert {key for key in twins if key.startswith("auto")} == {
+        "auto_vs_better_min",
+        "auto_1024",
+        "auto_mean_512",
+    }
+    assert twins["auto_1024"]["mean_e2e_speedup_max"] == pytest.approx(240 / 160)
+    assert twins["auto_1024"]["goodput_vs_best_unified"] == pytest.approx(8 / (4 + 4 * 0.1 / 0.15))
+    # At 4/s the best of them is a smaller step's.
+    assert twins["auto_1024"]["auto_vs_better_min"] == pytest.approx(90 / 100)
+    assert twins["auto_mean_512"]["auto_vs_better_min"] == pytest.approx(100 / 200)
+
+
 def test_auto_is_judged_by_controllers_of_its_own_aim_where_those_served() -> None:
     same = [(4, 100, 1.0), (8, 300, 0.8)]
     rows = points(
