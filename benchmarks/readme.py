@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import serving_impls
+from benchmarks.serving_summary import VS_BEST_UNIFIED
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -71,7 +72,7 @@ def _goodputs(found: Summary) -> str:
         "goodput_vs_chunked": "chunked",
         "goodput_vs_prefill_first": "prefill-first",
         "goodput_dynamic_vs_100_100": "of (100, 100)",
-        "goodput_vs_best_unified": "of the best unified policy",
+        VS_BEST_UNIFIED: "of the best unified policy",
     }
     known = [key for key in others if found.get(key) is not None]
     ratios = ", ".join(f"{_ratio(found, key)} {others[key]}" for key in known)
@@ -84,8 +85,7 @@ def _ahead(found: Summary) -> str:
     said = _speedups(found)
     if without_slo["mean_e2e_speedup_max"] is not None:
         said += f" (aimed at no SLO {_speedups(without_slo)})"
-    if goodputs := _goodputs(found):
-        said += f", {goodputs}"
+    said = ", ".join(text for text in (said, _goodputs(found)) if text)
     if auto is not None:
         said += f"; `auto` at least {auto:.2f}× the best of that controller and those policies"
     return said
@@ -94,21 +94,20 @@ def _ahead(found: Summary) -> str:
 def _served_one(found: Summary) -> str:
     """What semi-PD gains on a workload."""
     shortest, parts = found.get("shortest"), []
-    if found["mean_e2e_speedup_max"] is not None:
-        parts.append(f"in order of arrival {_ahead(found)}")
+    if ahead := _ahead(found):
+        parts.append(f"in order of arrival {ahead}")
+    parts += _autos(found, "in order of arrival")
     if shortest is None:
         return "; ".join(parts)
-    order = "with short prompts first"
-    if shortest["mean_e2e_speedup_max"] is not None:
-        parts.append(f"{order}, those policies in either order, {_ahead(shortest)}")
-        order = "in that order"
-    for impl, auto in shortest.items():
-        if impl.startswith("auto") and isinstance(auto, dict):
-            parts.append(f"{_auto(impl)} {order}: {_gained(auto)}")
-    return "; ".join(parts)
+    if ahead := _ahead(shortest):
+        parts.append(f"with short prompts first, those policies in either order, {ahead}")
+    return "; ".join(parts + _autos(shortest, "with short prompts first"))
 
 
-_SMALLER = ", later, those policies also with 1024 and 512 tokens in a mixed step in place of 2048"
+def _autos(found: Summary, order: str) -> list[str]:
+    """What `auto` gains in one order of prompts."""
+    parts = {impl: auto for impl, auto in found.items() if impl.startswith("auto")}
+    return [f"{_auto(i)} {order}: {_gained(a)}" for i, a in parts.items() if isinstance(a, dict)]
 
 
 def _auto(impl: str) -> str:
@@ -404,8 +403,18 @@ LINES = (
     _served("azure_code"),
     _served("arxiv"),
     _served("sharegpt_like"),
-    _served("azure_conv", run="_mixed_tokens", more=_SMALLER),
-    _served("azure_code", run="_mixed_tokens", more=_SMALLER),
+    _served(
+        "azure_conv",
+        run="_mixed_tokens",
+        more=" once more, with later controllers; chunked prefill also with 1024 and, short "
+        "prompts first, 512 tokens in a mixed step in place of 2048",
+    ),
+    _served(
+        "azure_code",
+        run="_mixed_tokens",
+        more=" once more at two rates, with later controllers, without prefill-first; chunked "
+        "prefill with 2048 tokens in order of arrival, with 1024 and 512 short prompts first",
+    ),
     Line(
         "cpu/simulated_serving.json",
         "the same workloads by `jpd simulate`, which is fitted to single steps and not to them: "

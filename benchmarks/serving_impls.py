@@ -27,8 +27,8 @@ def with_mixed_tokens(impl: str) -> tuple[str, ...]:
     return (impl, *(f"{impl}_{tokens}" for tokens in MIXED_TOKENS))
 
 
-ONE_EXECUTOR = (*with_mixed_tokens(CHUNKED), PREFILL_FIRST)
-"""The unified policies, in order of arrival."""
+ALL_UNIFIED = (*with_mixed_tokens(CHUNKED), PREFILL_FIRST)
+"""The unified policies, and those with smaller steps, in order of arrival."""
 DIVIDED = with_twins(
     {f"semi_pd_{x}_{100 - x}": Shares(x, 100 - x) for x in (90, 85, 80, 70, 60, 50, 40, 30)}
 )
@@ -37,7 +37,7 @@ FIXED = with_twins({STATIC: FULL}) | DIVIDED
 """Shares that stay."""
 ENGINES = with_twins(
     {
-        **dict.fromkeys(ONE_EXECUTOR, "unified"),
+        **dict.fromkeys(ALL_UNIFIED, "unified"),
         **{impl: "semi_pd" for impl in FIXED if not impl.endswith(SHORTEST)},
         DYNAMIC: "semi_pd",
         MEAN: "semi_pd",

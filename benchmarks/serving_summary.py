@@ -11,12 +11,12 @@ import numpy as np
 
 from benchmarks.curves import Panel
 from benchmarks.serving_impls import (
+    ALL_UNIFIED,
     AUTO,
     AUTO_MEAN,
     DIVIDED,
     DYNAMIC,
     MEAN,
-    ONE_EXECUTOR,
     SHORTEST,
     STATIC,
     UNIFIED,
@@ -120,7 +120,7 @@ def common_rates(curves: Mapping[str, Curve], impl: str) -> list[float]:
 def unified_rivals(measured: Collection[str], impl: str) -> list[str]:
     """The unified policies that were measured, smaller steps too; for a twin their twins too."""
     orders = ("", SHORTEST) if impl.endswith(SHORTEST) else ("",)
-    return [of + order for order in orders for of in ONE_EXECUTOR if of + order in measured]
+    return [of + order for order in orders for of in ALL_UNIFIED if of + order in measured]
 
 
 def best_e2e_ms(curves: Mapping[str, Curve], impls: Iterable[str], rate: float) -> float:
@@ -130,7 +130,7 @@ def best_e2e_ms(curves: Mapping[str, Curve], impls: Iterable[str], rate: float) 
 
 
 def add_speedups(summary: dict[str, Any], curves: Mapping[str, Curve], impl: str) -> None:
-    """Adds how much better its mean E2E is than that of the better unified policy.
+    """Adds how much better its mean E2E is than that of the best unified policy.
 
     A twin is compared with the twins of those too, where they were measured.
 
@@ -179,7 +179,8 @@ def add_break_even_ratio(summary: dict[str, Any], curves: Mapping[str, Curve]) -
         missing[key] = missing["break_even_rate"]
         return
     rates = common_rates(curves, DYNAMIC)
-    better = [curves[min(UNIFIED, key=lambda u, r=r: best_e2e_ms(curves, [u], r))] for r in rates]
+    rivals = unified_rivals(curves, DYNAMIC)
+    better = [curves[min(rivals, key=lambda u, r=r: best_e2e_ms(curves, [u], r))] for r in rates]
     if all(of.per_waiting is not None for of in better):
         ratios = [of.per_waiting[of.rates.index(r)] for of, r in zip(better, rates, strict=True)]
         summary[key] = float(np.interp(rate, rates, ratios))
@@ -231,22 +232,40 @@ def add_goodputs(
         twins: those of the others.
     """
     others = {key: (impl + SHORTEST * twins, n) for key, (impl, n) in GOODPUT_RATIOS.items()}
-    if not twins:
-        # Of equal rates, one that a curve does not fall below is the highest.
-        known = {"<": -1, "=": 0, ">=": 1}
-        bears = {r: (goodputs[r].rate, known[goodputs[r].relation]) for r in goodputs}
-        rivals = unified_rivals(goodputs, ours)
-        others[VS_BEST_UNIFIED] = max(rivals, key=bears.__getitem__, default=UNIFIED[0]), 1
     for key, (other, gpus) in others.items():
-        part[key], ratio = None, None
         reason = absent(goodputs, (ours, other))
-        if reason is None:
-            ratio = divide(goodputs[ours], goodputs[other], gpus)
-            reason = "both curves stay on the same side of 90 % at all rates measured"
-        if ratio is None:
-            summary["null_because"][label + key] = reason
-        else:
-            part[key], summary["relations"][label + key] = ratio
+        add_ratio(part, summary, label, key, reason or (goodputs[ours], goodputs[other], gpus))
+    if not twins:
+        rivals = unified_rivals(goodputs, ours)
+        reason = absent(goodputs, (ours, *(rivals or UNIFIED)))
+        best = reason or (goodputs[ours], most([goodputs[rival] for rival in rivals]), 1)
+        add_ratio(part, summary, label, VS_BEST_UNIFIED, best)
+
+
+def add_ratio(
+    part: dict[str, Any],
+    summary: dict[str, Any],
+    label: str,
+    key: str,
+    of: str | tuple[Goodput, Goodput, int],
+) -> None:
+    """Adds one ratio, and its relation or why it is None: `of` says that, or whose it is."""
+    part[key] = None
+    ratio = of if isinstance(of, str) else divide(*of)
+    if ratio is None:
+        ratio = "both curves stay on the same side of 90 % at all rates measured"
+    if isinstance(ratio, str):
+        summary["null_because"][label + key] = ratio
+    else:
+        part[key], summary["relations"][label + key] = ratio
+
+
+def most(goodputs: Sequence[Goodput]) -> Goodput:
+    """The highest of some: a bound from below where one of them is, for that may be the highest."""
+    rate = max(found.rate for found in goodputs)
+    relations = {found.relation for found in goodputs}
+    at_most = all(found.relation == "<" for found in goodputs if found.rate == rate)
+    return Goodput(rate, ">=" if ">=" in relations else "<" if at_most else "=")
 
 
 def empty() -> dict[str, Any]:
@@ -299,8 +318,9 @@ def summarise_shortest(
 ) -> dict[str, Any]:
     """What the controllers' twins gain, with the tight SLO.
 
-    Their mean E2E is compared with the best unified policy, goodput with each of the others and, in
-    `against_twins`, that of `semi_pd_dynamic_shortest` with each of their twins.
+    Their mean E2E and goodput are compared with the best unified policy, goodput with each of the
+    others, too, and, in `against_twins`, that of `semi_pd_dynamic_shortest` with each of their
+    twins. `auto`s have parts of their own.
     """
     summary = summarise_one(curves, goodputs, DYNAMIC + SHORTEST)
     add_auto(summary, curves, AUTO + SHORTEST, [DYNAMIC + SHORTEST])

@@ -248,9 +248,10 @@ class EngineConfig:
     half of it; longer prompts are prefilled in chunks. 2048 on a GPU and 512 on a CPU when not
     given."""
     max_num_mixed_tokens: int | None = None
-    """The same of a step that has both, where its prompt tokens hold up who decodes: with fewer,
-    gaps between tokens are shorter, and prompts take more steps. `max_num_batched_tokens` when not
-    given. Executors of one phase have no such steps."""
+    """The same of a step that has both, whose prompt tokens hold up who decodes: with fewer, gaps
+    between tokens are shorter, and prompts take more steps. At least `max_num_seqs`;
+    `max_num_batched_tokens` when not given. It is for one executor that serves both phases: those
+    of one phase have no such steps, nor has `prefill_policy="first"`."""
     max_prefills_per_step: int = 8
     """Sequences that may have a prompt chunk in one step."""
     page_size: int = 16

@@ -75,11 +75,11 @@ def resolve(config: EngineConfig, model: ModelConfig, *, on_cpu: bool) -> Engine
     seqs, tokens = config.max_num_seqs, config.max_num_batched_tokens
     mixed = config.max_num_mixed_tokens
     default_seqs, default_tokens = (16, 512) if on_cpu else (256, 2048)
-    tokens = tokens or max(default_tokens, seqs or 0)
+    tokens = tokens or max(default_tokens, seqs or 0, mixed or 0)
     resolved = config.replace(
         dtype=model.dtype if config.dtype == "auto" else config.dtype,
         max_model_len=longest,
-        max_num_seqs=seqs or min(default_seqs, mixed or tokens),
+        max_num_seqs=seqs or min(default_seqs, tokens),
         max_num_batched_tokens=tokens,
         max_num_mixed_tokens=mixed or tokens,
     )

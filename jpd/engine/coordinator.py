@@ -102,7 +102,8 @@ class Coordinator:
     @property
     def max_num_mixed_tokens(self) -> int:
         """See `EngineConfig`. May be assigned, up to the engine's own: another one holds from the
-        next step on, whose shapes are those that were compiled.
+        next step on. Steps are padded to the shapes that the engine has (`token_buckets`), so one
+        that is no bucket gains nothing over the next bucket.
 
         Raises:
           ConfigError: it is not between `max_num_seqs` and the engine's own.
@@ -113,7 +114,8 @@ class Coordinator:
     def max_num_mixed_tokens(self, tokens: int) -> None:
         changed = self._config.replace(max_num_mixed_tokens=tokens)
         most = self._most_mixed_tokens
-        require(tokens <= most, "max_num_mixed_tokens", tokens, f"at most the engine's {most}")
+        known = tokens is not None and tokens <= most
+        require(known, "max_num_mixed_tokens", tokens, f"at most the engine's {most}")
         self._config, self.scheduler.most_tokens = changed, shape_table(changed).most_tokens
 
     @property

@@ -168,7 +168,8 @@ class SloController:
     """Prompt tokens of a step at most. It must be the engine's; an engine sets it in those that it
     makes itself."""
     max_num_mixed_tokens: int | None = None
-    """The same of a step of one executor that has decoding rows, too; as many when not given."""
+    """Of a step of one executor that has decoding rows, too, these included; as many when not
+    given."""
 
     prefill_model: PrefillTimeModel = field(init=False)
     decode_model: DecodeTimeModel = field(init=False)

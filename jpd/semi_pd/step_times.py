@@ -17,7 +17,7 @@ class StepTimes:
         memory_s: age at which a time is forgotten.
         noise: see the models.
         most_tokens: prompt tokens of a step.
-        most_mixed_tokens: of one that has decoding rows, too.
+        most_mixed_tokens: rows and prompt tokens of one that has both.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class StepTimes:
             load=load,
             decode_s=self.alone_s,
             token_s=max(0.0, self.token_s(FULL, 0.0) - self._weights_s()),
-            most_tokens=self._most_mixed_tokens,
+            most_tokens=max(1.0, self._most_mixed_tokens - load.decoding),
         )
 
     def _weights_s(self) -> float:

@@ -361,6 +361,30 @@ def test_auto_with_smaller_steps_has_a_part_of_its_own() -> None:
     assert twins["auto_mean_512"]["auto_vs_better_min"] == pytest.approx(100 / 200)
 
 
+@pytest.mark.parametrize("impl", ["auto", "auto_1024", "auto_mean", "auto_mean_512"])
+def test_one_twin_is_enough(impl: str) -> None:
+    rows = points(chunked=[(4, 100, 1.0)], prefill_first=[(4, 120, 1.0)])
+    rows.append(point(f"{impl}_shortest", 4, 50, 1.0))
+    twins = serving_summary.summarise_workload(rows)["shortest"]
+    if impl != "auto":
+        assert twins[impl]["mean_e2e_speedup_max"] == 2.0
+
+
+@pytest.mark.parametrize(
+    ("found", "best"),
+    [
+        ([(9, "="), (8, ">=")], (9, ">=")),  # that may be above 9
+        ([(8, ">="), (8, "=")], (8, ">=")),
+        ([(8, "="), (8, "<")], (8, "=")),
+        ([(8, "<"), (9, "<")], (9, "<")),
+        ([(8, "="), (9, "<")], (9, "<")),
+    ],
+)
+def test_the_highest_goodput(found: list[tuple[float, str]], best: tuple[float, str]) -> None:
+    goodputs = [Goodput(*values) for values in found]
+    assert serving_summary.most(goodputs) == serving_summary.most(goodputs[::-1]) == best
+
+
 def test_auto_is_judged_by_controllers_of_its_own_aim_where_those_served() -> None:
     same = [(4, 100, 1.0), (8, 300, 0.8)]
     rows = points(

@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks import simulated_serving
@@ -43,6 +44,15 @@ def test_short_prompts_go_first_where_they_do() -> None:
     )
     assert sum(shortest) < 0.7 * sum(fcfs)
     assert max(shortest) > max(fcfs)
+
+
+def test_mixed_steps_are_smaller_where_they_are() -> None:
+    requests = traces.make("azure_conv", rate=20.0, n=100, seed=0, max_total_tokens=8192)
+    tpots = [
+        np.mean([r.tpot_s for r in simulated_serving.serve("llama31-8b", impl, requests)])
+        for impl in ("chunked", "chunked_1024", "chunked_512")
+    ]
+    assert tpots[0] > 1.1 * tpots[1] > 1.1 * tpots[2]
 
 
 @pytest.mark.parametrize("name", ["nothing.json", "decode_step.json"])

@@ -417,6 +417,8 @@ def test_smaller_steps_are_those_of_the_engine_and_hold_all_rows() -> None:
         coordinator.max_num_mixed_tokens = 13
     with pytest.raises(ConfigError, match=r"max_num_mixed_tokens=3 .* at least max_num_seqs=4"):
         coordinator.max_num_mixed_tokens = 3
+    with pytest.raises(ConfigError, match=r"max_num_mixed_tokens=None .* the engine's 12"):
+        coordinator.max_num_mixed_tokens = None
     assert coordinator.max_num_mixed_tokens == 12
     coordinator.max_num_mixed_tokens = 4
     coordinator.max_num_mixed_tokens = 12  # and back

@@ -115,7 +115,8 @@ def test_the_estimates_are_what_an_engine_takes(folder: Path) -> None:
         ({"max_num_batched_tokens": 8}, 8, 8, 8),
         ({"max_num_seqs": 4}, 4, 512, 512),
         ({"max_num_seqs": 4, "max_num_batched_tokens": 32}, 4, 32, 32),
-        ({"max_num_mixed_tokens": 8}, 8, 512, 8),
+        ({"max_num_mixed_tokens": 16}, 16, 512, 16),
+        ({"max_num_mixed_tokens": 1_000}, 16, 1_000, 1_000),
         ({"max_num_batched_tokens": 64, "max_num_mixed_tokens": 32}, 16, 64, 32),
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from jpd.semi_pd.controller import FULL, Shares
@@ -50,7 +52,9 @@ def test_one_executor_and_two_teach_each_other(most_tokens: int, mixed_tokens: i
     mixed = now.mixed(LOAD)
     assert mixed.token_s == pytest.approx(2e-5)  # what one executor said comes back
     assert mixed.decode_s(20) == pytest.approx(0.006)
-    assert mixed.most_tokens == mixed_tokens
+    assert mixed.most_tokens == mixed_tokens - LOAD.decoding
+    crowded = replace(LOAD, decoding=3000.0)
+    assert now.mixed(crowded).most_tokens == 1
     # A prefill executor reads the weights for itself, once for a full step.
     alone_s = now.token_s(FULL, 0.0)
     assert alone_s == pytest.approx(2e-5 + now.alone_s(0) / most_tokens)
