@@ -5,6 +5,7 @@ A800 and RTX 4090) and the row-parallel layers of Llama-3-70B and -8B split over
 all-reduce (AR), a reduce-scatter (RS) and, on 4 GPUs, an all-to-all (A2A). A case is
 `LINK RANKS OP MxNxK`, M, N and K of one GPU; LINK is "no_p2p" under ``NCCL_P2P_DISABLE=1``, else
 "nvlink". One run is for one link and one number of GPUs; ``--merge`` makes one result of several.
+One GPU has the products of all of them alone, `alone 1 GEMM MxNxK`.
 
 Implementations:
 
@@ -35,11 +36,13 @@ the share of the collectives' time behind the GEMM, by the trace of some cases (
 are plotted if matplotlib is there.
 
 `pct_of_bound` is the paper's bound over the time, both parts at the full speed they have alone.
-``LINK_*_speedup`` are against the fastest of `xla`, `cupy` and `torch`.
+``LINK_*_speedup`` are against the fastest of `xla`, `cupy` and `torch`. ``gemm_vs_cublas_*`` and
+``signal_cost_pct`` are over shapes: where one was measured in several cases, their geometric mean.
 
 ``--tune`` measures what the search needs and writes plans and curves for this GPU, link and
 version of NCCL to ``--tuned DIR``, and how good the predictor is to `overlap_tune.json`::
 
+    python -m benchmarks.overlap --ranks 1 --seconds 330 --missing
     python -m benchmarks.overlap --ranks 2 --tune --seconds 240 --missing
     python -m benchmarks.overlap --ranks 2 --seconds 330 --missing
     NCCL_P2P_DISABLE=1 python -m benchmarks.overlap --ranks 2 --tune --seconds 240 --missing
@@ -56,8 +59,10 @@ from typing import Any
 from benchmarks.budget import Budget, spread
 from benchmarks.options import add_bounds, planned
 from benchmarks.overlap_cases import (
+    ALONE,
     GEMM,
     LINKS,
+    RANKS,
     SETS,
     SHORT,
     TINY,
@@ -67,7 +72,7 @@ from benchmarks.overlap_cases import (
     by_shape,
     cases_of,
 )
-from benchmarks.overlap_devices import RANKS, set_up
+from benchmarks.overlap_devices import set_up
 from benchmarks.peers import run_peer
 from benchmarks.report import Report, add_arguments
 from benchmarks.rows import load
@@ -83,7 +88,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.overlap")
     add_arguments(parser)
     add_bounds(parser)
-    parser.add_argument("--ranks", type=int, metavar="N", help="GPUs [4 if there are, else 2]")
+    parser.add_argument("--ranks", type=int, metavar="N", help="GPUs [of 4, 2, 1 what there are]")
     parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS), help="[all]")
     parser.add_argument("--shapes", nargs="+", type=Shape.parse, metavar="MxNxK", help="[all]")
     ops = {short: op for op, short in SHORT.items()}
@@ -111,20 +116,24 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def everything() -> list[Case]:
     """All cases of the benchmark."""
+    joined = [(link, ranks) for link in LINKS for ranks in RANKS]
     return [
-        case for link in LINKS for ranks in RANKS for case in cases_of(link, ranks, by_shape(ranks))
+        case
+        for link, ranks in [*joined, (ALONE, 1)]
+        for case in cases_of(link, ranks, by_shape(ranks))
     ]
 
 
 def chosen(args: argparse.Namespace, link: str, ranks: int) -> list[Case]:
     """The cases of this run; any beginning has small and large ones of every kind."""
+    collectives = tuple(op for op in SHORT if op != GEMM) if ranks > 1 else ()
     if args.quick and not args.shapes:
-        shapes = dict.fromkeys(TINY, tuple(op for op in SHORT if op != GEMM))
+        shapes = dict.fromkeys(TINY, collectives)
     else:
         shapes = by_shape(ranks, args.sets)
         if args.shapes:
             known = by_shape(ranks)
-            shapes = {s: known.get(s, tuple(SHORT)[1:]) for s in args.shapes}
+            shapes = {s: known.get(s, collectives) for s in args.shapes}
         else:
             shapes = {shape: shapes[shape] for shape in spread([*shapes])}
     return [case for case in cases_of(link, ranks, shapes) if case.op in args.ops]
@@ -146,11 +155,11 @@ def peer_rows(report: Report, args: argparse.Namespace, cases: Sequence[Case], b
 
 
 def machine_of(args: argparse.Namespace, link: str, ranks: int, cases: Sequence[Case]) -> Any:
-    """Communicators and plans; a CPU has neither."""
+    """Communicators and plans; a CPU has neither, and products alone need none."""
     from benchmarks import overlap_runs, overlap_time
 
     machine = overlap_runs.Machine(overlap_time.mesh_of(ranks), link)
-    if not overlap_time.on_gpu():
+    if not overlap_time.on_gpu() or all(case.op == GEMM for case in cases):
         return machine
     from jpd.ops.overlap import topology
     from jpd.overlap import PlanTable

@@ -7,6 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 LINKS = ("nvlink", "no_p2p")
+ALONE = "alone"
+"""In place of a link: one GPU, which has the products alone."""
+RANKS = (2, 4)
+"""GPUs that collectives are over."""
 GEMM = "gemm"
 """The product alone, in place of one of the collectives."""
 SHORT = {GEMM: "GEMM", "all_reduce": "AR", "reduce_scatter": "RS", "all_to_all": "A2A"}
@@ -95,8 +99,11 @@ def llama(model: str, ranks: int) -> tuple[Shape, ...]:
 def by_shape(ranks: int, sets: Iterable[str] = SETS) -> dict[Shape, tuple[str, ...]]:
     """What follows the product of each shape, in the table's order.
 
-    All-reduce and reduce-scatter on 2 GPUs, also all-to-all on 4 and more.
+    All-reduce and reduce-scatter on 2 GPUs, also all-to-all on 4 and more; on one GPU nothing
+    follows the products, which are those of all numbers of GPUs.
     """
+    if ranks == 1:
+        return {shape: () for many in RANKS for shape in by_shape(many, sets)}
     found: dict[Shape, tuple[str, ...]] = {}
     sums = ("all_reduce", "reduce_scatter")
     for name in sets:

@@ -48,8 +48,8 @@ from benchmarks.budget import Budget
 from benchmarks.models import MODELS
 from benchmarks.options import add_bounds, planned
 from benchmarks.overlap import TIMEOUT_S, TUNED
-from benchmarks.overlap_cases import LINKS, Shape
-from benchmarks.overlap_devices import RANKS, set_up
+from benchmarks.overlap_cases import ALONE, LINKS, RANKS, Shape
+from benchmarks.overlap_devices import set_up
 from benchmarks.ratios import put, speedups
 from benchmarks.report import Report, add_arguments
 
@@ -458,6 +458,8 @@ def main() -> None:
     link, ranks = set_up(report, args.ranks)
     if link == "host" and not args.quick and args.seconds != 0:
         sys.exit("this model needs GPUs; --quick runs a tiny one here")
+    if link == ALONE and args.seconds != 0:
+        sys.exit("one GPU has no sums to hide: 2 or 4 are needed")
     tokens = args.tokens or (QUICK_TOKENS if args.quick else TOKENS)
     cases = cases_of(link, ranks, tokens, args.kinds)
     every = [] if args.quick else everything()

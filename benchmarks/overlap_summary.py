@@ -90,16 +90,24 @@ def summarise(rows: Sequence[Row], cases: Sequence[Case]) -> dict[str, Any]:
         cases: all that the benchmark has.
     """
     summary: dict[str, Any] = {}
-    products = {case.name for case in cases if case.op == GEMM}
-    versus = speedups(rows, "signal_gemm", ["cublas"])
-    put(summary, "gemm_vs_cublas_geomean", versus, low="gemm_vs_cublas_min", of=len(products))
-    signalled = speedups(rows, "signal_gemm", ["dense_gemm"])
+    shapes = {case.shape for case in cases if case.op == GEMM}
+    versus = _by_shape(speedups(rows, "signal_gemm", ["cublas"]))
+    put(summary, "gemm_vs_cublas_geomean", versus, low="gemm_vs_cublas_min", of=len(shapes))
+    signalled = _by_shape(speedups(rows, "signal_gemm", ["dense_gemm"]))
     if signalled:
         # The time of the GEMM that signals over that of the one that does not.
         summary["signal_cost_pct"] = 100 * (1 / geomean(signalled.values()) - 1)
     for link in LINKS:
         summary |= _of_link(rows, link, [c for c in cases if c.link == link and c.op != GEMM])
     return summary
+
+
+def _by_shape(ratios: Mapping[str, float]) -> dict[str, float]:
+    """Ratios of cases of products as those of their shapes."""
+    found: dict[str, list[float]] = {}
+    for name, ratio in ratios.items():
+        found.setdefault(Case.parse(name).shape.name, []).append(ratio)
+    return {shape: geomean(of) for shape, of in found.items()}
 
 
 def _of_link(rows: Sequence[Row], link: str, cases: Sequence[Case]) -> dict[str, Any]:

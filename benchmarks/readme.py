@@ -450,7 +450,7 @@ LINES = (
     ),
     Line(
         "h200/overlap.json",
-        lambda s: f"its GEMM, which signals, alone, {_over(s, 'gemm_vs_cublas_geomean')} cases",
+        lambda s: f"its GEMM, which signals, alone, {_over(s, 'gemm_vs_cublas_geomean')} shapes",
         lambda s: (
             f"{s['gemm_vs_cublas_geomean']:.2f}× cuBLAS in geometric mean, worst "
             f"{s['gemm_vs_cublas_min']:.2f}×; signals cost {s['signal_cost_pct']:.1f} %"

@@ -84,7 +84,36 @@ def test_names_of_cases_are_read_back_and_are_different():
     cases = overlap.everything()
     assert [Case.parse(case.name) for case in cases] == cases
     assert len({case.name for case in cases}) == len(cases)
-    assert {(case.link, case.ranks) for case in cases} == {(li, r) for li in LINKS for r in (2, 4)}
+    joined = {(link, ranks) for link in LINKS for ranks in (2, 4)}
+    assert {(case.link, case.ranks) for case in cases} == {("alone", 1)} | joined
+
+
+def test_one_gpu_has_the_products_of_all():
+    cases = overlap.everything()
+    alone = [case for case in cases if case.link == "alone"]
+    assert {case.op for case in alone} == {GEMM}
+    assert len(alone) == len({case.shape for case in cases})
+    assert overlap.chosen(overlap.parse_args(["--shapes", "64x32x16"]), "alone", 1) == [
+        Case("alone", 1, GEMM, Shape(64, 32, 16))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "asked", "found"),
+    [
+        (1, None, ("alone", 1)),
+        (2, None, ("nvlink", 2)),
+        (8, None, ("nvlink", 4)),
+        (4, 1, ("alone", 1)),
+        (0, None, ("host", 4)),
+    ],
+)
+def test_as_many_gpus_as_there_are(gpus, asked, found, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+    for key in ("NCCL_P2P_DISABLE", "NCCL_NVLS_ENABLE", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        monkeypatch.setenv(key, "0")
+    report = SimpleNamespace(env={"gpu_count": gpus, "gpu": "NVIDIA H200" if gpus else None})
+    assert overlap_devices.set_up(report, asked) == found
 
 
 def test_chosen_cases_come_shape_by_shape_with_the_product_first():
@@ -156,11 +185,14 @@ def test_speedups_are_against_the_fastest_of_one_after_the_other():
     products = [case_of(GEMM), case_of(GEMM, Shape(2048, 8192, 8192))]
     first, second = case_of("all_reduce"), case_of("reduce_scatter")
     slow = case_of("all_reduce", link="no_p2p")
-    cases = [*products, first, second, slow, case_of("all_reduce", Shape(8, 8, 8))]
+    alone = case_of(GEMM, link="alone", ranks=1)
+    cases = [*products, alone, first, second, slow, case_of("all_reduce", Shape(8, 8, 8))]
     rows = [
         row(products[0], "cublas", 98.0),
         row(products[0], "signal_gemm", 100.0),
         row(products[0], "dense_gemm", 99.0),
+        row(alone, "cublas", 98.0 * 1.21),
+        row(alone, "signal_gemm", 100.0),
         row(first, "xla", 130.0),
         row(first, "torch", 120.0),
         row(first, "cupy", 200.0),
@@ -173,9 +205,10 @@ def test_speedups_are_against_the_fastest_of_one_after_the_other():
         row(slow, "jpd", 100.0),
         skipped_row(case_of("all_reduce", Shape(8, 8, 8)).name, "jpd"),
     ]
-    rows[6]["pct_of_bound"], rows[10]["pct_of_bound"] = 80.0, 90.0
+    rows[8]["pct_of_bound"], rows[12]["pct_of_bound"] = 80.0, 90.0
     summary = summarise(rows, cases)
-    assert summary["gemm_vs_cublas_geomean"] == pytest.approx(0.98)
+    # Both cases of the one shape.
+    assert summary["gemm_vs_cublas_geomean"] == pytest.approx(0.98 * 1.1)
     assert summary["gemm_vs_cublas_geomean_over"] == "1 of 2"
     assert summary["signal_cost_pct"] == pytest.approx(100 / 99)
     assert summary["nvlink_max_speedup"] == pytest.approx(1.35)
@@ -432,6 +465,18 @@ def test_quick_mode_runs_on_four_devices_of_a_cpu(tmp_path):
     assert again.returncode == 0, again.stderr
     merged = load(tmp_path / "b" / "overlap.json")["rows"]
     assert [(r["case"], r["impl"]) for r in merged] == [(r["case"], r["impl"]) for r in rows]
+
+
+def test_one_device_has_the_product_alone(tmp_path):
+    done = run("--quick", "--ranks", "1", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    rows = load(tmp_path / "overlap.json")["rows"]
+    name = f"host 1 GEMM {TINY[0].name}"
+    assert {(r["case"], r["impl"], r["status"]) for r in rows} == {
+        (name, "cublas", "ok"),
+        (name, "signal_gemm", "not run: needs GPUs"),
+        (name, "dense_gemm", "not run: needs GPUs"),
+    }
 
 
 def test_tuning_needs_gpus(tmp_path):

@@ -1,5 +1,6 @@
 """What the benchmark of whole models computes on the host, and that it runs without a GPU."""
 
+import sys
 from functools import partial
 from types import SimpleNamespace
 
@@ -189,6 +190,13 @@ def test_quick_mode_runs_on_devices_of_a_cpu(tmp_path):
     merged = {(row["case"], row["impl"]): row["status"] for row in doc["rows"]}
     assert merged == dict.fromkeys([*rows, *((two, i) for i in ("xla", "jpd", "grouped"))], "ok")
     assert (doc["summary"]["tp2_layers"], doc["summary"]["tp4_layers"]) == ("1 of 2", "2 of 2")
+
+
+def test_one_gpu_has_no_sums_to_hide(tmp_path, monkeypatch):
+    monkeypatch.setattr(overlap_model, "set_up", lambda report, ranks: ("alone", 1))
+    monkeypatch.setattr(sys, "argv", ["overlap_model", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"one GPU .* 2 or 4"):
+        overlap_model.main()
 
 
 def test_the_model_needs_gpus_and_its_layers():
