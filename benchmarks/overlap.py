@@ -37,7 +37,7 @@ are plotted if matplotlib is there.
 
 `pct_of_bound` is the paper's bound over the time, both parts at the full speed they have alone.
 ``LINK_*_speedup`` are against the fastest of `xla`, `cupy` and `torch`. ``gemm_vs_cublas_*`` and
-``signal_cost_pct`` are over shapes: where one was measured in several cases, their geometric mean.
+``signal_cost_pct`` are over shapes: on one GPU, else the geometric mean of the cases on several.
 
 ``--tune`` measures what the search needs and writes plans and curves for this GPU, link and
 version of NCCL to ``--tuned DIR``, and how good the predictor is to `overlap_tune.json`::
@@ -277,10 +277,12 @@ def main() -> None:
     name = "overlap_tune" if args.tune else "overlap"
     report = Report(name, TUNE_QUESTION if args.tune else QUESTION, out=args.out)
     link, ranks = set_up(report, args.ranks)
-    if args.tune and link == "host" and args.seconds != 0:
-        sys.exit("--tune needs GPUs: there is nothing to measure here")
+    if args.tune and link in ("host", ALONE) and args.seconds != 0:
+        sys.exit("--tune needs GPUs, two at least: there is nothing to measure here")
     # Who measures nothing may be on another machine than those that did.
     cases = chosen(args, link, ranks) if args.seconds != 0 else []
+    if not cases and args.seconds != 0:
+        sys.exit("one GPU has no collectives: --ops GEMM, or --ranks 2 or 4")
     every = [] if args.quick else everything()
     if args.tune:
         cases = [case for case in cases if case.op != GEMM]

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from benchmarks.overlap_cases import GEMM, LINKS, Case
+from benchmarks.overlap_cases import ALONE, GEMM, LINKS, Case
 from benchmarks.ratios import geomean, put, speedups, times
 from jpd.overlap import Work, bound
 
@@ -97,17 +97,23 @@ def summarise(rows: Sequence[Row], cases: Sequence[Case]) -> dict[str, Any]:
     if signalled:
         # The time of the GEMM that signals over that of the one that does not.
         summary["signal_cost_pct"] = 100 * (1 / geomean(signalled.values()) - 1)
+        if len(signalled) < len(shapes):
+            summary["signal_cost_pct_over"] = f"{len(signalled)} of {len(shapes)}"
     for link in LINKS:
         summary |= _of_link(rows, link, [c for c in cases if c.link == link and c.op != GEMM])
     return summary
 
 
 def _by_shape(ratios: Mapping[str, float]) -> dict[str, float]:
-    """Ratios of cases of products as those of their shapes."""
+    """Ratios of products by shape: on one GPU, else the mean of the cases on several."""
     found: dict[str, list[float]] = {}
+    alone: dict[str, float] = {}
     for name, ratio in ratios.items():
-        found.setdefault(Case.parse(name).shape.name, []).append(ratio)
-    return {shape: geomean(of) for shape, of in found.items()}
+        case = Case.parse(name)
+        found.setdefault(case.shape.name, []).append(ratio)
+        if case.link == ALONE:
+            alone[case.shape.name] = ratio
+    return {shape: geomean(of) for shape, of in found.items()} | alone
 
 
 def _of_link(rows: Sequence[Row], link: str, cases: Sequence[Case]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ is not what the files say.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +57,10 @@ _BOUNDS = {"=": "", "<": "below ", "<=": "at most ", ">": "above ", ">=": "at le
 
 def _ratio(found: Summary, key: str) -> str:
     """A ratio of goodputs, which is a bound where a load was missing to find one of them."""
-    return f"{_BOUNDS[found['relations'].get(key, '=')]}{found[key]:.2f}×"
+    relation, ratio = found["relations"].get(key, "="), found[key]
+    if relation != "=":
+        ratio = (math.floor if relation[0] == ">" else math.ceil)(100 * ratio) / 100
+    return f"{_BOUNDS[relation]}{ratio:.2f}×"
 
 
 def _speedups(found: Summary) -> str:
@@ -84,11 +88,12 @@ def _ahead(found: Summary) -> str:
     without_slo, auto = found["without_slo"], found["auto_vs_better_min"]
     said = _speedups(found)
     if without_slo["mean_e2e_speedup_max"] is not None:
-        said += f" (aimed at no SLO {_speedups(without_slo)})"
+        said = f"{said} (aimed at no SLO {_speedups(without_slo)})".strip()
     said = ", ".join(text for text in (said, _goodputs(found)) if text)
-    if auto is not None:
-        said += f"; `auto` at least {auto:.2f}× the best of that controller and those policies"
-    return said
+    if auto is None:
+        return said
+    best = f"`auto` at least {auto:.2f}× the best of that controller and those policies"
+    return f"{said}; {best}" if said else best
 
 
 def _served_one(found: Summary) -> str:
@@ -453,7 +458,8 @@ LINES = (
         lambda s: f"its GEMM, which signals, alone, {_over(s, 'gemm_vs_cublas_geomean')} shapes",
         lambda s: (
             f"{s['gemm_vs_cublas_geomean']:.2f}× cuBLAS in geometric mean, worst "
-            f"{s['gemm_vs_cublas_min']:.2f}×; signals cost {s['signal_cost_pct']:.1f} %"
+            f"{s['gemm_vs_cublas_min']:.2f}×; signals cost {s['signal_cost_pct']:.1f} % "
+            f"({_over(s, 'signal_cost_pct')} shapes)"
         ),
         "0.97×, 1 %",
     ),

@@ -261,11 +261,16 @@ def add_ratio(
 
 
 def most(goodputs: Sequence[Goodput]) -> Goodput:
-    """The highest of some: a bound from below where one of them is, for that may be the highest."""
-    rate = max(found.rate for found in goodputs)
-    relations = {found.relation for found in goodputs}
-    at_most = all(found.relation == "<" for found in goodputs if found.rate == rate)
-    return Goodput(rate, ">=" if ">=" in relations else "<" if at_most else "=")
+    """The highest of some: a bound from below where one of them is, for that may be the highest.
+
+    One that is below a rate may be the highest, too, if that is above what is known of the others.
+    """
+    known = [found for found in goodputs if found.relation != "<"]
+    rate = max(found.rate for found in known or goodputs)
+    if not known:
+        return Goodput(rate, "<")
+    higher = any(of.relation == ">=" or (of.relation == "<" and of.rate > rate) for of in goodputs)
+    return Goodput(rate, ">=" if higher else "=")
 
 
 def empty() -> dict[str, Any]:

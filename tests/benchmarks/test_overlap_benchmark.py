@@ -207,10 +207,13 @@ def test_speedups_are_against_the_fastest_of_one_after_the_other():
     ]
     rows[8]["pct_of_bound"], rows[12]["pct_of_bound"] = 80.0, 90.0
     summary = summarise(rows, cases)
-    # Both cases of the one shape.
-    assert summary["gemm_vs_cublas_geomean"] == pytest.approx(0.98 * 1.1)
+    # Of the one shape the case on one GPU counts.
+    assert summary["gemm_vs_cublas_geomean"] == pytest.approx(0.98 * 1.21)
+    without = [r for r in rows if r["case"] != alone.name]
+    assert summarise(without, cases)["gemm_vs_cublas_geomean"] == pytest.approx(0.98)
     assert summary["gemm_vs_cublas_geomean_over"] == "1 of 2"
     assert summary["signal_cost_pct"] == pytest.approx(100 / 99)
+    assert summary["signal_cost_pct_over"] == "1 of 2"
     assert summary["nvlink_max_speedup"] == pytest.approx(1.35)
     assert summary["nvlink_max_speedup_case"] == second.name
     assert summary["nvlink_min_speedup"] == pytest.approx(1.2)
@@ -477,6 +480,15 @@ def test_one_device_has_the_product_alone(tmp_path):
         (name, "signal_gemm", "not run: needs GPUs"),
         (name, "dense_gemm", "not run: needs GPUs"),
     }
+
+
+@pytest.mark.parametrize("arguments", [["--tune"], ["--ops", "AR", "RS"]])
+def test_what_one_gpu_has_none_of_is_refused(arguments, tmp_path, monkeypatch):
+    monkeypatch.setattr(overlap, "set_up", lambda report, ranks: ("alone", 1))
+    monkeypatch.setattr(sys, "argv", ["overlap", *arguments, "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"two at least|no collectives"):
+        overlap.main()
+    assert not [*tmp_path.iterdir()]  # what is stored there stays
 
 
 def test_tuning_needs_gpus(tmp_path):

@@ -377,7 +377,8 @@ def test_one_twin_is_enough(impl: str) -> None:
         ([(8, ">="), (8, "=")], (8, ">=")),
         ([(8, "="), (8, "<")], (8, "=")),
         ([(8, "<"), (9, "<")], (9, "<")),
-        ([(8, "="), (9, "<")], (9, "<")),
+        ([(8, ">="), (9, "<")], (8, ">=")),
+        ([(8, "="), (9, "<")], (8, ">=")),  # that may be between them
     ],
 )
 def test_the_highest_goodput(found: list[tuple[float, str]], best: tuple[float, str]) -> None:
