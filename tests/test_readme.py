@@ -32,3 +32,19 @@ def test_every_served_workload_has_a_row():
     rows = [line.what for line in readme.LINES if line.file == file]
     assert len(served) == len(rows) == 4
     assert all(any(name in row for row in rows) for name in served)
+
+
+def test_what_was_measured_of_a_workload_is_said_and_no_more():
+    nothing = {"mean_e2e_speedup_max": None, "mean_e2e_speedup_at_80pct_load": None}
+    found = nothing | {"without_slo": nothing, "auto_vs_better_min": None, "relations": {}}
+    assert readme._served_one(found) == ""
+    auto = nothing | {"goodput_vs_chunked": 1.497, "relations": {"goodput_vs_chunked": ">="}}
+    mean = {"mean_e2e_speedup_max": 1.5, "mean_e2e_speedup_at_80pct_load": None}
+    shortest = found | {"without_slo": mean, "auto_1024": auto, "goodput_vs_best_unified": 0.6611}
+    shortest["relations"] = {"goodput_vs_best_unified": "<="}
+    said = readme._served_one(found | {"shortest": shortest})
+    assert said == (
+        "with short prompts first, those policies in either order, (aimed at no SLO 1.50× at "
+        "best), goodput at most 0.67× of the best unified policy; `auto` with the tight SLO and "
+        "mixed steps of 1024 tokens with short prompts first: goodput at least 1.49× chunked"
+    )
