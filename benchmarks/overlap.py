@@ -282,7 +282,8 @@ def main() -> None:
     # Who measures nothing may be on another machine than those that did.
     cases = chosen(args, link, ranks) if args.seconds != 0 else []
     if not cases and args.seconds != 0:
-        sys.exit("one GPU has no collectives: --ops GEMM, or --ranks 2 or 4")
+        ops = ", ".join(SHORT[op] for op in args.ops)
+        sys.exit(f"--ops {ops}: no case on {ranks} GPUs; one has GEMM alone, two have no A2A")
     every = [] if args.quick else everything()
     if args.tune:
         cases = [case for case in cases if case.op != GEMM]

@@ -63,7 +63,8 @@ def resolve(config: EngineConfig, model: ModelConfig, *, on_cpu: bool) -> Engine
     """The config with every "auto" and None decided, but for `num_pages`.
 
     Raises:
-      ConfigError: `max_model_len` exceeds the model's own limit.
+      ConfigError: `max_model_len` exceeds the model's own limit, or `max_num_mixed_tokens` is less
+        than the default of `max_num_seqs`.
     """
     longest = config.max_model_len or model.max_position
     require(

@@ -482,11 +482,18 @@ def test_one_device_has_the_product_alone(tmp_path):
     }
 
 
-@pytest.mark.parametrize("arguments", [["--tune"], ["--ops", "AR", "RS"]])
-def test_what_one_gpu_has_none_of_is_refused(arguments, tmp_path, monkeypatch):
-    monkeypatch.setattr(overlap, "set_up", lambda report, ranks: ("alone", 1))
+@pytest.mark.parametrize(
+    ("here", "arguments", "said"),
+    [
+        (("alone", 1), ["--tune"], "two at least"),
+        (("alone", 1), ["--ops", "AR", "RS"], "AR, RS: no case on 1 GPUs"),
+        (("nvlink", 2), ["--ops", "A2A"], "A2A: no case on 2 GPUs"),
+    ],
+)
+def test_what_so_many_gpus_have_none_of_is_refused(here, arguments, said, tmp_path, monkeypatch):
+    monkeypatch.setattr(overlap, "set_up", lambda report, ranks: here)
     monkeypatch.setattr(sys, "argv", ["overlap", *arguments, "--out", str(tmp_path)])
-    with pytest.raises(SystemExit, match=r"two at least|no collectives"):
+    with pytest.raises(SystemExit, match=said):
         overlap.main()
     assert not [*tmp_path.iterdir()]  # what is stored there stays
 

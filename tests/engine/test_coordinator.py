@@ -346,6 +346,19 @@ def test_the_next_step_is_launched_before_the_tokens_of_the_last_are_read(
     assert events == want
 
 
+def recorded_steps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Rows and prompt tokens of each step that is launched from now on."""
+    steps: list[tuple[int, int]] = []
+    launch = FakeDevice.launch
+
+    def recording(device: FakeDevice, plan: StepPlan):
+        steps.append((len(plan.rows), sum(len(c.tokens) for c in plan.chunks)))
+        return launch(device, plan)
+
+    monkeypatch.setattr(FakeDevice, "launch", recording)
+    return steps
+
+
 @pytest.mark.parametrize(
     ("policy", "want"),
     [
@@ -361,14 +374,7 @@ def test_prompts_ride_along_with_decoding_rows_or_go_first(
     coordinator = make(prefill_policy=other if assigned else policy)
     if assigned:
         coordinator.prefill_policy = policy
-    steps: list[tuple[int, int]] = []
-    launch = FakeDevice.launch
-
-    def recording(device: FakeDevice, plan: StepPlan):
-        steps.append((len(plan.rows), sum(len(c.tokens) for c in plan.chunks)))
-        return launch(device, plan)
-
-    monkeypatch.setattr(FakeDevice, "launch", recording)
+    steps = recorded_steps(monkeypatch)
     params = SamplingParams(temperature=0, max_tokens=2 + 16)
     outputs = [coordinator.add("a", None, [1], params)]
     coordinator.step()
@@ -391,14 +397,7 @@ def test_steps_that_hold_up_who_decodes_may_be_smaller(
         assert coordinator.max_num_mixed_tokens == 16
         coordinator.max_num_mixed_tokens = 8
     assert coordinator.max_num_mixed_tokens == 8
-    steps: list[tuple[int, int]] = []
-    launch = FakeDevice.launch
-
-    def recording(device: FakeDevice, plan: StepPlan):
-        steps.append((len(plan.rows), sum(len(c.tokens) for c in plan.chunks)))
-        return launch(device, plan)
-
-    monkeypatch.setattr(FakeDevice, "launch", recording)
+    steps = recorded_steps(monkeypatch)
     prompts = [[1] * 20, [2] * 10]
     outputs = [coordinator.add("a", None, prompts[0], SamplingParams(max_tokens=9))]
     for _ in range(3):
