@@ -417,8 +417,8 @@ LINES = (
     _served(
         "azure_code",
         run="_mixed_tokens",
-        more=" once more at two rates, with later controllers, without prefill-first; chunked "
-        "prefill with 2048 tokens in order of arrival, with 1024 and 512 short prompts first",
+        more=" once more, with later controllers; chunked prefill also with 1024 tokens in a "
+        "mixed step, short prompts first",
     ),
     Line(
         "cpu/simulated_serving.json",
