@@ -198,6 +198,12 @@ def _overlapped(link: str) -> Callable[[Summary], str]:
             f"{', '.join(peers)}), in geometric mean, {s[f'{link}_min_speedup']:.2f}× at worst, "
             f"{s[f'{link}_max_speedup']:.2f}× at best; median {of_bound:.0f} % of the paper's bound"
         )
+        if f"{link}_rows_geomean_speedup" in s:
+            found += (
+                "; with the rows put in order, too, which the next norm does else, "
+                f"{s[f'{link}_rows_geomean_speedup']:.2f}×, "
+                f"{s[f'{link}_rows_min_speedup']:.2f}× at worst"
+            )
         peer = s.get(f"{link}_geomean_vs_torch_async_tp")
         if peer is not None:
             found += f"; {peer:.2f}× PyTorch's async TP, which has reduce-scatter only"
@@ -392,7 +398,8 @@ LINES = (
     ),
     Line(
         "h200/sm_share_surface.json",
-        "steps of prefill and decode side by side, against the same shares alone, Llama-3.1-8B",
+        "steps of prefill (2,048 tokens) and decode (32 and 64 rows, context 1,024) side by side, "
+        "against the same shares alone, Llama-3.1-8B",
         lambda s: (
             f"prefill takes up to {s['prefill_max_slowdown_beside']:.2f}×, decode up to "
             f"{s['decode_max_slowdown_beside']:.2f}×; mean error, on these very steps, "
