@@ -426,6 +426,21 @@ def test_while_one_executor_and_two_take_turns(
         llm.close()
 
 
+def test_time_slices_compute_the_same(folder: Path, in_one_process: list[list[int]]) -> None:
+    """Two executors without shares of their own (`sm_shares=False`), and one that is lost."""
+    options = {"sm_shares": False, "check_ownership": True}
+    llm = LLM(str(folder), **OPTIONS, topology="semi_pd", semi_pd=options)
+    try:
+        assert {(e.phase, e.share) for e in llm.executors} == {("prefill", 100), ("decode", 100)}
+        assert tokens(llm.generate(*work(60))) == in_one_process
+        os.kill(llm._engine.topology.decode.executor.pid, signal.SIGKILL)
+        assert tokens(llm.generate(*work(60))) == in_one_process
+        wait_for_losses(llm, 1)
+        check_idle(llm)
+    finally:
+        llm.close()
+
+
 def test_a_hung_executor_is_replaced(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     llm = LLM(str(folder), **OPTIONS, topology="semi_pd", semi_pd={"step_timeout_s": 1000.0})
     launch, hung = RemoteExecutor.launch, []
