@@ -231,6 +231,27 @@ def test_while_executors_are_killed(
     check_idle(llm)
 
 
+def test_twenty_kills_at_random(llm: LLM, in_one_process: list[list[int]]) -> None:
+    """Of executors of either phase, in use or kept ready, at any point of the work."""
+    rest_until(llm, lambda: len(llm.executors) == 4, "what was killed before is not replaced")
+    rng, lost, dead = random.Random(0), llm.stats.executors_lost, set()
+    while len(dead) < 20:
+        outputs = llm._queue(llm._checked(*work(60), None))
+        until_next = rng.randrange(5, 60)
+        while not all(o.finished for o in outputs):
+            alive = [e.pid for e in llm.executors if e.pid not in dead]
+            if until_next <= 0 and len(dead) < 20 and alive:
+                pid = rng.choice(alive)
+                os.kill(pid, signal.SIGKILL)
+                dead.add(pid)
+                until_next = rng.randrange(5, 60)
+            llm._step()
+            until_next -= 1
+        assert tokens(outputs) == in_one_process
+    wait_for_losses(llm, lost + 20)
+    check_idle(llm)
+
+
 def wait_for_losses(llm: LLM, count: int) -> None:
     """Until all losses were seen, also of executors that had nothing to do."""
     rest_until(llm, lambda: llm.stats.executors_lost >= count, f"{count} losses")
