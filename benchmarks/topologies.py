@@ -45,6 +45,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "max_model_len": 8192,
         "max_num_seqs": 256,
         "max_num_batched_tokens": 2048,
+        "max_num_mixed_tokens": 2048,  # what implementations without a number in their name have
         "num_pages": 18_432,  # 36 GiB: a unified engine and one of semi-PD fit on an H200 together
         "batch_buckets": (16, 32, 48, 64, 96, 128, 256),
         "token_buckets": (256, 512, 1024, 2048),

@@ -20,7 +20,7 @@ LoadFormat = Literal["auto", "safetensors", "orbax", "dummy"]
 SchedulingPolicy = Literal["fcfs", "priority", "shortest"]
 PrefillPolicy = Literal["mixed", "first"]
 Topology = Literal["unified", "semi_pd", "auto", "disaggregated"]
-Controller = Literal["static", "paper", "slo", "mean"]
+Controller = Literal["auto", "static", "paper", "slo", "mean"]
 MatmulAllReduce = Literal["auto", "overlap", "xla"]
 
 MAX_STEP_TOKENS = 65_536
@@ -147,10 +147,12 @@ class SemiPDConfig:
     """Give processes their shares, by MPS on a GPU and by CPU affinity without one. Under MPS
     `kernels.pallas_only` holds: cuBLAS computes wrong numbers on a part of the SMs. With False
     a GPU gives both processes slices of its time; both shares are 100 then."""
-    controller: Any = "static"
+    controller: Any = "auto"
     """Who changes the shares while requests are served: "static" nobody, "paper" Algorithm 1 of the
     paper, "slo" jpd's own, "mean" the same without SLOs, for the least mean end-to-end time; or
-    an object with `decide`, see `jpd.semi_pd.controller`."""
+    an object with `decide`, see `jpd.semi_pd.controller`. "auto": nobody, but for `topology="auto"`
+    where shares, `break_even` and `prefill_policy` are left as they are: there "slo" if SLOs are
+    given, else "mean"."""
     ttft_slo_s: float | None = None
     """Time to the first token that "paper" and "slo" aim at, met by 90 % of the requests."""
     tpot_slo_s: float | None = None
@@ -166,7 +168,8 @@ class SemiPDConfig:
     kept_shares: tuple[tuple[int, int], ...] = ()
     """(prefill, decode) shares whose executors are kept ready beside those that serve, so that a
     switch to them is a hand-over between two steps. Each costs a process and its work space.
-    `topology="auto"` also keeps decode executors on `decode_share` and on all SMs."""
+    `topology="auto"` also keeps decode executors on `decode_share` and on all SMs. Where
+    `controller="auto"` takes one of jpd's and none are given, (100, 100) and (70, 30)."""
     break_even: float | None = None  # or an object: a command line has numbers alone
     """For `topology="auto"`, who says whether one executor or two serve. None: the controller, if
     it foresees both, as jpd's do ("slo", "mean"; `jpd.semi_pd.mode.ForeseenMode`) with
@@ -220,7 +223,7 @@ class SemiPDConfig:
     @property
     def is_controlled(self) -> bool:
         """Shares may change while requests are served."""
-        return self.controller != "static"
+        return self.controller not in ("static", "auto")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,9 +252,10 @@ class EngineConfig:
     given."""
     max_num_mixed_tokens: int | None = None
     """The same of a step that has both, whose prompt tokens hold up who decodes: with fewer, gaps
-    between tokens are shorter, and prompts take more steps. At least `max_num_seqs`;
-    `max_num_batched_tokens` when not given. It is for one executor that serves both phases: those
-    of one phase have no such steps, nor has `prefill_policy="first"`."""
+    between tokens are shorter, and prompts take more steps. At least `max_num_seqs`. When not
+    given `max_num_batched_tokens`, but on a GPU with `topology="auto"` 1024 if that is less. It is
+    for one executor that serves both phases: those of one phase have no such steps, nor has
+    `prefill_policy="first"`."""
     max_prefills_per_step: int = 8
     """Sequences that may have a prompt chunk in one step."""
     page_size: int = 16

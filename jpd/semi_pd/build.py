@@ -39,6 +39,11 @@ _NCCL_BYTES = 1 << 30
 and for those that overlap."""
 
 
+_KEPT = ((100, 100), (70, 30))
+"""Shares kept ready for `topology="auto"` where nothing else is said, as it was served on arxiv
+(`benchmarks/results/h200/semi_pd_serving.json`)."""
+
+
 def build(config: EngineConfig) -> Engine:
     """Builds the engine of the topology that the configuration names.
 
@@ -68,6 +73,7 @@ def _uses_gpu() -> bool:
 
 def _build_apart(config: EngineConfig) -> Engine:
     """Prefill and decode executors, on the same devices or each on its own."""
+    config = decided(config)
     on_gpu = _uses_gpu()
     options = config.semi_pd
     apart = config.topology == "disaggregated"
@@ -169,6 +175,30 @@ def _shares(on_gpu: bool, resources: ExitStack) -> tuple[SmShares, SmShares, dic
     return daemon, daemon, daemon.environment(100)
 
 
+def decided(config: EngineConfig) -> EngineConfig:
+    """With one of jpd's controllers where `controller="auto"` stands for it, and its shares.
+
+    Raises:
+      ConfigError: one SLO is given and the other is not.
+    """
+    options = config.semi_pd
+    left_open = (
+        options.controller == "auto"
+        and options.break_even is None
+        and options.sm_shares
+        and (options.prefill_share, options.decode_share) == (100, 100)
+    )
+    if not left_open or config.topology != "auto" or config.prefill_policy != "mixed":
+        return config
+    aimless = options.ttft_slo_s is None and options.tpot_slo_s is None
+    own = dataclasses.replace(
+        options,
+        controller="mean" if aimless else "slo",
+        kept_shares=options.kept_shares or _KEPT,
+    )
+    return config.replace(semi_pd=own)
+
+
 def kept_shares(config: EngineConfig, phase: str) -> frozenset[int]:
     """Shares of one phase that always have a ready executor, beside the one that serves."""
     options = config.semi_pd
@@ -202,7 +232,7 @@ def make_controller(config: EngineConfig) -> Controller | None:
     options = config.semi_pd
     if not isinstance(options.controller, str):
         return options.controller
-    if options.controller == "static":
+    if options.controller in ("static", "auto"):
         return None
     allowed = [Shares(*pair) for pair in options.kept_shares] or None
     tokens, mixed = config.max_num_batched_tokens, config.max_num_mixed_tokens

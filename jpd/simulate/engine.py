@@ -51,7 +51,7 @@ def prepare(config: EngineConfig, memory_bytes: int, gpu_name: str) -> Prepared:
     Raises:
       ConfigError: the configuration does not fit the model or the memory.
     """
-    config = config.replace(
+    config = semi_pd_build.decided(config).replace(
         load_format="dummy", skip_tokenizer_init=True, enable_prefix_caching=False
     )
     executors = 1

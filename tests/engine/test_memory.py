@@ -131,6 +131,28 @@ def test_what_is_not_given_is_resolved_consistently(
     assert config.dtype == model.dtype == "float32"
 
 
+@pytest.mark.parametrize(
+    ("given", "mixed"),
+    [
+        ({}, 2048),
+        ({"topology": "semi_pd"}, 2048),
+        ({"topology": "auto"}, 1024),
+        ({"topology": "auto", "max_num_seqs": 1_500}, 1_500),
+        ({"topology": "auto", "max_num_batched_tokens": 512}, 512),
+        ({"topology": "auto", "max_num_mixed_tokens": 2048}, 2048),
+    ],
+)
+def test_mixed_steps_of_auto_are_small_on_a_gpu(
+    model: ModelConfig, given: dict, mixed: int
+) -> None:
+    config = resolve(EngineConfig(model="none", **given), model, on_cpu=False)
+    assert config.max_num_mixed_tokens == mixed
+    config = resolve(EngineConfig(model="none", **given), model, on_cpu=True)
+    assert config.max_num_mixed_tokens == given.get(
+        "max_num_mixed_tokens", config.max_num_batched_tokens
+    )
+
+
 def test_bytes_of_parameters_follow_the_dtype(model: ModelConfig) -> None:
     wide, narrow = (checkpoint.param_bytes(model, d) for d in ("float32", "bfloat16"))
     assert wide == 2 * narrow

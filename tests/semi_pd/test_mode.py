@@ -200,6 +200,40 @@ def test_who_decides() -> None:
         EngineConfig(model="none", topology="semi_pd", semi_pd=SemiPDConfig(break_even=9))
 
 
+def test_auto_with_nothing_said_has_jpds_controller() -> None:
+    kept = ((100, 100), (70, 30))
+    options = build.decided(auto()).semi_pd
+    assert (options.controller, options.kept_shares) == ("mean", kept)
+    config = build.decided(auto(ttft_slo_s=1.0, tpot_slo_s=0.1))
+    assert config.semi_pd.controller == "slo"
+    assert build.num_executors(config) == 2 + 2
+    config = config.replace(max_num_batched_tokens=512)
+    assert isinstance(build.make_mode_policy(config, build.make_controller(config)), ForeseenMode)
+    options = build.decided(auto(kept_shares=((60, 40),))).semi_pd
+    assert (options.controller, options.kept_shares) == ("mean", ((60, 40),))
+    with pytest.raises(ConfigError, match=r"tpot_slo_s=None is not allowed: a time in seconds"):
+        build.decided(auto(ttft_slo_s=1.0))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"topology": "semi_pd"},
+        {"prefill_policy": "first"},
+        {"semi_pd": SemiPDConfig(break_even=3.0)},
+        {"semi_pd": SemiPDConfig(prefill_share=70)},
+        {"semi_pd": SemiPDConfig(decode_share=70)},
+        {"semi_pd": SemiPDConfig(sm_shares=False)},
+        {"semi_pd": SemiPDConfig(controller="static")},
+    ],
+)
+def test_auto_with_something_said_does_as_it_is_told(changes: dict) -> None:
+    config = auto().replace(**changes)
+    assert build.decided(config) == config
+    assert build.make_controller(config) is None
+    assert not config.semi_pd.is_controlled
+
+
 def test_who_is_kept_ready_and_what_for() -> None:
     pairs = ((60, 40), (80, 100))
     config = auto(prefill_share=70, decode_share=50, kept_shares=pairs)
