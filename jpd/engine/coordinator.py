@@ -439,12 +439,12 @@ class Coordinator:
 
     def _lost(self, lane: Lane, error: ExecutorLostError, *unlaunched: StepPlan) -> None:
         """Takes back what an executor that is gone was to compute."""
-        self._topology.lost(lane, error)
+        blamed = self._topology.lost(lane, error)
         plans = [*(step.plan for step in lane.in_flight), *unlaunched]
         lane.in_flight.clear()
         lane.executor = None
         for i, plan in enumerate(plans):
-            for sequence in self.scheduler.lost(plan, ran=i == 0):
+            for sequence in self.scheduler.lost(plan, ran=blamed and i == 0):
                 request = self._requests[sequence.request_id]
                 self._given_up.append(self._end(request, sequence, FinishReason.ERROR))
                 if request.output.finished:

@@ -230,10 +230,13 @@ class Topology(Protocol):
         """What decides between one executor and two (`topology="auto"`); None where nothing does,
         or nothing is known."""
 
-    def lost(self, lane: Lane, error: ExecutorLostError) -> None:
+    def lost(self, lane: Lane, error: ExecutorLostError) -> bool:
         """The executor of a lane failed.
 
         On return it touches no memory any more. Who runs the lane's next steps, `tend` decides.
+
+        Returns:
+          Its step may be to blame. False: what failed before may have taken it along.
 
         Raises:
           ExecutorLostError: nothing can go on without it.
@@ -282,7 +285,7 @@ class OneExecutor:
     executors: ClassVar[list[ExecutorInfo]] = []
     switches: ClassVar[list[Switch]] = []
 
-    def lost(self, lane: Lane, error: ExecutorLostError) -> None:
+    def lost(self, lane: Lane, error: ExecutorLostError) -> bool:
         """There is no other."""
         raise error
 

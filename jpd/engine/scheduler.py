@@ -519,7 +519,7 @@ class Scheduler:
 
         Args:
           plan: the step.
-          ran: it may be what ended the executor; the first of those in flight.
+          ran: it may be what ended the executor: at most the first of those in flight.
 
         Returns:
           Sequences that bring down whoever computes them; they are finished.

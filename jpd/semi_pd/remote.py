@@ -46,6 +46,9 @@ class RemoteExecutor:
         self.recompiles = 0
         self.num_steps = 0
         """Steps that it finished."""
+        self.proven = False
+        """It became ready or finished a step, so its memory was sound then, since a step was last
+        blamed for the end of an executor; see `TwoPhases.lost`."""
         self.copied_bytes = 0
         """KV that it sent to another device."""
         self.overlapped_bytes = 0
@@ -137,6 +140,7 @@ class RemoteExecutor:
             raise self._lost_error() from error
         if isinstance(message, Ready):
             self.ready = message
+            self.proven = True
         elif isinstance(message, Failure):
             self._lost = message.text
             if message.fatal:
@@ -151,6 +155,7 @@ class RemoteExecutor:
                 self.overlapped_bytes += message.arrival.overlapped_bytes
                 self.copy_wait_s += message.arrival.late_s
             self.num_steps += 1
+            self.proven = True
 
     def _receive_all(self) -> None:
         self.poll()

@@ -234,7 +234,7 @@ class TwoPhases:
         """
         for seat in self._seats:
             seat.tend()
-            if seat.executor is not None and seat.executor.num_steps:
+            if seat.executor is not None:
                 self._renewed = False
         if any(model.is_lost for model in self._models) or self._memory_is_suspect():
             for seat in self._seats:
@@ -250,8 +250,8 @@ class TwoPhases:
 
     def _memory_is_suspect(self) -> bool:
         """Nobody is there, and in both phases a start failed: a fault of the GPU takes all its
-        clients and their memory along, and shows like this. It is looked for once: failures after
-        that are not the memory's.
+        clients and their memory along, and shows like this. New memory on which nobody could be
+        started is not replaced again: the failures are not the memory's.
         """
         nobody = not any(seat.pool.num_ready for seat in self._seats)
         failed = all(seat.pool.num_failures(seat.share) > 1 for seat in self._seats)
@@ -332,9 +332,20 @@ class TwoPhases:
         """Of jpd's own mode policies."""
         return getattr(self._mode_policy, "estimate", None)
 
-    def lost(self, lane: Lane, error: ExecutorLostError) -> None:
-        """Ends the executor; another will be seated."""
-        self._seats[self.lanes.index(lane)].lost(str(error))
+    def lost(self, lane: Lane, error: ExecutorLostError) -> bool:
+        """Ends the executor; another will be seated.
+
+        After a fault of the GPU those that are kept ready look alive until each fails in its first
+        step. So a loss is blamed on the step only if the executor became ready, or finished another
+        step, after the last loss that was.
+        """
+        seat = self._seats[self.lanes.index(lane)]
+        blamed = seat.executor.proven
+        if blamed:
+            for executor in (e for s in self._seats for e in s.pool.ready()):
+                executor.proven = False
+        seat.lost(str(error))
+        return blamed
 
     def close(self) -> None:
         """Ends all executors. Does nothing the second time."""

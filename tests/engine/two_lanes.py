@@ -205,10 +205,11 @@ class TwoLanes:
             lane.executor.dead = True
         return lane
 
-    def lost(self, lane: Lane, error: ExecutorLostError) -> None:
+    def lost(self, lane: Lane, error: ExecutorLostError) -> bool:
         """Its last writes are done when this returns."""
         self.seen["lost " + ("decode" if lane is self.lanes[1] else "prefill")] += 1
         lane.executor.die()
+        return True
 
     @property
     def num_lost(self) -> int:
