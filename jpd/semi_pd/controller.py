@@ -130,8 +130,9 @@ class Controller(Protocol):
                 may differ from it for good (the start failed, or only one phase is alive).
 
         Returns:
-            The wanted shares; `current` to change nothing. A coordinator that still works towards
-            an earlier answer goes on with it when it is repeated and drops it when it is not.
+            The wanted shares; `current` to change nothing. An engine that is given anything else
+            stops with an error that names it. A coordinator that still works towards an earlier
+            answer goes on with it when it is repeated and drops it when it is not.
         """
         ...
 

@@ -193,6 +193,7 @@ class TwoPhases:
         pages.
 
         Raises:
+          ConfigError: a controller or policy of the user's answered what is not allowed.
           EngineDeadError: nobody can serve a phase.
           PagesLostError: the memory is gone, or nobody could be started on it.
         """
@@ -224,7 +225,10 @@ class TwoPhases:
                 self._mode = mode
                 self._share_out()
         if self._controller is not None and self._mode == "semi_pd" and not unified:
-            self.shares = self._controller.decide(observation, self.shares)
+            shares = self._controller.decide(observation, self.shares)
+            allowed = "Shares(prefill, decode), as a controller's `decide` is to answer"
+            require(isinstance(shares, Shares), "shares", shares, allowed)
+            self.shares = shares
 
     def seat(self) -> None:
         """Seats executors where a lane is between steps, and says which phases lanes compute.

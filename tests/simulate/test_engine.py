@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from jpd.bench import workload
 from jpd.bench.slo import RequestRecord
 from jpd.bench.traces import fixed
-from jpd.errors import ConfigError
+from jpd.errors import ConfigError, EngineDeadError
 from jpd.semi_pd.controller import Observation, Shares
 from jpd.semi_pd.mode import BreakEven
 from jpd.semi_pd.share_models import Interference
@@ -243,6 +244,28 @@ def test_what_a_controller_is_told(folder):
     assert sum(o.prefill_busy_s for o in script.seen) == pytest.approx(
         engine.topology.prefill.pool.busy_s
     )
+
+
+@pytest.mark.parametrize("answer", [(50, 50), None, "(50, 50)", Shares])
+def test_an_answer_of_a_controller_that_is_no_shares(folder, answer):
+    engine = make_engine(folder, latencies(), **controlled(Script((0.02, answer))))
+    check_stops(engine, f"shares={answer!r} is not allowed: Shares(prefill, decode)")
+
+
+@pytest.mark.parametrize("answer", ["disaggregated", None, Shares(50, 50)])
+def test_an_answer_of_a_mode_policy_that_is_no_mode(folder, answer):
+    options = {"break_even": Script((0.02, answer)), "control_interval_s": 1e-3}
+    engine = make_engine(folder, latencies(), topology="auto", semi_pd=options)
+    check_stops(engine, f"mode={answer!r} is not allowed: one of ['unified', 'semi_pd']")
+
+
+def check_stops(engine, why: str) -> None:
+    """The engine stops at an answer: whoever goes on with it is told why."""
+    with pytest.raises(ConfigError, match=re.escape(why)):
+        simulate(requests((0, 5, 20)), [engine])
+    assert engine.coordinator.has_work
+    with pytest.raises(EngineDeadError, match=re.escape(why)):
+        engine.coordinator.step()
 
 
 def test_one_of_two_executors_serves_both_phases_while_nobody_is_held_up(folder):
