@@ -11,7 +11,7 @@ from multiprocessing.connection import wait as wait_for_any
 
 from tqdm.auto import tqdm
 
-from jpd.config import EngineConfig, SemiPDConfig
+from jpd.config import EngineConfig, SemiPDConfig, require
 from jpd.engine import build as engine_build
 from jpd.engine.build import Engine
 from jpd.engine.lane import PagesLostError
@@ -228,21 +228,29 @@ def make_controller(config: EngineConfig) -> Controller | None:
 
     Args:
         config: with nothing left open, as `Prepared.config`.
+
+    Raises:
+        ConfigError: `max_num_batched_tokens` is open, and the controller needs it.
     """
     options = config.semi_pd
     if not isinstance(options.controller, str):
         return options.controller
     if options.controller in ("static", "auto"):
         return None
-    allowed = [Shares(*pair) for pair in options.kept_shares] or None
-    tokens, mixed = config.max_num_batched_tokens, config.max_num_mixed_tokens
-    of_engine = {"max_num_batched_tokens": tokens, "max_num_mixed_tokens": mixed}
-    if options.controller == "mean":
-        return SloController(allowed=allowed, **of_engine)
-    slo = Slo(ttft_s=options.ttft_slo_s, tpot_s=options.tpot_slo_s)
+    slo = None
+    if options.controller != "mean":
+        slo = Slo(ttft_s=options.ttft_slo_s, tpot_s=options.tpot_slo_s)
     if options.controller == "paper":
         return PaperController(slo=slo)
-    return SloController(slo=slo, allowed=allowed, **of_engine)
+    tokens = config.max_num_batched_tokens
+    known = f"an int >= 1, as after `prepare`, for semi_pd.controller={options.controller!r}"
+    require(tokens is not None, "max_num_batched_tokens", tokens, known)
+    return SloController(
+        slo=slo,
+        allowed=[Shares(*pair) for pair in options.kept_shares] or None,
+        max_num_batched_tokens=tokens,
+        max_num_mixed_tokens=config.max_num_mixed_tokens,
+    )
 
 
 def make_mode_policy(config: EngineConfig, controller: Controller | None) -> ModePolicy | None:

@@ -234,6 +234,14 @@ def test_auto_with_something_said_does_as_it_is_told(changes: dict) -> None:
     assert not config.semi_pd.is_controlled
 
 
+@pytest.mark.parametrize("name", ["slo", "mean"])
+def test_a_controller_that_needs_the_size_of_steps_is_not_made_without(name: str) -> None:
+    config = auto(controller=name, ttft_slo_s=1.0, tpot_slo_s=0.1)
+    why = f"max_num_batched_tokens=None is not allowed: .*semi_pd.controller='{name}'"
+    with pytest.raises(ConfigError, match=why):
+        build.make_controller(config)
+
+
 def test_who_is_kept_ready_and_what_for() -> None:
     pairs = ((60, 40), (80, 100))
     config = auto(prefill_share=70, decode_share=50, kept_shares=pairs)
