@@ -162,6 +162,9 @@ class SemiPDConfig:
     step_timeout_s: float = 300.0
     """An executor that has not reported a step for so long is replaced. Long enough for a step that
     has to be compiled first."""
+    start_timeout_s: float = 600.0
+    """An executor that is not ready so long after its start is ended, as one that failed. Long
+    enough to compile every step shape with nothing in the cache."""
     check_ownership: bool = False
     """Debugging: every executor checks before and after each step that no page of the step was
     given to another sequence meanwhile. A page that was ends the engine with an error."""
@@ -185,7 +188,8 @@ class SemiPDConfig:
         for name in ("sm_shares", "check_ownership"):
             value = getattr(self, name)
             require(isinstance(value, bool), f"semi_pd.{name}", value, "True or False")
-        for name in ("control_interval_s", "step_timeout_s", "ttft_slo_s", "tpot_slo_s"):
+        timeouts = ("step_timeout_s", "start_timeout_s")
+        for name in ("control_interval_s", *timeouts, "ttft_slo_s", "tpot_slo_s"):
             value = getattr(self, name)
             ok = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
             ok = ok or (value is None and name.endswith("slo_s"))

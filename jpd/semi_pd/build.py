@@ -7,7 +7,6 @@ import functools
 import logging
 import os
 from contextlib import ExitStack
-from multiprocessing.connection import wait as wait_for_any
 
 from tqdm.auto import tqdm
 
@@ -272,14 +271,15 @@ def _pool(
     config: EngineConfig,
 ) -> ExecutorPool:
     start = functools.partial(model.start_executor, phase, shares, target)
-    return ExecutorPool(phase, start, shares, kept_shares(config, phase))
+    kept, timeout_s = kept_shares(config, phase), config.semi_pd.start_timeout_s
+    return ExecutorPool(phase, start, shares, kept, timeout_s)
 
 
 def _wait_until_seated(topology: TwoPhases, show_progress: bool) -> None:
     """Waits for the first executor of each phase and for those to be kept ready.
 
     Raises:
-      ConfigError: one of them could not be built, or what they map is gone.
+      ConfigError: one of them could not be built, or not in time, or what they map is gone.
     """
     pools = (topology.prefill.pool, topology.decode.pool)
     with tqdm(desc="executors", unit="ready", disable=not show_progress) as bar:
@@ -298,4 +298,4 @@ def _wait_until_seated(topology: TwoPhases, show_progress: bool) -> None:
             bar.update(ready - bar.n)
             if ready == bar.total:
                 return
-            wait_for_any([c for pool in pools for c in pool.connections()])
+            topology.wait()

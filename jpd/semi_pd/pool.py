@@ -9,6 +9,7 @@ switch). Every one of them maps the same weights and pages.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -36,6 +37,7 @@ class ExecutorPool:
       start: starts the process of an executor with a share, and returns before it is ready.
       shares: what gave the processes their shares; None where they have none.
       kept: shares that always have a ready executor, in percent.
+      start_timeout_s: an executor that is not ready so long after its start has failed.
       clock: seconds.
     """
 
@@ -45,6 +47,7 @@ class ExecutorPool:
         start: Callable[[int], RemoteExecutor],
         shares: SmShares | None,
         kept: frozenset[int],
+        start_timeout_s: float = math.inf,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.phase = phase
@@ -56,6 +59,7 @@ class ExecutorPool:
         """From the start of each process until it was ready."""
         self._start = start
         self._shares = shares
+        self._start_timeout_s = start_timeout_s
         self._clock = clock
         self._gone: Counter[str] = Counter()
         self._failures: Counter[int] = Counter()
@@ -98,9 +102,13 @@ class ExecutorPool:
         yield from (e.connection for e, _ in list(self._starting.values()))
 
     @property
-    def next_start_s(self) -> float | None:
-        """When the next start that was put off after a failure is due, by the clock."""
-        return min(self._not_before_s.values(), default=None)
+    def next_due_s(self) -> float:
+        """When `tend` has something to do though nothing happens, by the clock: a start that was
+        put off after a failure, or the end of one that takes too long; infinite if there is none.
+        """
+        begun = (begun_s for _, begun_s in self._starting.values())
+        too_late = min(begun, default=math.inf) + self._start_timeout_s
+        return min([*self._not_before_s.values(), too_late])
 
     # ---- what they did, gone ones included
 
@@ -167,6 +175,9 @@ class ExecutorPool:
                 )
             elif share != wanted and share not in self.kept:
                 self.remove(executor)
+            elif self._clock() >= begun_s + self._start_timeout_s:
+                reason = f"its process {executor.pid} was not ready after"
+                self.remove(executor, f"{reason} {self._start_timeout_s:g} s")
         for share, executor in list(self._ready.items()):
             if executor.num_steps:
                 self._failures.pop(share, None)

@@ -28,6 +28,9 @@ from jpd.semi_pd.shared_model import SharedModel
 
 logger = logging.getLogger(__name__)
 
+_LONGEST_WAIT_S = 3600.0
+"""The kernel takes no more than some days."""
+
 
 class Seat:
     """Who serves in a lane, who is to, and since when.
@@ -298,13 +301,12 @@ class TwoPhases:
         """When the oldest step of a lane is to be reported at the latest, by `time.monotonic`."""
         return lane.in_flight[0].launched_s + self._step_timeout_s
 
-    def _patience_s(self) -> float | None:
+    def _patience_s(self) -> float:
         """How long nothing has to be done while nothing happens."""
         now_s = time.monotonic()
         patience = [self._due_s(lane) - now_s for lane in self.lanes if lane.in_flight]
-        starts = [seat.pool.next_start_s for seat in self._seats]
-        patience += [start_s - self._clock() for start_s in starts if start_s is not None]
-        return max(min(patience), 0.0) if patience else None
+        patience += [seat.pool.next_due_s - self._clock() for seat in self._seats]
+        return max(min([*patience, _LONGEST_WAIT_S]), 0.0)
 
     def wake(self) -> None:
         """Ends a `wait` of another thread, or the next one."""

@@ -130,7 +130,7 @@ def _two_phases(config: EngineConfig, gpu: VirtualGpu) -> _TwoPhases:
             )
 
         kept = semi_pd_build.kept_shares(config, phase)
-        return ExecutorPool(phase, start, None, kept, clock=gpu.clock)
+        return ExecutorPool(phase, start, None, kept, clock=gpu.clock)  # no start hangs
 
     return _TwoPhases(
         gpu,

@@ -19,6 +19,7 @@ import pytest
 
 from jpd import LLM, AsyncLLM, SamplingParams
 from jpd.child import Child
+from jpd.config import SemiPDConfig
 from jpd.engine.plan import StepPlan
 from jpd.errors import ConfigError, EngineDeadError
 from jpd.semi_pd import shared_model
@@ -30,7 +31,7 @@ from jpd.semi_pd.remote import RemoteExecutor, RemoteStep
 from jpd.types import RequestOutput
 from tests import tiny_models
 from tests.engine.tiny_engine import MODEL, SIZES
-from tests.processes import stop, wait_for_end, wait_until
+from tests.processes import PATIENCE_S, stop, wait_for_end, wait_until
 
 OPTIONS = SIZES | {"num_pages": 33, "skip_tokenizer_init": True, "show_progress": False}
 VOCAB = tiny_models.CASES[MODEL]["vocab_size"]
@@ -490,6 +491,52 @@ def test_a_hung_executor_is_replaced(folder: Path, monkeypatch: pytest.MonkeyPat
     assert lane.executor.pid not in hung
     assert llm.stats.executors_lost == 1
     llm.close()
+
+
+def hang_executors_at_start(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """The next so many executors never become ready."""
+    spawn, left = shared_model.spawn, [most]
+
+    def spawn_another(module: str, **options: Any) -> Child:
+        left[0] -= 1
+        return spawn("tests.semi_pd.hangs_at_start" if left[0] >= 0 else module, **options)
+
+    monkeypatch.setattr(shared_model, "spawn", spawn_another)
+
+
+def test_an_executor_that_hangs_while_it_starts_is_replaced(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = LLM(str(folder), **OPTIONS, topology="semi_pd", semi_pd={"start_timeout_s": 10000.0})
+    prompt = [{"prompt_token_ids": [7, 8, 9]}]
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, timeout_s=PATIENCE_S)
+    want = tokens(llm.generate(prompt, params))
+    hang_executors_at_start(monkeypatch, 1)
+    pool = llm._engine.topology.prefill.pool
+    os.kill(llm._engine.topology.prefill.executor.pid, signal.SIGKILL)
+    rest_until(llm, lambda: pool.num_starting, "the executor was not replaced")
+    # It was started long ago, and its time is over while the engine waits.
+    hung, begun_s = pool._starting[100]
+    pool._starting[100] = (hung, begun_s - 9999.5)
+    assert tokens(llm.generate(prompt, params)) == want
+    assert llm.stats.executors_lost == 2
+    assert pool.last_failure == f"its process {hung.pid} was not ready after 10000 s"
+    wait_for_end(hung.pid)
+    llm.close()
+
+
+def test_an_engine_whose_executor_hangs_while_it_starts_is_not_built(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hang_executors_at_start(monkeypatch, 2)
+    with pytest.raises(ConfigError, match=r"could not be started: .* was not ready after 1 s"):
+        LLM(str(folder), **OPTIONS, topology="semi_pd", semi_pd={"start_timeout_s": 1})
+
+
+@pytest.mark.parametrize("name", ["step_timeout_s", "start_timeout_s"])
+def test_a_time_that_is_none(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"semi_pd.{name}=0.*a number of seconds above 0"):
+        SemiPDConfig(**{name: 0})
 
 
 def test_what_cannot_be_built_says_why_and_leaves_nothing(folder: Path) -> None:

@@ -1,0 +1,100 @@
+"""Executors of one phase: starts that take too long, on executors without a process."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from jpd.semi_pd.pool import MAX_FAILURES, ExecutorPool
+
+
+class FakeExecutor:
+    """Becomes ready when it is told to."""
+
+    busy_s = copied_bytes = overlapped_bytes = copy_wait_s = recompiles = 0
+    connection = failure = None
+
+    def __init__(self, world: World, share: int) -> None:
+        self.share, self.pid = share, 1000 + len(world.executors)
+        self.ready: FakeExecutor | None = None
+        self.units = self.num_steps = 0
+        self._world = world
+        world.executors.append(self)
+
+    def poll(self) -> None:
+        """Nothing comes."""
+
+    def kill(self, *, wait: bool) -> None:
+        self._world.log.append(("kill", self.pid))
+
+
+class World:
+    """Makes pools, tells the time, and writes down what happens to executors."""
+
+    def __init__(self) -> None:
+        self.now_s = 100.0
+        self.executors: list[FakeExecutor] = []
+        self.log: list[tuple[str, int]] = []
+
+    def pool(self, kept: frozenset[int] = frozenset(), timeout_s: float = 10.0) -> ExecutorPool:
+        def start(share: int) -> FakeExecutor:
+            return FakeExecutor(self, share)
+
+        return ExecutorPool("decode", start, None, kept, timeout_s, clock=lambda: self.now_s)
+
+
+@pytest.fixture
+def world() -> World:
+    return World()
+
+
+def test_a_start_that_takes_too_long_is_a_failed_one(world: World) -> None:
+    pool = world.pool()
+    assert pool.next_due_s == math.inf
+    pool.get(40)
+    assert pool.next_due_s == 110.0
+    world.now_s = 109.9
+    pool.tend(None, 40)
+    assert (pool.num_starting, pool.num_lost) == (1, 0)
+    world.now_s = 110.0
+    pool.tend(None, 40)
+    assert (pool.num_starting, pool.num_lost, pool.num_failures(40)) == (0, 1, 1)
+    assert pool.last_failure == "its process 1000 was not ready after 10 s"
+    assert world.log == [("kill", 1000)]
+    # The next is started at once, and has as much time.
+    assert pool.next_due_s == 110.0
+    pool.get(40)
+    assert pool.next_due_s == 120.0
+
+
+def test_starts_that_all_hang_are_given_up(world: World) -> None:
+    pool = world.pool()
+    for _ in range(2 * MAX_FAILURES):
+        pool.tend(None, 40)
+        pool.get(40)
+        world.now_s = max(world.now_s, min(pool.next_due_s, 1e6))
+    assert pool.given_up(40)
+    assert len(world.executors) == pool.num_lost == MAX_FAILURES
+
+
+def test_one_that_is_ready_at_last_stays(world: World) -> None:
+    """Nobody looks while an engine without a thread of its own is idle."""
+    pool = world.pool(kept=frozenset({40}))
+    pool.get(40)
+    world.executors[0].ready = world.executors[0]
+    world.now_s = 1000.0
+    pool.tend(None, 40)
+    assert (pool.num_ready, pool.num_lost, pool.next_due_s) == (1, 0, math.inf)
+
+
+def test_only_what_is_late_ends(world: World) -> None:
+    pool = world.pool(kept=frozenset({30}))
+    pool.get(30)
+    world.now_s = 105.0
+    pool.get(40)
+    world.now_s = 112.0
+    pool.tend(None, 40)
+    assert [pid for _, pid in world.log] == [1000]
+    assert pool.num_starting == 2, "the kept one is started again"
+    assert pool.next_due_s == 115.0
