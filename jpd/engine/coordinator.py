@@ -8,6 +8,7 @@ host.
 from __future__ import annotations
 
 import heapq
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -288,6 +289,12 @@ class Coordinator:
                 deltas += self._end_all(request, FinishReason.TIMEOUT)
         return deltas
 
+    def _patience_s(self) -> float:
+        """How long it is until the time of a request is over."""
+        if not self._deadlines:
+            return math.inf
+        return max(self._deadlines[0][0] - self.clock(), 0.0)
+
     def _end_all(self, request: Request, reason: FinishReason) -> list[Delta]:
         """Ends what is left of a request."""
         deltas = []
@@ -308,7 +315,8 @@ class Coordinator:
     # ---- the loop
 
     def step(self) -> list[Delta]:
-        """Launches the next step of each lane, then delivers the tokens of one that has run.
+        """Launches the next step of each lane, then delivers the tokens of one that has run; or
+        ends the requests whose time is over.
 
         Raises:
           EngineDeadError: an earlier step failed, or the engine was closed. What fails in the
@@ -319,7 +327,8 @@ class Coordinator:
                 f"the engine has stopped: {type(self._cause).__name__}: {self._cause}"
             ) from self._cause
         try:
-            deltas = self._time_out() + self._step()
+            # Who has run out of time is told before anything is waited for.
+            deltas = self._time_out() or self._step()
         except BaseException as error:
             self._cause = error
             raise
@@ -356,7 +365,7 @@ class Coordinator:
             return []
         if not self.has_work:
             return []
-        lane = self._topology.wait()
+        lane = self._topology.wait(self._patience_s())
         if lane is None:
             return []
         finished = lane.in_flight[0]

@@ -6,6 +6,7 @@ several in processes of their own that come and go. No jax here.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -211,8 +212,11 @@ class Topology(Protocol):
     def renew(self) -> None:
         """Makes new pages, after `PagesLostError` and when no lane has steps in flight."""
 
-    def wait(self) -> Lane | None:
+    def wait(self, patience_s: float = math.inf) -> Lane | None:
         """Blocks until the oldest step of some lane has run, the executors changed, or `wake`.
+
+        Args:
+          patience_s: for so long at most, where steps run in other processes.
 
         Returns:
           The lane, None if no step has run.
@@ -271,7 +275,7 @@ class OneExecutor:
     def renew(self) -> None:
         """Its pages live as long as it does."""
 
-    def wait(self) -> Lane | None:
+    def wait(self, patience_s: float = math.inf) -> Lane | None:
         """Its only lane, if a step is in flight; whoever reads the result waits."""
         return self.lanes[0] if self.lanes[0].in_flight else None
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import math
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -278,14 +279,15 @@ class TwoPhases:
         busy_s = self._prefill_busy_s - before_s
         return Observation(prefill_busy_s=busy_s, **dataclasses.asdict(recent))
 
-    def wait(self) -> Lane | None:
+    def wait(self, patience_s: float = math.inf) -> Lane | None:
         """Waits for the oldest step of a lane, or for news of any executor."""
         for lane in self.lanes:
             if lane.in_flight and lane.executor.has_report:
                 return lane
         connections = [c for seat in self._seats for c in seat.pool.connections()]
         connections += [model.connection for model in self._models]
-        readable = wait_for_any([*connections, self._woken], self._patience_s())
+        patience_s = min(patience_s, self._patience_s())
+        readable = wait_for_any([*connections, self._woken], patience_s)
         if self._woken in readable:
             self._woken.recv(4096)
         for lane in self.lanes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,8 +103,9 @@ class _TwoPhases(TwoPhases):
         super().__init__(*args, **options, clock=gpu.clock)
         self._gpu = gpu
 
-    def wait(self) -> Lane | None:
-        return self._gpu.wait(self.lanes, self.ready_times_s())
+    def wait(self, patience_s: float = math.inf) -> Lane | None:
+        until_s = self._gpu.now_s + patience_s
+        return self._gpu.wait(self.lanes, [*self.ready_times_s(), until_s])
 
     def ready_times_s(self) -> list[float]:
         """When each executor that is being started can serve."""

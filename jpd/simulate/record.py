@@ -121,11 +121,11 @@ class Recorder:
     def _watch_waits(self) -> None:
         wait = self._topology.wait
 
-        def watched() -> Lane | None:
+        def watched(patience_s: float) -> Lane | None:
             self.waits(time.monotonic())
-            lane = wait()
+            lane = wait(patience_s)
             if lane is None and any(each.in_flight for each in self._lanes):
-                # Requests came, or executors: there is something to do.
+                # Requests or executors came, or a time-out: there is something to do.
                 self._free_s, self._waits_since_s = time.monotonic(), None
             return lane
 

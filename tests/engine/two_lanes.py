@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -191,7 +192,7 @@ class TwoLanes:
             self._following[i] = self._start(i)
             lane.hold(self._following[i])
 
-    def wait(self) -> Lane | None:
+    def wait(self, patience_s: float = math.inf) -> Lane | None:
         """Any lane may be first."""
         running = [lane for lane in self.lanes if lane.in_flight]
         if not running:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 import os
 import random
@@ -10,6 +11,8 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,7 +31,7 @@ from jpd.semi_pd.messages import WorkerSpec
 from jpd.semi_pd.mode import Mode
 from jpd.semi_pd.pool import MAX_FAILURES
 from jpd.semi_pd.remote import RemoteExecutor, RemoteStep
-from jpd.types import RequestOutput
+from jpd.types import FinishReason, RequestOutput
 from tests import tiny_models
 from tests.engine.tiny_engine import MODEL, SIZES
 from tests.processes import PATIENCE_S, stop, wait_for_end, wait_until
@@ -490,6 +493,30 @@ def test_a_hung_executor_is_replaced(folder: Path, monkeypatch: pytest.MonkeyPat
     assert tokens([output]) == want
     assert lane.executor.pid not in hung
     assert llm.stats.executors_lost == 1
+    llm.close()
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_a_request_ends_in_time_though_its_executor_hangs(folder: Path, phase: str) -> None:
+    llm = LLM(str(folder), **OPTIONS, topology="semi_pd", semi_pd={"step_timeout_s": 10000.0})
+    prompt = [{"prompt_token_ids": [7, 8, 9]}]
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    want = tokens(llm.generate(prompt, params))
+    hung = getattr(llm._engine.topology, phase).executor.pid
+    stop(hung)
+    # Without the time-out it would go on when the executor does.
+    timer = threading.Timer(PATIENCE_S, os.kill, (hung, signal.SIGCONT))
+    timer.start()
+    begun_s = time.monotonic()
+    (output,) = llm.generate(prompt, dataclasses.replace(params, timeout_s=0.5))
+    took_s = time.monotonic() - begun_s
+    timer.cancel()
+    assert output.outputs[0].finish_reason is FinishReason.TIMEOUT
+    assert 0.5 <= took_s < PATIENCE_S / 2
+    os.kill(hung, signal.SIGCONT)
+    assert tokens(llm.generate(prompt, params)) == want
+    assert llm.stats.executors_lost == 0
+    check_idle_after_steps(llm)
     llm.close()
 
 

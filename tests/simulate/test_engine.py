@@ -21,6 +21,7 @@ from jpd.semi_pd.mode import BreakEven
 from jpd.semi_pd.share_models import Interference
 from jpd.simulate.latency import DecodeTime, Overheads, PromptTime
 from jpd.simulate.run import simulate, simulate_alone
+from jpd.types import FinishReason, SamplingParams
 from tests.simulate.simulated import latencies, make_engine, requests, times_ms
 
 HOST = Overheads(launch_s=1e-3, deliver_s=1.5e-3, deliver_token_s=0.5e-3, message_s=0.5e-3)
@@ -54,6 +55,21 @@ def test_two_phases_in_processes_of_their_own(folder):
     assert times_ms(record) == pytest.approx((14, 33))
     seats = (engine.topology.prefill, engine.topology.decode)
     assert [1e3 * seat.pool.busy_s for seat in seats] == pytest.approx([10, 15])
+
+
+def test_a_request_ends_when_its_time_is_over_though_nothing_is_reported(folder):
+    engine = make_engine(folder, latencies(prompt_s=10.0), **SEMI_PD)
+    coordinator = engine.coordinator
+    limits = (0.5, 0.3, None)
+    outputs = [
+        coordinator.add(str(i), None, [5] * 5, SamplingParams(max_tokens=1, timeout_s=limit))
+        for i, limit in enumerate(limits)
+    ]
+    while coordinator.has_work:
+        coordinator.step()
+    assert [o.metrics.finished_s for o in outputs] == pytest.approx([0.5, 0.3, 10.0])
+    reasons = [o.outputs[0].finish_reason for o in outputs]
+    assert reasons == [FinishReason.TIMEOUT, FinishReason.TIMEOUT, FinishReason.LENGTH]
 
 
 def test_what_steps_compute_makes_their_time(folder):
