@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import socket
+import struct
 import time
 from collections import deque
 from multiprocessing.connection import Connection
@@ -10,6 +14,11 @@ from jpd.child import Child
 from jpd.engine.lane import ExecutorLostError
 from jpd.engine.plan import Admission, StepPlan, StepResult
 from jpd.semi_pd.messages import Failure, Ready, StepReport
+
+SEND_TIMEOUT_S = 5.0
+"""An executor that takes nothing of a message for so long is lost. A thread of it does nothing but
+take messages in. The coordinator waits meanwhile if the message is larger than what the kernel
+holds of a connection (some 200 kB), up to twice as long if a part of it was taken at first."""
 
 
 class RemoteStep:
@@ -82,24 +91,30 @@ class RemoteExecutor:
         return bool(self._reports)
 
     def admit(self, admissions: list[Admission]) -> None:
-        """Tells it of rows; if the process is gone, `failure` says so."""
-        try:
-            self._child.connection.send(admissions)
-        except OSError:
-            self._receive_all()
+        """Tells it of rows; if the process is gone or hangs, `failure` says so."""
+        with contextlib.suppress(ExecutorLostError):
+            self._send(admissions)
 
     def launch(self, plan: StepPlan) -> RemoteStep:
         """Sends a step.
 
         Raises:
-          ExecutorLostError: the process is gone.
+          ExecutorLostError: the process is gone, or hangs.
         """
-        try:
-            self._child.connection.send(plan.without_sequences())
-        except OSError as error:
-            self._receive_all()  # perhaps it said why
-            raise self._lost_error() from error
+        self._send(plan.without_sequences())
         return RemoteStep(plan, self)
+
+    def _send(self, message: object) -> None:
+        if self._lost is not None:  # perhaps in the middle of a message
+            raise self._lost_error()
+        try:
+            self._child.connection.send(message)
+        except OSError as error:
+            self.poll()  # perhaps it said why
+            hangs = isinstance(error, BlockingIOError)
+            why = f"took nothing for {SEND_TIMEOUT_S:g} s" if hangs else "takes no more steps"
+            self._lost = self._lost or f"its process {self.pid} {why}"
+            raise self._lost_error() from error
 
     def next_report(self) -> StepReport:
         """The oldest report that nobody has taken; waits for it."""
@@ -141,6 +156,7 @@ class RemoteExecutor:
         if isinstance(message, Ready):
             self.ready = message
             self.proven = True
+            _limit_sends(self._child.connection, SEND_TIMEOUT_S)
         elif isinstance(message, Failure):
             self._lost = message.text
             if message.fatal:
@@ -157,9 +173,13 @@ class RemoteExecutor:
             self.num_steps += 1
             self.proven = True
 
-    def _receive_all(self) -> None:
-        self.poll()
-        self._lost = self._lost or f"its process {self.pid} takes no more steps"
-
     def _lost_error(self) -> ExecutorLostError:
         return ExecutorLostError(f"an executor on {self.share} % of the SMs: {self._lost}")
+
+
+def _limit_sends(connection: Connection, timeout_s: float) -> None:
+    """Lets a send of which the other end takes nothing for so long end in `BlockingIOError`."""
+    seconds, rest_s = divmod(timeout_s, 1)
+    with socket.socket(fileno=os.dup(connection.fileno())) as end:
+        limit = struct.pack("ll", int(seconds), int(1e6 * rest_s))  # a timeval
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)

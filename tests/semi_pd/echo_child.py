@@ -23,6 +23,8 @@ def main():
                 connection.send(sys.path)
             case "read", fd:
                 connection.send(os.read(fd, 100))
+            case "say", answer:
+                connection.send(answer)
             case "spawn":
                 grandchild = spawn("tests.semi_pd.echo_child")
                 grandchild.connection.send(("variable", "PATH"))
