@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -66,6 +67,7 @@ class ExecutorPool:
         self._not_before_s: dict[int, float] = {}
         self._ready: dict[int, RemoteExecutor] = {}
         self._starting: dict[int, tuple[RemoteExecutor, float]] = {}
+        self._ending: list[threading.Thread] = []
 
     # ---- who is there
 
@@ -201,15 +203,22 @@ class ExecutorPool:
         Args:
           executor: of this pool.
           failure: why, if it failed.
-          running: it may be in the middle of a step. Then a client of MPS must be told to stop
-            before it is killed, and it is gone, touching no memory, when this returns.
+          running: it may be in the middle of a step, and is gone, touching no memory, when this
+            returns. One that is not seated touches nobody's pages: it ends in the background if
+            MPS has to be asked first, which takes longer than a step.
         """
-        if running and self._shares is not None:
-            try:
-                self._shares.terminate_client(executor.pid)
-            except Exception:  # the daemon may have gone the same way as the executor
-                logger.exception("MPS did not end its client %d", executor.pid)
-        executor.kill(wait=running)
+        if running or self._shares is None:
+            self._end(executor, wait=running)
+        else:
+            thread = threading.Thread(
+                target=self._end,
+                args=(executor,),
+                kwargs={"wait": True},
+                name="jpd-end",
+                daemon=True,
+            )
+            thread.start()
+            self._ending = [t for t in self._ending if t.is_alive()] + [thread]
         if self._ready.get(executor.share) is executor:
             del self._ready[executor.share]
             for name in _COUNTED:
@@ -221,6 +230,16 @@ class ExecutorPool:
             if executor.num_steps:
                 self._failures.pop(executor.share, None)
             self._failed(executor.share, failure)
+
+    def _end(self, executor: RemoteExecutor, *, wait: bool) -> None:
+        """A client of MPS must be told to stop before it is killed. One that starts runs kernels
+        too, and one that has failed may still run some."""
+        if self._shares is not None:
+            try:
+                self._shares.terminate_client(executor.pid)
+            except Exception:  # the daemon may have gone the same way as the executor
+                logger.exception("MPS did not end its client %d", executor.pid)
+        executor.kill(wait=wait)
 
     def _failed(self, share: int, reason: str) -> None:
         logger.warning("%s executor on %d %% is lost: %s", self.phase, share, reason)
@@ -237,6 +256,8 @@ class ExecutorPool:
         self._not_before_s.clear()
 
     def close(self) -> None:
-        """Ends all of them."""
+        """Ends all of them; they are gone when this returns."""
         for executor in [*self._ready.values(), *(e for e, _ in self._starting.values())]:
             self.remove(executor, running=True)
+        for thread in self._ending:
+            thread.join()

@@ -1,12 +1,15 @@
-"""Executors of one phase: starts that take too long, on executors without a process."""
+"""Executors of one phase: starts that take too long, and ends, on executors without a process."""
 
 from __future__ import annotations
 
 import math
+import threading
+from collections.abc import Callable
 
 import pytest
 
 from jpd.semi_pd.pool import MAX_FAILURES, ExecutorPool
+from tests.processes import PATIENCE_S, wait_until
 
 
 class FakeExecutor:
@@ -36,12 +39,31 @@ class World:
         self.now_s = 100.0
         self.executors: list[FakeExecutor] = []
         self.log: list[tuple[str, int]] = []
+        self.shares: FakeShares | None = None
 
     def pool(self, kept: frozenset[int] = frozenset(), timeout_s: float = 10.0) -> ExecutorPool:
         def start(share: int) -> FakeExecutor:
             return FakeExecutor(self, share)
 
-        return ExecutorPool("decode", start, None, kept, timeout_s, clock=lambda: self.now_s)
+        return ExecutorPool("decode", start, self.shares, kept, timeout_s, clock=lambda: self.now_s)
+
+
+class FakeShares:
+    """An MPS daemon that takes its time, until `answers` is set, and may fail then."""
+
+    def __init__(self, world: World) -> None:
+        self.answers = threading.Event()
+        self.fails = False
+        self._world = world
+
+    def environment(self, share: int) -> dict[str, str]:
+        return {}
+
+    def terminate_client(self, pid: int) -> None:
+        assert self.answers.wait(PATIENCE_S)
+        self._world.log.append(("terminate_client", pid))
+        if self.fails:
+            raise RuntimeError("the daemon is gone")
 
 
 @pytest.fixture
@@ -98,3 +120,92 @@ def test_only_what_is_late_ends(world: World) -> None:
     assert [pid for _, pid in world.log] == [1000]
     assert pool.num_starting == 2, "the kept one is started again"
     assert pool.next_due_s == 115.0
+
+
+def drop_while_it_starts(world: World, pool: ExecutorPool) -> None:
+    """The controller wants another share."""
+    pool.get(40)
+    pool.tend(None, 30)
+
+
+def start_too_slowly(world: World, pool: ExecutorPool) -> None:
+    pool.get(40)
+    world.now_s += 10.0
+    pool.tend(None, 40)
+
+
+def fail_to_start(world: World, pool: ExecutorPool) -> None:
+    pool.get(40)
+    world.executors[0].failure = "it has no kernel"
+    pool.tend(None, 40)
+
+
+def make_ready(world: World, pool: ExecutorPool) -> None:
+    pool.get(40)
+    world.executors[0].ready = world.executors[0]
+    pool.tend(None, 40)
+    assert pool.num_ready == 1
+
+
+def drop_when_it_is_ready(world: World, pool: ExecutorPool) -> None:
+    make_ready(world, pool)
+    pool.tend(None, 30)
+
+
+def fail_when_it_is_ready(world: World, pool: ExecutorPool) -> None:
+    make_ready(world, pool)
+    world.executors[0].failure = "it ended"
+    pool.tend(None, 40)
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["", "daemon_gone"])
+@pytest.mark.parametrize(
+    "end",
+    [
+        drop_while_it_starts,
+        start_too_slowly,
+        fail_to_start,
+        drop_when_it_is_ready,
+        fail_when_it_is_ready,
+    ],
+)
+def test_mps_ends_its_client_before_the_kill_and_nobody_waits(
+    world: World, end: Callable[[World, ExecutorPool], None], fails: bool
+) -> None:
+    world.shares = FakeShares(world)
+    world.shares.fails = fails
+    pool = world.pool()
+    end(world, pool)
+    assert (pool.num_ready, pool.num_starting) == (0, 0)
+    assert world.log == []
+    world.shares.answers.set()
+    wait_until(lambda: len(world.log) == 2, "it was not ended")
+    assert world.log == [("terminate_client", 1000), ("kill", 1000)]
+
+
+def test_nobody_runs_when_a_pool_is_closed(world: World) -> None:
+    world.shares = FakeShares(world)
+    pool = world.pool()
+    drop_while_it_starts(world, pool)
+    timer = threading.Timer(0.2, world.shares.answers.set)
+    timer.start()
+    pool.close()
+    ended = [("terminate_client", 1000), ("kill", 1000)]
+    assert world.log == ended
+    pool.get(30)
+    pool.close()
+    assert world.log == [*ended, ("terminate_client", 1001), ("kill", 1001)]
+
+
+def test_who_was_in_a_step_is_gone_when_it_is_removed(world: World) -> None:
+    world.shares = FakeShares(world)
+    world.shares.answers.set()
+    pool = world.pool()
+    make_ready(world, pool)
+    pool.remove(world.executors[0], "it hangs", running=True)
+    assert world.log == [("terminate_client", 1000), ("kill", 1000)]
+
+
+def test_without_shares_it_is_killed_at_once(world: World) -> None:
+    drop_while_it_starts(world, world.pool())
+    assert world.log == [("kill", 1000)]
