@@ -6,6 +6,7 @@ the coordinator waits.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from jpd.config import EngineConfig
 from jpd.engine.coordinator import Coordinator
 from jpd.engine.lane import ExecutorLostError, Lane
 from jpd.engine.plan import StepPlan, StepResult
+from jpd.semi_pd import remote
 from jpd.semi_pd.controller import FULL
 from jpd.semi_pd.messages import Failure, Ready, StepReport
 from jpd.semi_pd.pool import ExecutorPool
@@ -93,7 +95,7 @@ class Topology(TwoPhases):
         self._models[0].blamed.append(super().lost(lane, error))
         return self._models[0].blamed[-1]
 
-    def wait(self) -> Lane | None:
+    def wait(self, patience_s: float = math.inf) -> Lane | None:
         self._models[0].now_s += WAIT_S
         working = [lane for lane in self.lanes if lane.in_flight]
         return next((lane for lane in working if lane.executor.connection.poll()), None)
@@ -103,7 +105,8 @@ made: list[Coordinator] = []
 
 
 @pytest.fixture(autouse=True)
-def _close() -> Iterator[None]:
+def _close(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(remote, "_limit_sends", lambda connection, timeout_s: None)  # no socket
     yield
     while made:
         made.pop().close()
@@ -127,7 +130,7 @@ def make(kept: tuple[int, ...]) -> tuple[Coordinator, Gpu]:
             lambda share: RemoteExecutor(Process(gpu), share),
             None,
             frozenset(kept),
-            gpu.clock,
+            clock=gpu.clock,
         )
         for phase in ("prefill", "decode")
     ]
