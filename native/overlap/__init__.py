@@ -16,7 +16,7 @@ for comparison.
 
 from native.build import BuildError
 from native.overlap.communicator import Buffers, Communicator
-from native.overlap.library import OverlapError, nccl_version
+from native.overlap.library import OverlapError, nccl_version, start
 from native.overlap.trace import CallTrace, GroupTrace
 from native.overlap.transfer import Collective, Group, Transfer, groups_of
 
@@ -32,4 +32,5 @@ __all__ = [
     "Transfer",
     "groups_of",
     "nccl_version",
+    "start",
 ]

@@ -20,7 +20,8 @@ ID_BYTES = 128
 """Length of ncclUniqueId."""
 
 _lock = threading.RLock()
-_started = False
+_nccl: str | None = None
+"""Path or name of the libnccl that `start` took."""
 
 
 class OverlapError(RuntimeError):
@@ -41,7 +42,6 @@ def handle() -> ctypes.CDLL:
         lib.jpd_overlap_message.restype = ctypes.c_char_p
         for name, arguments in {
             "load": [ctypes.c_char_p, ctypes.c_char_p],
-            "nccl_version": [],
             "unique_id": [ctypes.c_char_p],
             "create": [
                 ctypes.c_int,
@@ -94,12 +94,12 @@ def start(cuda: str | None = None, nccl: str | None = None) -> None:
     Raises:
       OverlapError: one of them is not there, or too old.
     """
-    global _started
+    global _nccl
     with _lock:
-        if not _started:
-            paths = (cuda or "libcuda.so.1").encode(), (nccl or nccl_library()).encode()
-            call("load", *paths)
-            _started = True
+        if _nccl is None:
+            path = nccl or nccl_library()
+            call("load", (cuda or "libcuda.so.1").encode(), path.encode())
+            _nccl = path
 
 
 def nccl_library() -> str:
@@ -122,10 +122,19 @@ def nccl_library() -> str:
 
 
 def nccl_version() -> str:
-    """Version of the NCCL library in use, e.g. "2.28.9"."""
-    start()
-    version = call("nccl_version")
-    return f"{version // 10000}.{version // 100 % 100}.{version % 100}"
+    """Version of the NCCL library in use, or of the one that `start` would take: e.g. "2.28.9".
+
+    No GPU is needed for it, and no compiler.
+
+    Raises:
+      OverlapError: there is none.
+    """
+    path, version = _nccl or nccl_library(), ctypes.c_int()
+    try:
+        ctypes.CDLL(path).ncclGetVersion(ctypes.byref(version))
+    except OSError as error:
+        raise OverlapError(f"cannot load {path}: {error}") from error
+    return f"{version.value // 10000}.{version.value // 100 % 100}.{version.value % 100}"
 
 
 def unique_id() -> bytes:

@@ -243,6 +243,10 @@ def scenario_bfloat16():
         return float(np.abs(np.asarray(got, np.float32) - right).max() / np.abs(right).max())
 
 
+def scenario_nccl_version():
+    return library.nccl_version()
+
+
 def scenario_options_reach_nccl():
     with open_communicator(2, max_ctas=16) as communicator:
         text = log()

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import pytest
 
 from native import build
-from native.overlap import Group, Transfer, groups_of
+from native.overlap import Group, OverlapError, Transfer, groups_of, library, nccl_version
 from native.overlap import trace as traces
 from tests.aot import compile_for_h200, needs_wheels
 
@@ -226,6 +226,20 @@ def test_a_closed_communicator_is_an_error(value):
 def test_libraries_that_are_missing_or_too_old_are_named(results):
     assert "NCCL 21700 is too old: 2.18 is needed" in results["old_nccl"]
     assert "cannot load libnowhere.so" in results["no_library"]
+
+
+def test_the_version_is_that_of_the_library_in_use(value):
+    assert value("nccl_version") == "2.28.9"
+
+
+def test_the_version_takes_nothing_but_nccl(monkeypatch):
+    def build_of(source):
+        raise AssertionError(f"{source} is built")
+
+    monkeypatch.setattr(build, "build", build_of)
+    monkeypatch.setattr(library, "nccl_library", lambda: "libnowhere.so")
+    with pytest.raises(OverlapError, match="cannot load libnowhere"):
+        nccl_version()
 
 
 # ---------------------------------------------------------------------------- faults

@@ -18,7 +18,7 @@ from jpd.engine import build
 from jpd.engine.shapes import shape_table
 from jpd.errors import ConfigError, KernelError
 from jpd.layers.attention import causal_attend
-from jpd.ops import overlap, sum_check
+from jpd.ops import overlap, pallas, sum_check
 from jpd.ops.overlap import communicators, gpu, plain
 from jpd.ops.overlap.tiles import tiles_of
 from jpd.ops.self_check import Widths
@@ -447,6 +447,15 @@ def test_overlap_lowers_to_start_gemm_and_done_on_the_same_buffers(op, check_vma
     assert "mosaic_gpu" in text
 
 
+def test_a_process_without_a_gpu_that_traces_for_one_names_that_gpu(monkeypatch):
+    """Other processes lower an engine's steps, and say why those do not overlap."""
+    monkeypatch.setattr(gpu._native(), "nccl_version", lambda: "2.28.9")
+    with pallas.tracing_for(pallas.Gpu("NVIDIA H100", 114, "9.0")):
+        assert gpu.topology().slug == "nvidia_h100-nvlink-nccl2.28.9"
+        assert not gpu.leaves_room(plan_of("all_reduce", 4, sms=114))
+        assert gpu.leaves_room(plan_of("all_reduce", 4, sms=113))
+
+
 def test_auto_looks_plans_up_and_says_why_it_does_not_overlap(gpu_like, caplog, monkeypatch):
     refusals = []
 
@@ -477,6 +486,7 @@ def test_auto_looks_plans_up_and_says_why_it_does_not_overlap(gpu_like, caplog, 
     assert choices_of(table) == {"overlap"}
     sequential = Plan(op="all_reduce", ranks=4, m=M, n=N, k=k, overlap=False)
     greedy = plan_of("all_reduce", 4, waves=(1,), sms=132, k=k)
+    wide = plan_of("all_reduce", 4, waves=(1,), sms=131, ctas=2, k=k)
     refused = [
         ({"plans": table, "m": 16}, "no plan near all_reduce of 16x200x64 on 4 ranks"),
         ({"plans": table, "dtype": jnp.float32}, "x is float32"),
@@ -487,6 +497,11 @@ def test_auto_looks_plans_up_and_says_why_it_does_not_overlap(gpu_like, caplog, 
         ({"plans": None}, "nvidia_h200-nvlink-nccl2.28.9"),
         ({"plans": PlanTable(TOPOLOGY, [sequential])}, "not to overlap"),
         ({"plans": PlanTable(TOPOLOGY, [greedy])}, "takes 132 SMs and NCCL 1"),
+        # Without a communicator, what else is missing comes first: none is made where that is so.
+        ({"plans": table, "m": 16, "comm": ()}, "no plan near all_reduce of this shape on 4 ranks"),
+        ({"plans": PlanTable(TOPOLOGY, [sequential]), "comm": ()}, "this shape .* not to overlap"),
+        ({"plans": PlanTable(TOPOLOGY, [wide]), "comm": ()}, "takes 131 SMs and NCCL 2"),
+        ({"plans": table, "comm": ()}, r"no NCCL communicator for .* are: 'tp'\)"),
     ]
     for options, reason in refused:
         caplog.clear()
@@ -645,7 +660,7 @@ def test_without_nccl_or_a_compiler_nothing_overlaps_and_that_is_said_once(
         OverlapError, BuildError = OverlapError, BuildError
 
         @staticmethod
-        def nccl_version():
+        def start():
             asked.append(1)
             raise BuildError("install g++ or set CXX")
 

@@ -13,6 +13,7 @@ import pytest
 from jpd.ops.overlap import communicators as module
 from jpd.ops.overlap import gpu
 from jpd.overlap import Plan, PlanTable, Tiling, Topology
+from pallas_kernels import mosaic
 
 TILING = Tiling(128, 128, 4, "m", "m", 4)
 HERE = Topology("NVIDIA H200", "nvlink", "2.28")
@@ -42,7 +43,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         Communicator=SimpleNamespace(for_axis=for_axis),
         OverlapError=NoNCCL,
         BuildError=NoNCCL,
-        nccl_version=lambda: "2.28",
+        start=lambda: None,
     )
     plans = [plan(256, 8), plan(2048, 16), plan(16384, 13), plan(65536, 4, overlap=False)]
     monkeypatch.setattr(gpu, "_check_device", lambda: None)
@@ -73,6 +74,12 @@ def test_one_for_each_number_of_sms_that_plans_leave(made: list[int]) -> None:
     assert ctas(65536) == []
 
 
+def test_none_for_plans_that_leave_no_room_under_an_mps_share(made: list[int]) -> None:
+    with mosaic.tracing_for("NVIDIA H200", 110):
+        assert ctas(256, 2048) == [8]
+    assert made == [8]
+
+
 def test_what_cannot_connect_is_said_once(
     made: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -85,10 +92,10 @@ def test_what_cannot_connect_is_said_once(
 def test_without_nccl_there_are_none_which_is_said_once(
     made: list[int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def nccl_version() -> str:
+    def start() -> None:
         raise NoNCCL("no libnccl.so.2")
 
-    monkeypatch.setattr(gpu._native(), "nccl_version", nccl_version)
+    monkeypatch.setattr(gpu._native(), "start", start)
     assert ctas(2048) == ctas(256) == made == []
     assert caplog.text.count("do not overlap with products: no libnccl.so.2") == 1
 

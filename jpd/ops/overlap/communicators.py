@@ -32,7 +32,11 @@ def planned(ranks: int, products: Iterable[Product]) -> dict[Product, Plan]:
     except NotImplementedError:
         return {}  # the op says so itself, when it is traced
     found = {product: table.find("all_reduce", ranks, *product) for product in products}
-    return {product: plan for product, plan in found.items() if plan and plan.overlap}
+    return {
+        product: plan
+        for product, plan in found.items()
+        if plan and plan.overlap and gpu.leaves_room(plan)
+    }
 
 
 def communicators(
@@ -58,7 +62,7 @@ def _has_native() -> bool:
     """Whether the native part is built and has NCCL. Asked once: a compiler takes its time."""
     native = gpu._native()
     try:
-        native.nccl_version()
+        native.start()
     except (native.OverlapError, native.BuildError) as error:
         _warn(error)
         return False

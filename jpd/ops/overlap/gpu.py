@@ -32,36 +32,65 @@ def matmul_collective(
 
     Raises:
       NotImplementedError: why that cannot be, or should not, here: another device, no native part,
-        no communicator for the axis, a shape or dtype without a kernel, no plan, or a plan that
-        says that one after the other is faster.
+        a shape or dtype without a kernel, no plan, one that says that one after the other is
+        faster or that takes more SMs than there are, or no communicator for the axis.
       ConfigError: the communicator has another number of ranks than the axis, or the plans are for
         another machine.
     """
     _check_device()
     native = _native()
-    comms = _communicators(axis_name)
     if x.dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"x is {x.dtype}: bfloat16 and float16 can be overlapped")
     (m, k), n, ranks = x.shape, w.shape[0], lax.axis_size(axis_name)
-    plan = plan or _look_up(op, ranks, m, n, k)
+    comms = _communicators(axis_name)
+    # An engine has communicators where it has plans: without one, each reason is said only once,
+    # not for every shape of its steps.
+    what = f"{op} of {f'{m}x{n}x{k}' if comms else 'this shape'} on {ranks} ranks"
+    if plan is None:
+        table = _plans()
+        plan = table.find(op, ranks, m, n, k)
+        if plan is None:
+            raise NotImplementedError(f"no plan near {what} for {table.topology.slug}")
     if not plan.overlap:
+        raise NotImplementedError(f"{what}: its plan says not to overlap")
+    if not leaves_room(plan):
         raise NotImplementedError(
-            f"{op} of {m}x{n}x{k} on {ranks} ranks: its plan says not to overlap"
+            f"the plan takes {plan.sms} SMs and NCCL {plan.ctas}: there are {_sm_count()}, "
+            "nothing would overlap"
         )
-    comm = _fitting(comms, plan, ranks)
+    comm = _fitting(comms, plan, ranks, axis_name)
     return _signalled(native, comm, op, x, w, axis_name, tiles_of(op, ranks, m, n, plan))
 
 
 def topology() -> Topology:
-    """What plans and curves of this machine go by.
+    """What plans and curves go by, on this machine or the one that is traced for.
 
     The link is what `Settings.link` says; else "no_p2p" where `NCCL_P2P_DISABLE=1` keeps NCCL from
     it, and "nvlink", which GPUs of this kind have.
+
+    Raises:
+      NotImplementedError: no NCCL.
     """
+    from pallas_kernels import dataflow
+
+    native = _native()
     blocked = os.environ.get("NCCL_P2P_DISABLE", "0") not in ("", "0")
     link = settings().link or ("no_p2p" if blocked else "nvlink")
-    kind = jax.local_devices(backend="gpu")[0].device_kind
-    return Topology(kind, link, _native().nccl_version())
+    try:
+        return Topology(dataflow.device_kind(), link, native.nccl_version())
+    except native.OverlapError as error:
+        raise NotImplementedError(f"no NCCL beside a running GEMM: {error}") from None
+
+
+def leaves_room(plan: Plan) -> bool:
+    """Whether a GEMM and NCCL fit on the SMs of this process side by side, as planned."""
+    return plan.sms + plan.ctas <= _sm_count()
+
+
+def _sm_count() -> int:
+    from pallas_kernels import mosaic
+
+    return mosaic.sm_count()
 
 
 def _check_device() -> None:
@@ -79,14 +108,8 @@ def _native() -> Any:
 
 
 def _communicators(axis_name: Any) -> Sequence[Any]:
-    known = settings().communicators
-    found = known.get(axis_name)
-    if not found:
-        have = ", ".join(map(repr, known)) or "none"
-        raise NotImplementedError(
-            f"no NCCL communicator for mesh axis {axis_name!r} (there are: {have}); see "
-            "jpd.ops.overlap.using(communicators=...)"
-        )
+    """Those of a mesh axis that `using` set."""
+    found = settings().communicators.get(axis_name) or ()
     return found if isinstance(found, Sequence) else (found,)
 
 
@@ -104,21 +127,14 @@ def _plans() -> PlanTable:
     return table
 
 
-def _look_up(op: str, ranks: int, m: int, n: int, k: int) -> Plan:
-    """The plan of the nearest shape in the table for this machine."""
-    table = _plans()
-    plan = table.find(op, ranks, m, n, k)
-    if plan is None:
-        raise NotImplementedError(
-            f"no plan near {op} of {m}x{n}x{k} on {ranks} ranks for {table.topology.slug}"
-        )
-    return plan
-
-
-def _fitting(comms: Sequence[Any], plan: Plan, ranks: int) -> Any:
+def _fitting(comms: Sequence[Any], plan: Plan, ranks: int, axis_name: Any) -> Any:
     """The communicator that takes the most SMs, but no more than the plan leaves to it."""
-    from pallas_kernels import mosaic
-
+    if not comms:
+        have = ", ".join(map(repr, settings().communicators)) or "none"
+        raise NotImplementedError(
+            f"no NCCL communicator for mesh axis {axis_name!r} (there are: {have}); see "
+            "jpd.ops.overlap.using(communicators=...)"
+        )
     for comm in comms:
         if comm.size != ranks:
             raise ConfigError(f"a communicator of {comm.size} ranks for an axis of {ranks}")
@@ -128,13 +144,7 @@ def _fitting(comms: Sequence[Any], plan: Plan, ranks: int) -> Any:
         raise NotImplementedError(
             f"the plan leaves NCCL {plan.ctas} SMs, the communicators have max_ctas of {have}"
         )
-    comm = max(fitting, key=lambda comm: comm.max_ctas)
-    if plan.sms + comm.max_ctas > mosaic.sm_count():
-        raise NotImplementedError(
-            f"the plan takes {plan.sms} SMs and NCCL {comm.max_ctas}: there are "
-            f"{mosaic.sm_count()}, nothing would overlap"
-        )
-    return comm
+    return max(fitting, key=lambda comm: comm.max_ctas)
 
 
 def _multiply(tiles: Tiles) -> Any:
