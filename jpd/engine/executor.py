@@ -7,6 +7,7 @@ result is read later, when the next step is already under way.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +21,7 @@ from jpd.engine import batch as batches
 from jpd.engine.compile import CompiledSteps, step_options, step_store
 from jpd.engine.lowering import StepLowering, source_of
 from jpd.engine.plan import Admission, Chunk, StepPlan, StepResult, TokenLogprobs
-from jpd.engine.rank_lowering import RankLowering
+from jpd.engine.rank_lowering import RankLowering, StepCommunicators
 from jpd.engine.sampler import Sampled
 from jpd.engine.sampler_inputs import SamplingInputs, SamplingTable
 from jpd.engine.shapes import ShapeTable, StepShape, shape_table
@@ -31,15 +32,29 @@ from jpd.types import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
 
 
 class InFlight:
-    """A launched step; `result` waits for it."""
+    """A launched step; `result` waits for it.
+
+    Args:
+      plan: of the step.
+      shape: it was padded to.
+      out: its tokens, or `Sampled`.
+      recomputed: number of softmax rows that were computed twice.
+      communicators: by which its sums over ranks overlap.
+    """
 
     def __init__(
-        self, plan: StepPlan, shape: StepShape, out: Any, recomputed: jax.Array | None = None
+        self,
+        plan: StepPlan,
+        shape: StepShape,
+        out: Any,
+        recomputed: jax.Array | None = None,
+        communicators: Sequence[Any] = (),
     ) -> None:
         self.plan = plan
         self._shape = shape
         self._out = out
         self._recomputed = recomputed
+        self._communicators = communicators
         for leaf in jax.tree.leaves((out, recomputed)):
             # A CPU's results are on the host already. Asking for a copy there would leave a
             # callback that takes Python's lock after the result was read: jax 0.11 aborts a
@@ -48,7 +63,19 @@ class InFlight:
                 leaf.copy_to_host_async()
 
     def result(self) -> StepResult:
-        """Blocks until the device is done."""
+        """Blocks until the device is done.
+
+        Raises:
+          RuntimeError: the step failed, or a collective of it, which then made its sums NaN and let
+            the device go on.
+        """
+        result = self.read()
+        for communicator in self._communicators:
+            communicator.check()
+        return result
+
+    def read(self) -> StepResult:
+        """Blocks until the device is done; what a failed collective left is returned as well."""
         count, first_chunk = len(self.plan.rows), self._shape.batch
 
         def used(values: jax.Array) -> np.ndarray:
@@ -88,7 +115,7 @@ def _plan_for_nobody(shape: StepShape, unowned_row: int) -> StepPlan:
 def _finish(newest: list[InFlight]) -> None:
     """Waits for a step: its arrays must not go, nor Python end, while the device works on it."""
     for step_in_flight in newest:
-        step_in_flight.result()
+        step_in_flight.read()  # unchecked: communicators may be closed where Python ends
 
 
 class Executor:
@@ -126,6 +153,7 @@ class Executor:
         self.compiled = CompiledSteps(
             step_options(config.kernels) if ops.may_run(config.kernels, device.platform) else None
         )
+        self._communicators = StepCommunicators()
         # The step launched last: it may still run when this executor goes, or Python ends.
         self._newest: list[InFlight] = []
         weakref.finalize(self, _finish, self._newest)
@@ -174,7 +202,7 @@ class Executor:
 
         store = step_store(config.compilation_cache_dir)
         if several:
-            return RankLowering(source, self.placement, inputs, store)
+            return RankLowering(source, self.placement, inputs, store, self._communicators)
         return StepLowering(source, self.placement.everywhere, inputs, store)
 
     def _lower(self, shape: StepShape) -> Any:
@@ -276,7 +304,8 @@ class Executor:
         results = compiled(self.params, self.kv, self.history, *inputs)
         self.kv, self.history, out, recomputed = results
         self._written(plan)
-        self._newest[:] = [InFlight(plan, shape, out, recomputed)]
+        used = self._communicators.of(shape)
+        self._newest[:] = [InFlight(plan, shape, out, recomputed, used)]
         return self._newest[0]
 
     def _written(self, plan: StepPlan) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from jpd.engine.lowering import StepLowering, StepSource
@@ -12,8 +12,23 @@ from jpd.engine.shapes import StepShape
 from jpd.engine.stored_steps import StepStore
 from jpd.ops import overlap
 from jpd.ops.overlap.communicators import communicators
-from jpd.ops.overlap.settings import Settings, settings
+from jpd.ops.overlap.settings import Settings, communicators_of, settings
 from jpd.parallel import MESH_AXIS, ManyDevices
+
+
+class StepCommunicators:
+    """The communicators that an executor's steps were traced with."""
+
+    def __init__(self) -> None:
+        self._traced: dict[StepShape, Sequence[Any]] = {}
+
+    def traced(self, shape: StepShape, communicators: Sequence[Any]) -> None:
+        """Notes those of a step."""
+        self._traced[shape] = communicators
+
+    def of(self, shape: StepShape) -> Sequence[Any]:
+        """Those by which the sums of a step may overlap."""
+        return self._traced.get(shape, ())
 
 
 class RankLowering(StepLowering):
@@ -24,6 +39,7 @@ class RankLowering(StepLowering):
       source: what the steps are made from; its model is a rank's.
       placement: of parameters, pages and inputs.
       inputs, store: see `StepLowering`.
+      used: is told the communicators of every step that is traced here.
     """
 
     def __init__(
@@ -32,9 +48,11 @@ class RankLowering(StepLowering):
         placement: ManyDevices,
         inputs: Callable[[StepShape], Any],
         store: StepStore | None,
+        used: StepCommunicators,
     ) -> None:
         super().__init__(source, placement.everywhere, inputs, store)
         self._mesh = placement.mesh
+        self._used = used
 
     def _key(self, shape: StepShape) -> str | None:
         if settings() != Settings() or self._communicators(shape):
@@ -48,11 +66,16 @@ class RankLowering(StepLowering):
         known = current.communicators or self._communicators(shape)
         changes = {**vars(current), "communicators": known}
         with super()._tracing(shape), overlap.using(**changes):
+            if self._may_overlap(shape):
+                self._used.traced(shape, communicators_of(MESH_AXIS))
             yield
+
+    def _may_overlap(self, shape: StepShape) -> bool:
+        return overlaps(shape) and self._source.kernels.matmul_all_reduce != "xla"
 
     def _communicators(self, shape: StepShape) -> dict[str, list[Any]]:
         """Those that plans for a step ask for."""
-        if not overlaps(shape) or self._source.kernels.matmul_all_reduce == "xla":
+        if not self._may_overlap(shape):
             return {}
         model, tokens = self._source.model, shape.batch + shape.tokens
         widths = (model.num_heads * model.head_dim, model.ffn_size)

@@ -22,7 +22,7 @@ from jpd.errors import KernelError
 from jpd.ops import overlap, registry
 from jpd.ops.overlap import gpu
 from jpd.ops.overlap.communicators import communicators, planned
-from jpd.ops.overlap.settings import settings
+from jpd.ops.overlap.settings import communicators_of, settings
 from jpd.ops.overlap.tiles import tiles_of
 from jpd.ops.self_check import (
     Case,
@@ -109,7 +109,7 @@ def _largest(sums: Sequence[Sum], ranks: int) -> Mapping[tuple[str, Plan], tuple
 
 def _check(axis: str, error: KernelError) -> None:
     """Raises `KernelError` if a communicator says why results are wrong: it fills them with NaN."""
-    for communicator in gpu._communicators(axis):
+    for communicator in communicators_of(axis):
         try:
             communicator.check()
         except RuntimeError as reason:

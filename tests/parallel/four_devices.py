@@ -26,14 +26,15 @@ from jpd.engine.build import Engine
 from jpd.engine.executor import Executor
 from jpd.engine.shapes import StepShape
 from jpd.engine.stored_steps import FOLDER
-from jpd.errors import ConfigError
+from jpd.errors import ConfigError, EngineDeadError
 from jpd.models.family import flatten
 from jpd.ops import overlap, self_check
 from jpd.ops.pallas import Gpu
 from jpd.overlap import Plan, PlanTable, Tiling, Topology
-from jpd.parallel import AXES, RULES, ManyDevices, Split, placement
+from jpd.parallel import AXES, MESH_AXIS, RULES, ManyDevices, Split, placement
 from jpd.types import RequestOutput, SamplingParams
 from native.memory import allocate
+from native.overlap import OverlapError
 from pallas_kernels import mosaic
 from tests import tiny_models
 from tests.engine.kernel_model import kernel_config, kernel_model
@@ -317,6 +318,49 @@ def test_what_holds_a_communicator_is_not_kept(
     source = rank_steps._source
     rank_steps._source = replace(source, kernels=jpd.KernelConfig(matmul_all_reduce="xla"))
     assert None not in map(rank_steps._key, shapes)
+
+
+class OneFailure:
+    """In place of a communicator: it fails when it is asked for the so-manieth time."""
+
+    def __init__(self, at: int | None) -> None:
+        self.at, self.asked = at, 0
+
+    def check(self) -> None:
+        self.asked += 1
+        if self.asked == self.at:
+            raise OverlapError("all_reduce number 7 is not complete after 60 s")
+
+
+def test_tokens_of_a_step_whose_collective_failed_are_nobodys(folders: dict[str, Path]) -> None:
+    """The failure fills sums with NaN and lets the step end: it fails when its result is read."""
+    good, bad = OneFailure(None), OneFailure(2)
+    with overlap.using(communicators={MESH_AXIS: [good, bad]}):
+        engine = engine_of(folders[LLAMA], 2)
+    coordinator = fresh(engine, async_scheduling=False)
+    prompt = tiny_models.random_prompt(LLAMA, 80)  # three chunks
+    output = coordinator.add("0", None, prompt, greedy(max_tokens=4))
+    with pytest.raises(OverlapError, match="all_reduce number 7"):
+        drain(coordinator)
+    assert (good.asked, bad.asked) == (2, 2)
+    assert coordinator.stats().steps == 2
+    assert output.outputs[0].token_ids == []
+    with pytest.raises(EngineDeadError, match="all_reduce number 7"):
+        coordinator.step()
+    # What happened stays readable, for whoever ends the engine then.
+    bad.at = bad.asked + 1
+    engine.executor.release()
+    assert bad.asked == 2
+
+
+def test_steps_without_sums_that_overlap_ask_no_communicator(folders: dict[str, Path]) -> None:
+    asked = OneFailure(None)
+    with overlap.using(communicators={MESH_AXIS: asked}):
+        engine = engine_of(folders[LLAMA], 2)
+    coordinator = fresh(engine)
+    run(coordinator, [tiny_models.random_prompt(LLAMA, 40)], greedy(max_tokens=9))
+    assert asked.asked == 2  # chunks of the prompt
+    assert coordinator.stats().steps > 9
 
 
 def test_a_rank_runs_the_kernels_on_its_part() -> None:

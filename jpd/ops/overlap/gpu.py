@@ -20,7 +20,7 @@ from jpd.errors import ConfigError
 from jpd.ops import pallas, registry
 from jpd.ops.overlap.axes import marked, names, varying
 from jpd.ops.overlap.packed import Packed
-from jpd.ops.overlap.settings import settings
+from jpd.ops.overlap.settings import communicators_of, settings
 from jpd.ops.overlap.tiles import Tiles, tiles_of
 from jpd.overlap import Plan, PlanTable, Topology
 
@@ -42,7 +42,7 @@ def matmul_collective(
     if x.dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"x is {x.dtype}: bfloat16 and float16 can be overlapped")
     (m, k), n, ranks = x.shape, w.shape[0], lax.axis_size(axis_name)
-    comms = _communicators(axis_name)
+    comms = communicators_of(axis_name)
     # An engine has communicators where it has plans: without one, each reason is said only once,
     # not for every shape of its steps.
     what = f"{op} of {f'{m}x{n}x{k}' if comms else 'this shape'} on {ranks} ranks"
@@ -105,12 +105,6 @@ def _native() -> Any:
     except ModuleNotFoundError as error:
         raise NotImplementedError(f"no NCCL beside a running GEMM: {error}") from None
     return overlap
-
-
-def _communicators(axis_name: Any) -> Sequence[Any]:
-    """Those of a mesh axis that `using` set."""
-    found = settings().communicators.get(axis_name) or ()
-    return found if isinstance(found, Sequence) else (found,)
 
 
 def _plans() -> PlanTable:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,6 +40,12 @@ _SETTINGS: ContextVar[Settings | None] = ContextVar("jpd_overlap", default=None)
 def settings() -> Settings:
     """What `using` set, or the defaults."""
     return _SETTINGS.get() or Settings()
+
+
+def communicators_of(axis_name: Any) -> Sequence[Any]:
+    """Those of a mesh axis that `using` set."""
+    found = settings().communicators.get(axis_name) or ()
+    return found if isinstance(found, Sequence) else (found,)
 
 
 @contextlib.contextmanager
