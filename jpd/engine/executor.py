@@ -234,12 +234,14 @@ class Executor:
             jax.block_until_ready(out)
 
     def release(self) -> None:
-        """Waits for the device and lets go of parameters, pages and history, also if it failed."""
+        """Waits for the device and lets go of parameters, pages, history and communicators, also if
+        it failed."""
         try:
             _finish(self._newest)
         finally:
             self._newest.clear()
             self.params = self.kv = self.history = None
+            self._communicators.release()
 
     def load_history(self, row: int, tokens: np.ndarray) -> None:
         """Puts the tokens of a row on the device; penalties are computed from them there."""

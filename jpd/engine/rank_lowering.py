@@ -11,7 +11,7 @@ from jpd.engine.rank_step import overlaps
 from jpd.engine.shapes import StepShape
 from jpd.engine.stored_steps import StepStore
 from jpd.ops import overlap
-from jpd.ops.overlap.communicators import communicators
+from jpd.ops.overlap.communicators import communicators, release
 from jpd.ops.overlap.settings import Settings, communicators_of, settings
 from jpd.parallel import MESH_AXIS, ManyDevices
 
@@ -29,6 +29,11 @@ class StepCommunicators:
     def of(self, shape: StepShape) -> Sequence[Any]:
         """Those by which the sums of a step may overlap."""
         return self._traced.get(shape, ())
+
+    def release(self) -> None:
+        """Closes those that were made for these steps alone, which must not run any more."""
+        self._traced.clear()
+        release(self)
 
 
 class RankLowering(StepLowering):
@@ -80,4 +85,4 @@ class RankLowering(StepLowering):
         model, tokens = self._source.model, shape.batch + shape.tokens
         widths = (model.num_heads * model.head_dim, model.ffn_size)
         products = [(tokens, model.hidden_size, width) for width in widths]
-        return communicators(self._mesh, MESH_AXIS, products)
+        return communicators(self._mesh, MESH_AXIS, products, self._used)

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -29,6 +30,7 @@ from jpd.engine.stored_steps import FOLDER
 from jpd.errors import ConfigError, EngineDeadError
 from jpd.models.family import flatten
 from jpd.ops import overlap, self_check
+from jpd.ops.overlap import communicators
 from jpd.ops.pallas import Gpu
 from jpd.overlap import Plan, PlanTable, Tiling, Topology
 from jpd.parallel import AXES, MESH_AXIS, RULES, ManyDevices, Split, placement
@@ -324,12 +326,15 @@ class OneFailure:
     """In place of a communicator: it fails when it is asked for the so-manieth time."""
 
     def __init__(self, at: int | None) -> None:
-        self.at, self.asked = at, 0
+        self.at, self.asked, self.closed = at, 0, False
 
     def check(self) -> None:
         self.asked += 1
         if self.asked == self.at:
             raise OverlapError("all_reduce number 7 is not complete after 60 s")
+
+    def close(self) -> None:
+        self.closed = True
 
 
 def test_tokens_of_a_step_whose_collective_failed_are_nobodys(folders: dict[str, Path]) -> None:
@@ -351,6 +356,7 @@ def test_tokens_of_a_step_whose_collective_failed_are_nobodys(folders: dict[str,
     bad.at = bad.asked + 1
     engine.executor.release()
     assert bad.asked == 2
+    assert not good.closed, "it is the caller's"
 
 
 def test_steps_without_sums_that_overlap_ask_no_communicator(folders: dict[str, Path]) -> None:
@@ -361,6 +367,33 @@ def test_steps_without_sums_that_overlap_ask_no_communicator(folders: dict[str, 
     run(coordinator, [tiny_models.random_prompt(LLAMA, 40)], greedy(max_tokens=9))
     assert asked.asked == 2  # chunks of the prompt
     assert coordinator.stats().steps > 9
+
+
+def test_an_executor_closes_the_communicators_that_were_made_for_it(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not before the last of those on the same devices."""
+    made = []
+
+    def make(mesh: Mesh, axis: str, max_ctas: int) -> OneFailure:
+        made.append(OneFailure(None))
+        return made[-1]
+
+    def planned(ranks: int, products: list[Any]) -> dict[Any, Any]:
+        return {product: SimpleNamespace(ctas=16) for product in products}
+
+    monkeypatch.setattr(communicators, "_MADE", {})
+    monkeypatch.setattr(communicators, "_make", make)
+    monkeypatch.setattr(communicators, "planned", planned)
+    first, second = (engine_of(folders[LLAMA], 2) for _ in range(2))
+    (only,) = made
+    run(fresh(first), [tiny_models.random_prompt(LLAMA, 40)], greedy(max_tokens=2))
+    assert only.asked > 2
+    first.executor.release()
+    assert not only.closed
+    assert served(second)
+    second.executor.release()
+    assert only.closed
 
 
 def test_a_rank_runs_the_kernels_on_its_part() -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import functools
 import logging
+import threading
+import weakref
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -16,6 +19,21 @@ logger = logging.getLogger(__name__)
 
 Product = tuple[int, int, int]
 """M, N and K on a rank of a product whose results are summed over the ranks."""
+
+
+@dataclass
+class _Made:
+    """What came of making a communicator, and who runs programs with it."""
+
+    communicator: Any
+    """None where it could not be made."""
+    users: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
+
+
+_MADE: dict[tuple[jax.sharding.Mesh, str, int], _Made] = {}
+"""By mesh, axis and most SMs. Engines of one process on the same devices share them."""
+_LOCK = threading.Lock()
+"""Of `_MADE`."""
 
 
 def planned(ranks: int, products: Iterable[Product]) -> dict[Product, Plan]:
@@ -40,21 +58,56 @@ def planned(ranks: int, products: Iterable[Product]) -> dict[Product, Plan]:
 
 
 def communicators(
-    mesh: jax.sharding.Mesh, axis: str, products: Iterable[Product]
+    mesh: jax.sharding.Mesh, axis: str, products: Iterable[Product], user: object = None
 ) -> dict[str, list[Any]]:
     """For `using(communicators=...)`: one for each number of SMs that plans leave to NCCL.
+
+    They are made once and kept, also that one could not be, until `release`. Of one that failed
+    since then, the ranks are ended, and a new one is made.
 
     Args:
       mesh: of the program.
       axis: of the mesh.
       products: of the program.
+      user: who runs the program, for `release`; what has none is kept.
 
     Returns:
       The communicators by the axis; none where nothing can be, or is planned to be, overlapped.
     """
     ctas = sorted({plan.ctas for plan in planned(mesh.shape[axis], products).values()})
-    made = [comm for n in ctas if (comm := _communicator(mesh, axis, n)) is not None]
+    with _LOCK:
+        made = [_kept((mesh, axis, n), user) for n in ctas]
+    made = [communicator for communicator in made if communicator is not None]
     return {axis: made} if made else {}
+
+
+def release(user: object) -> None:
+    """Closes the communicators that only `user` had, whose programs must not run any more."""
+    with _LOCK:
+        for key, made in list(_MADE.items()):
+            if user in made.users:
+                made.users.discard(user)
+                if not made.users:
+                    del _MADE[key]
+                    if made.communicator is not None:
+                        made.communicator.close()
+
+
+def _kept(key: tuple[jax.sharding.Mesh, str, int], user: object) -> Any:
+    """The communicator of a mesh, an axis and a number of SMs; None if it cannot be made."""
+    made = _MADE.get(key)
+    if made is not None and made.communicator is not None:
+        try:
+            made.communicator.check()
+        except RuntimeError as error:
+            logger.warning("a new NCCL communicator is made, the old one failed: %s", error)
+            made.communicator.close()
+            made = None
+    if made is None:
+        made = _MADE[key] = _Made(_make(*key))
+    if user is not None:
+        made.users.add(user)
+    return made.communicator
 
 
 @functools.cache
@@ -69,9 +122,8 @@ def _has_native() -> bool:
     return True
 
 
-@functools.cache
-def _communicator(mesh: jax.sharding.Mesh, axis: str, max_ctas: int) -> Any:
-    """Made once, and kept until the process ends, as are the programs that were traced with it."""
+def _make(mesh: jax.sharding.Mesh, axis: str, max_ctas: int) -> Any:
+    """None if it cannot be made, which is said."""
     native = gpu._native()
     try:
         return native.Communicator.for_axis(mesh, axis, max_ctas=max_ctas)
