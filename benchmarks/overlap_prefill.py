@@ -254,8 +254,10 @@ class Training:
         """
 
         def mlp(x: jax.Array, gate_up: jax.Array, down: jax.Array) -> jax.Array:
-            gate, up = jnp.split(overlap.all_gather_matmul(x, gate_up, MESH_AXIS), 2, axis=1)
-            return overlap.matmul_reduce_scatter(jax.nn.silu(gate) * up, down, MESH_AXIS)
+            how = {"resident": dtype is None}  # else weights are converted first
+            hidden = overlap.all_gather_matmul(x, gate_up, MESH_AXIS, **how)
+            gate, up = jnp.split(hidden, 2, axis=1)
+            return overlap.matmul_reduce_scatter(jax.nn.silu(gate) * up, down, MESH_AXIS, **how)
 
         def step(*arrays: jax.Array) -> Any:
             x, g, *weights = arrays if dtype is None else (a.astype(dtype) for a in arrays)

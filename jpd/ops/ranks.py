@@ -78,7 +78,7 @@ def summed_linear(
 
     Args:
       x: `[M, K]`, this rank's inputs.
-      weight: `[N, K]`, this rank's columns.
+      weight: `[N, K]`, this rank's columns; like every layer's, it is not computed by the program.
       over: logical axis of the inputs.
       bias: `[N]`, whole on every rank; added once, after the sum.
       residual: `[M, N]`, whole on every rank; likewise.
@@ -92,7 +92,7 @@ def summed_linear(
         return linear(x, weight, bias=bias, residual=residual)
     if ranks.overlap:
         last = bias is None and residual is not None  # the next to read it is a norm
-        y = matmul_all_reduce(x, weight, ranks.axis, packed=last)
+        y = matmul_all_reduce(x, weight, ranks.axis, packed=last, resident=True)
     else:
         y = lax.psum(linear(x, weight), ranks.axis)
     y = y if bias is None else y + bias

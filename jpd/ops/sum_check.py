@@ -126,7 +126,7 @@ def _case(
     tiles = tiles_of("all_reduce", ranks, rows, outputs, plan)
 
     def of_rank(x: jax.Array, w: jax.Array, residual: jax.Array, norm: jax.Array) -> Any:
-        y = overlap.matmul_all_reduce(x, w, axis, packed=True)
+        y = overlap.matmul_all_reduce(x, w, axis, packed=True, resident=True)  # as layers do
         normed, stream = overlap.rms_norm_residual(y, residual, norm, widths.eps)
         total = overlap.unpack(y)
         got = {

@@ -18,7 +18,7 @@ from jpd.engine import build
 from jpd.engine.shapes import shape_table
 from jpd.errors import ConfigError, KernelError
 from jpd.layers.attention import causal_attend
-from jpd.ops import overlap, pallas, sum_check
+from jpd.ops import overlap, pallas, registry, sum_check
 from jpd.ops.overlap import communicators, gpu, plain
 from jpd.ops.overlap.tiles import tiles_of
 from jpd.ops.self_check import Widths
@@ -445,6 +445,63 @@ def test_overlap_lowers_to_start_gemm_and_done_on_the_same_buffers(op, check_vma
     gemm = re.search(rf"{made} = (?:func\.)?call @_call\(.*, {started}#1, {started}#0\)", text)
     assert f"@jpd_overlap_done({gemm[1]}#1, {gemm[1]}#0" in text
     assert "mosaic_gpu" in text
+
+
+def products_of(function, **kernels):
+    """The implementations of `linear` that a program for an H200 takes."""
+    shapes = [jax.ShapeDtypeStruct((4, *s), jnp.bfloat16) for s in ((128, 256), (512, 256))]
+    selected = ops.using(KernelConfig(**kernels), "gpu")
+    for_h200 = pallas.tracing_for(pallas.Gpu("NVIDIA H200", 132, "9.0"))
+    with selected, for_h200, registry.recording() as taken:
+        on_mesh(function, 4, P("tp"), check_vma=False).trace(*shapes)
+    return [choice.taken for choice in taken if choice.op == "linear"]
+
+
+PUBLIC = [
+    *CALLS.values(),
+    # These take a weight for resident, unless told.
+    *(functools.partial(op, resident=False) for op, _, _ in COLUMN),
+]
+
+
+@pytest.mark.parametrize("op", PUBLIC, ids=[*CALLS, "all_gather", "replicated"])
+def test_a_weight_that_may_be_computed_is_not_read_early(op):
+    """Kernels read it before the one ahead of them is complete: only where somebody says so."""
+
+    def forward(x, w, **options):
+        return op(x, w, "tp", **options)
+
+    def backward(x, w, **options):
+        return jax.grad(lambda x, w: op(x, w, "tp", **options).sum(), (0, 1))(x, w)
+
+    for kernels in ({}, {"linear": "pallas"}):
+        assert products_of(forward, **kernels) == ["xla"]
+        assert set(products_of(backward, **kernels)) == {"xla"}
+    with pytest.raises(ConfigError, match="resident=True says that it does not"):
+        products_of(forward, pallas_only=True)
+    for kernels in ({}, {"pallas_only": True}):
+        assert products_of(functools.partial(forward, resident=True), **kernels) == ["pallas"]
+        first, *others = products_of(functools.partial(backward, resident=True), **kernels)
+        assert first == "pallas"
+        assert set(others) <= {"xla"}, "a transposed weight is computed"
+
+
+def test_grouped_products_do_not_read_a_computed_weight_early():
+    plan = plan_of("all_reduce", 4, m=128, n=512, k=256)
+    call = functools.partial(
+        overlap.matmul_all_reduce, axis_name="tp", implementation="grouped", plan=plan
+    )
+    assert products_of(call) == ["xla"]
+    assert products_of(functools.partial(call, resident=True)) == ["pallas"]
+
+
+@pytest.mark.parametrize("overlapping", [True, False])
+def test_layers_read_their_weights_early(overlapping):
+    def layer(x, w):
+        with ops.over_ranks(ops.Ranks("tp", {"ffn"}, overlap=overlapping)):
+            return ops.summed_linear(x, w, over="ffn")
+
+    assert products_of(layer) == ["pallas"]
 
 
 def test_a_process_without_a_gpu_that_traces_for_one_names_that_gpu(monkeypatch):

@@ -16,7 +16,7 @@ from jpd.ops.overlap.packed import Packed, unpack
 from jpd.overlap import OPS, Plan
 
 _MODULES = {"overlap": gpu, "xla": plain, "grouped": grouped}
-"""In each a `matmul_collective` (op, x, w, axis_name, plan) -> array or Packed."""
+"""In each a `matmul_collective` (op, x, w, axis_name, plan, resident) -> array or Packed."""
 _TABLE = {
     op: OverlapOp(
         f"matmul_{op}",
@@ -37,6 +37,7 @@ class _Call:
     plan: Plan | None
     implementation: str | None
     packed: bool
+    resident: bool
 
 
 def matmul_all_reduce(
@@ -47,6 +48,7 @@ def matmul_all_reduce(
     plan: Plan | None = None,
     packed: bool = False,
     implementation: str | None = None,
+    resident: bool = False,
 ) -> jax.Array | Packed:
     """`lax.psum(x @ w.T, axis_name)`: a row-parallel linear layer, K is split over the ranks.
 
@@ -60,6 +62,9 @@ def matmul_all_reduce(
         It changes no result. Where one is given that cannot be followed here, XLA runs.
       packed: the result may be a `Packed`, for `rms_norm_residual` or `unpack`.
       implementation: of `Settings.implementation`.
+      resident: w was complete before the program began, as a parameter is that nothing computes in
+        it. A product that does not overlap may then be a kernel that reads it early, which would be
+        wrong for any other w.
 
     Returns:
       `[M, N]` in x's dtype, equal on all ranks. Sums over K are float32, rounded once, and then
@@ -68,8 +73,9 @@ def matmul_all_reduce(
     Raises:
       ValueError: shapes or dtypes that do not fit together, or a plan for another op, number of
         ranks or shape.
+      ConfigError: only kernels may run, nothing overlaps, and w is not resident.
     """
-    return _run(x, w, _Call("all_reduce", axis_name, plan, implementation, packed))
+    return _run(x, w, _Call("all_reduce", axis_name, plan, implementation, packed, resident))
 
 
 def matmul_reduce_scatter(
@@ -80,6 +86,7 @@ def matmul_reduce_scatter(
     plan: Plan | None = None,
     packed: bool = False,
     implementation: str | None = None,
+    resident: bool = False,
 ) -> jax.Array | Packed:
     """`lax.psum_scatter(x @ w.T, axis_name, tiled=True)`: row-parallel with sequence parallelism.
 
@@ -90,7 +97,7 @@ def matmul_reduce_scatter(
     Args:
       x: `[M, K]`, this rank's columns; M is a multiple of the number of ranks.
       w: `[N, K]`, this rank's columns.
-      axis_name, plan, packed, implementation: as for `matmul_all_reduce`.
+      axis_name, plan, packed, implementation, resident: as for `matmul_all_reduce`.
 
     Returns:
       `[M / ranks, N]` in x's dtype.
@@ -98,7 +105,7 @@ def matmul_reduce_scatter(
     Raises:
       ValueError: as for `matmul_all_reduce`, or M is not a multiple of the number of ranks.
     """
-    return _run(x, w, _Call("reduce_scatter", axis_name, plan, implementation, packed))
+    return _run(x, w, _Call("reduce_scatter", axis_name, plan, implementation, packed, resident))
 
 
 def matmul_all_to_all(
@@ -109,6 +116,7 @@ def matmul_all_to_all(
     plan: Plan | None = None,
     packed: bool = False,
     implementation: str | None = None,
+    resident: bool = False,
 ) -> jax.Array | Packed:
     """`lax.all_to_all(x @ w.T, axis_name, split_axis=0, concat_axis=0, tiled=True)`.
 
@@ -118,7 +126,7 @@ def matmul_all_to_all(
     Args:
       x: `[M, K]`, rows for all ranks; M is a multiple of their number.
       w: `[N, K]`.
-      axis_name, plan, packed, implementation: as for `matmul_all_reduce`.
+      axis_name, plan, packed, implementation, resident: as for `matmul_all_reduce`.
 
     Returns:
       `[M, N]` in x's dtype.
@@ -126,7 +134,7 @@ def matmul_all_to_all(
     Raises:
       ValueError: as for `matmul_reduce_scatter`.
     """
-    return _run(x, w, _Call("all_to_all", axis_name, plan, implementation, packed))
+    return _run(x, w, _Call("all_to_all", axis_name, plan, implementation, packed, resident))
 
 
 def _run(x: jax.Array, w: jax.Array, call: _Call) -> jax.Array | Packed:
@@ -152,7 +160,8 @@ def _check(x: jax.Array, w: jax.Array, call: _Call) -> None:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _product(call: _Call, x: jax.Array, w: jax.Array) -> jax.Array | Packed:
-    y = _TABLE[call.op](x, w, call.axis_name, call.plan, implementation=call.implementation)
+    arguments = x, w, call.axis_name, call.plan, call.resident
+    y = _TABLE[call.op](*arguments, implementation=call.implementation)
     return y if call.packed else unpack(y)
 
 

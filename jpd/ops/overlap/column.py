@@ -7,21 +7,21 @@ the column-parallel layer before it: backward passes overlap here, forward passe
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import functools
 from typing import Any
 
 import jax
 from jax import lax
 
-from jpd.ops import registry
 from jpd.ops.linear import linear, linear_xla
 from jpd.ops.overlap.axes import names, summed_to, varying
 from jpd.ops.overlap.collectives import matmul_all_reduce, matmul_reduce_scatter
+from jpd.ops.overlap.weights import computed_weights, product
 
 
-def all_gather_matmul(x: jax.Array, w: jax.Array, axis_name: Any) -> jax.Array:
+def all_gather_matmul(
+    x: jax.Array, w: jax.Array, axis_name: Any, *, resident: bool = True
+) -> jax.Array:
     """`lax.all_gather(x, axis_name, tiled=True) @ w.T`; the gradient of x is by
     `matmul_reduce_scatter`.
 
@@ -29,14 +29,18 @@ def all_gather_matmul(x: jax.Array, w: jax.Array, axis_name: Any) -> jax.Array:
       x: `[M / ranks, K]`, this rank's rows.
       w: `[N, K]`, this rank's rows of a larger weight.
       axis_name: mesh axis of the `shard_map` around.
+      resident: see `matmul_all_reduce`. False is needed where the program computes w, such as by a
+        conversion: a kernel may read it too early otherwise.
 
     Returns:
       `[M, N]`. The rows of other ranks are gathered again for the gradient of w, not kept.
     """
-    return _gathered(axis_name, x, w)
+    return _gathered(axis_name, resident, x, w)
 
 
-def replicated_matmul(x: jax.Array, w: jax.Array, axis_name: Any) -> jax.Array:
+def replicated_matmul(
+    x: jax.Array, w: jax.Array, axis_name: Any, *, resident: bool = True
+) -> jax.Array:
     """`x @ w.T` with the same x on all ranks; the gradient of x is by `matmul_all_reduce`.
 
     Under `shard_map(..., check_vma=False)` JAX does not know that x is the same everywhere, and
@@ -46,40 +50,34 @@ def replicated_matmul(x: jax.Array, w: jax.Array, axis_name: Any) -> jax.Array:
       x: `[M, K]`, equal on all ranks of the axis.
       w: `[N, K]`, this rank's rows of a larger weight.
       axis_name: mesh axis of the `shard_map` around.
+      resident: see `matmul_all_reduce`. False is needed where the program computes w, such as by a
+        conversion: a kernel may read it too early otherwise.
 
     Returns:
       `[M, N]`, this rank's columns.
     """
-    return _replicated(axis_name, x, w)
-
-
-def _computed_weights() -> contextlib.AbstractContextManager[None]:
-    """Products traced inside the block are XLA's, unless they overlap.
-
-    The other kernels read weights before the kernel ahead of them, which may have computed those,
-    is complete. XLA's also reads a transposed weight as it lies.
-    """
-    selected = registry.selection()
-    changed = dataclasses.replace(selected, linear="xla", pallas_only=False)
-    return registry.using(changed, registry.platform())
+    return _replicated(axis_name, resident, x, w)
 
 
 def _gather(x: jax.Array, axis_name: Any) -> jax.Array:
     return lax.all_gather(x, axis_name, axis=0, tiled=True)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _gathered(axis_name: Any, x: jax.Array, w: jax.Array) -> jax.Array:
-    return linear(_gather(x, axis_name), w)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _gathered(axis_name: Any, resident: bool, x: jax.Array, w: jax.Array) -> jax.Array:
+    return product(_gather(x, axis_name), w, resident=resident)
 
 
-def _gathered_forward(axis_name: Any, x: jax.Array, w: jax.Array) -> Any:
-    return _gathered(axis_name, x, w), (x, w)
+def _gathered_forward(axis_name: Any, resident: bool, x: jax.Array, w: jax.Array) -> Any:
+    return _gathered(axis_name, resident, x, w), (x, w)
 
 
-def _gathered_backward(axis_name: Any, saved: Any, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _gathered_backward(
+    axis_name: Any, resident: bool, saved: Any, g: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    del resident  # a transposed weight is not
     x, w = saved
-    with _computed_weights():
+    with computed_weights():
         dx = matmul_reduce_scatter(g, w.T, axis_name)
     whole = _gather(x, axis_name)
     (dw,) = jax.vjp(lambda w: linear_xla(whole, w), w)[1](g)
@@ -89,20 +87,23 @@ def _gathered_backward(axis_name: Any, saved: Any, g: jax.Array) -> tuple[jax.Ar
 _gathered.defvjp(_gathered_forward, _gathered_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _replicated(axis_name: Any, x: jax.Array, w: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _replicated(axis_name: Any, resident: bool, x: jax.Array, w: jax.Array) -> jax.Array:
     del axis_name
-    return linear(x, w)
+    return product(x, w, resident=resident)
 
 
-def _replicated_forward(axis_name: Any, x: jax.Array, w: jax.Array) -> Any:
-    return _replicated(axis_name, x, w), (x, w)
+def _replicated_forward(axis_name: Any, resident: bool, x: jax.Array, w: jax.Array) -> Any:
+    return _replicated(axis_name, resident, x, w), (x, w)
 
 
-def _replicated_backward(axis_name: Any, saved: Any, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _replicated_backward(
+    axis_name: Any, resident: bool, saved: Any, g: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    del resident  # a transposed weight is not
     x, w = saved
     shared = names(axis_name) <= varying(g) - varying(x)
-    with _computed_weights():
+    with computed_weights():
         dx = matmul_all_reduce(g, w.T, axis_name) if shared else linear(g, w.T)
     (dw,) = jax.vjp(lambda w: linear_xla(x, w), w)[1](g)
     return summed_to(x, dx), dw

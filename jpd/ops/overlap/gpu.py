@@ -26,7 +26,7 @@ from jpd.overlap import Plan, PlanTable, Topology
 
 
 def matmul_collective(
-    op: str, x: jax.Array, w: jax.Array, axis_name: Any, plan: Plan | None
+    op: str, x: jax.Array, w: jax.Array, axis_name: Any, plan: Plan | None, resident: bool
 ) -> Packed:
     """A signalling GEMM and one NCCL collective a group, on a stream of their own.
 
@@ -37,6 +37,7 @@ def matmul_collective(
       ConfigError: the communicator has another number of ranks than the axis, or the plans are for
         another machine.
     """
+    del resident  # w is read when all before start is complete, see `_signalled`
     _check_device()
     native = _native()
     if x.dtype not in (jnp.bfloat16, jnp.float16):

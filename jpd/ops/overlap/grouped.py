@@ -12,16 +12,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jpd.ops.linear import linear
 from jpd.ops.overlap.packed import Packed
 from jpd.ops.overlap.plain import collective
 from jpd.ops.overlap.settings import settings
 from jpd.ops.overlap.tiles import tiles_of
+from jpd.ops.overlap.weights import product
 from jpd.overlap import Plan
 
 
 def matmul_collective(
-    op: str, x: jax.Array, w: jax.Array, axis_name: Any, plan: Plan | None
+    op: str, x: jax.Array, w: jax.Array, axis_name: Any, plan: Plan | None, resident: bool
 ) -> Packed:
     """Packs the product as the signalling GEMM stores it, then one collective a group.
 
@@ -40,7 +40,9 @@ def matmul_collective(
         raise NotImplementedError(f"plan={plan}: groups follow from a plan that overlaps")
     tiles = tiles_of(op, ranks, m, n, plan)
     # Only the order of the tiles matters to an all-reduce, which has one receiver.
-    packed = signal_gemm.pack(linear(x, w), tiles.config, groups=tiles.groups, ranks=tiles.ranks)
+    packed = signal_gemm.pack(
+        product(x, w, resident=resident), tiles.config, groups=tiles.groups, ranks=tiles.ranks
+    )
     area = tiles.config.tile_m * tiles.config.tile_n
     received = []
     for offset, size in signal_gemm.group_spans(tiles.groups, tiles.config):

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jax import lax
 
-from jpd.ops.linear import linear
+from jpd.ops.overlap.weights import product
 from jpd.overlap import Plan
 
 
@@ -24,8 +24,8 @@ def collective(op: str, y: jax.Array, axis_name: Any) -> jax.Array:
 
 
 def matmul_collective(
-    op: str, x: jax.Array, w: jax.Array, axis_name: Any, plan: Plan | None
+    op: str, x: jax.Array, w: jax.Array, axis_name: Any, plan: Plan | None, resident: bool
 ) -> jax.Array:
     """One after the other; a plan has nothing to say about that."""
     del plan
-    return collective(op, linear(x, w), axis_name)
+    return collective(op, product(x, w, resident=resident), axis_name)
