@@ -9,6 +9,10 @@ from hypothesis import HealthCheck, settings
 # Before any test module imports jax, which reads it once. `make test-gpu` sets it otherwise.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+# NVLink SHARP's multicast stays off on several GPUs, as in the benchmarks: not every machine allows
+# it. NCCL reads this when the first communicator is made.
+os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+
 # Threads of XLA's CPU pool. Interpret mode runs every warpgroup of a kernel in it at the same time;
 # where one waits for another that gets no thread (few cores), it waits forever.
 os.environ.setdefault("NPROC", str(max(16, os.cpu_count() or 1)))

@@ -135,7 +135,7 @@ def error_of(work):
 
 def largest_errors(repeats, **options):
     found = {}
-    for ranks in (2, 4):
+    for ranks in (1, 2, 4):
         with open_communicator(ranks) as communicator:
             for collective in ("all_reduce", "reduce_scatter", "all_to_all"):
                 transfer = transfer_of(collective, **options)
@@ -311,22 +311,28 @@ def scenario_exchange():
 
 
 def broken_step(
-    setting, value, timeout_s=PATIENCE_S, missing=-1, collective="all_reduce", enqueue="done"
+    setting,
+    value,
+    timeout_s=PATIENCE_S,
+    missing=-1,
+    collective="all_reduce",
+    enqueue="done",
+    ranks=2,
 ):
     """A step with a fault: what it gives, what is said after it, and whether a new one works."""
-    with open_communicator(2, timeout_s=timeout_s) as communicator:
+    with open_communicator(ranks, timeout_s=timeout_s) as communicator:
         transfer = transfer_of(collective, enqueue=enqueue)
-        values = random_values(2)
+        values = random_values(ranks)
         if setting is not None:
             fake.fake_set(setting, value)
-        run = program(communicator, mesh_of(2), transfer, missing)
+        run = program(communicator, mesh_of(ranks), transfer, missing)
         begin = time.monotonic()
         got = []
         step = error_of(lambda: got.append(np.asarray(run(values))))
         after_s = time.monotonic() - begin
         while error_of(communicator.check) is None and time.monotonic() - begin < PATIENCE_S:
             time.sleep(0.01)
-        aborts = {"abort r0", "abort r1"}  # each rank's has a thread of its own
+        aborts = {f"abort r{rank}" for rank in range(ranks)}  # each rank's has a thread of its own
         while not aborts <= set(log()) and time.monotonic() - begin < PATIENCE_S:
             time.sleep(0.01)
         check = error_of(communicator.check)
@@ -339,8 +345,8 @@ def broken_step(
             "nan": bool(got and np.isnan(got[0]).all()),
             "log": log(),
         }
-    with open_communicator(2) as communicator:
-        got = np.asarray(program(communicator, mesh_of(2), transfer_of(collective))(values))
+    with open_communicator(ranks) as communicator:
+        got = np.asarray(program(communicator, mesh_of(ranks), transfer_of(collective))(values))
         result["new"] = float(np.abs(got - expected(collective, values)).max())
     return result
 
@@ -367,6 +373,12 @@ def scenario_stuck_reduce_scatter():
 
 def scenario_stuck_gemm():
     return stuck_step("0 of 1 tiles of group 1", None, 0, missing=1)
+
+
+def scenario_stuck_gemm_of_one_rank():
+    return stuck_step(
+        "0 of 1 tiles of group 1", None, 0, missing=1, collective="reduce_scatter", ranks=1
+    )
 
 
 def scenario_stuck_in_nccl():

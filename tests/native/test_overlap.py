@@ -68,7 +68,7 @@ def lines_of(log, stream):
 
 
 @pytest.mark.parametrize("way", ["done", "start", "trace"])
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize("collective", COLLECTIVES)
 def test_results_are_those_of_the_collective(value, collective, ranks, way):
     assert value(f"results_{way}")[f"{collective}-{ranks}"] < ROUNDING
@@ -261,6 +261,15 @@ def test_what_is_stuck_ends_in_an_error_and_nan(value, scenario, reason):
     assert found["nan"]
     assert found["timeout_s"] < found["seconds"]
     assert {"abort r0", "abort r1"} <= set(found["log"])
+    assert found["new"] < ROUNDING
+
+
+def test_a_rank_alone_is_stuck_in_the_same_way(value):
+    found = value("stuck_gemm_of_one_rank")
+    for said in (found["check"], found["later"]):
+        assert "the GEMM signalled 0 of 1 tiles of group 1 of 3" in said
+    assert found["nan"]
+    assert "abort r0" in found["log"]
     assert found["new"] < ROUNDING
 
 

@@ -1,11 +1,12 @@
-"""native.overlap on two and more GPUs: pallas_kernels.signal_gemm and NCCL against XLA's own.
+"""native.overlap on GPUs: pallas_kernels.signal_gemm and NCCL against XLA's own.
 
-JAX_PLATFORMS=cuda NCCL_NVLS_ENABLE=0 python -m pytest tests/native/test_overlap_gpu.py
+JAX_PLATFORMS=cuda python -m pytest tests/native/test_overlap_gpu.py
+
+On one GPU those of one rank run: nobody is sent to, but start, waits, copies and done are the same.
+Those of several are `-m multigpu`.
 """
 
 import os
-
-os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,13 @@ from native.overlap import Communicator, OverlapError, Transfer, groups_of
 from pallas_kernels import signal_gemm as gemms
 
 GPUS = 0 if os.environ["JAX_PLATFORMS"] == "cpu" else jax.device_count()
-pytestmark = pytest.mark.skipif(GPUS < 2, reason="needs two GPUs: JAX_PLATFORMS=cuda")
+pytestmark = pytest.mark.skipif(GPUS < 1, reason="needs a GPU: JAX_PLATFORMS=cuda")
+MULTIGPU = (
+    pytest.mark.multigpu,
+    pytest.mark.skipif(GPUS < 2, reason="needs two GPUs: JAX_PLATFORMS=cuda"),
+)
+MANY = max(2, 1 << max(0, GPUS.bit_length() - 1))
+"""Ranks: as many as there are GPUs, a power of two."""
 
 COLLECTIVES = ("all_reduce", "reduce_scatter", "all_to_all")
 SMS = 116
@@ -27,10 +34,12 @@ RTOL = 8e-3
 """Relative error of bf16 sums of float32 products that were rounded to bf16 first."""
 
 
-@pytest.fixture(scope="module")
-def mesh():
-    ranks = 1 << (GPUS.bit_length() - 1)
-    return jax.sharding.Mesh(np.array(jax.devices()[:ranks]), ("tp",))
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(1, id="one"), pytest.param(MANY, id="many", marks=MULTIGPU)],
+)
+def mesh(request):
+    return jax.sharding.Mesh(np.array(jax.devices()[: request.param]), ("tp",))
 
 
 @pytest.fixture(scope="module")
@@ -142,17 +151,19 @@ def test_a_hundred_times_on_the_same_buffers(communicator, mesh, collective):
         assert error(run(*pairs[i % 4]), rights[i % 4]) < RTOL, i
 
 
-def test_many_in_flight(communicator, mesh):
+@pytest.mark.parametrize("collective", ["all_reduce", "reduce_scatter"])
+def test_many_in_flight(communicator, mesh, collective):
     """The host runs far ahead: no result may be another call's."""
     m, n, k = 2048, 2048, 512
-    run = overlapped(communicator, mesh, "all_reduce", m, n, k)
+    run = overlapped(communicator, mesh, collective, m, n, k)
     pairs = [operands(mesh, m, n, k, seed) for seed in range(4)]
-    rights = [reference(mesh, "all_reduce")(*pair) for pair in pairs]
+    rights = [reference(mesh, collective)(*pair) for pair in pairs]
     got = [run(*pairs[i % 4]) for i in range(60)]
     for i, result in enumerate(got):
         assert error(result, rights[i % 4]) < RTOL, i
 
 
+@pytest.mark.parametrize("mesh", [pytest.param(MANY, id="many", marks=MULTIGPU)], indirect=True)
 def test_a_wrong_permutation_is_seen(communicator, mesh):
     m, n, k = 1024, 1536, 512
     x, w = operands(mesh, m, n, k)
@@ -221,17 +232,40 @@ def test_a_trace_has_times_in_order(communicator, mesh):
         assert ends[-1] <= call.end_us + 1
 
 
-@pytest.mark.parametrize("fault", ["gemm", "peer"])
-def test_what_is_stuck_ends_in_an_error_and_nan(mesh, fault):
+@pytest.mark.parametrize("collective", ["reduce_scatter", "all_to_all"])
+def test_what_is_ready_is_sent_while_the_gemm_computes(communicator, mesh, collective):
+    """On one rank a copy on the device. A host that is busy may come late: not in every call."""
+    m, n, k = 8192, 8192, 4096
+    x, w = operands(mesh, m, n, k)
+    run = overlapped(communicator, mesh, collective, m, n, k, trace=True)
+    run(x, w).block_until_ready()
+    communicator.trace()
+    for _ in range(10):
+        run(x, w).block_until_ready()
+    calls = communicator.trace()
+    beside = {call.rank for call in calls if call.groups[0].end_us < call.gemm_end_us}
+    assert beside == set(range(mesh.size)), calls[-1]
+
+
+@pytest.mark.parametrize(
+    ("mesh", "fault", "collective"),
+    [
+        pytest.param(1, "gemm", "reduce_scatter", id="one-gemm"),
+        pytest.param(MANY, "gemm", "all_reduce", id="many-gemm", marks=MULTIGPU),
+        pytest.param(MANY, "peer", "all_reduce", id="many-peer", marks=MULTIGPU),
+    ],
+    indirect=["mesh"],
+)
+def test_what_is_stuck_ends_in_an_error_and_nan(mesh, fault, collective):
     """A GEMM that never signals; a rank that never calls."""
     m, n, k = 1024, 1536, 512
     with Communicator.for_axis(mesh, "tp", max_ctas=16, timeout_s=2) as broken:
         if fault == "gemm":
-            run = overlapped(broken, mesh, "all_reduce", m, n, k, signals=False)
+            run = overlapped(broken, mesh, collective, m, n, k, signals=False)
             pair = operands(mesh, m, n, k)
         else:
             alone = jax.sharding.Mesh(mesh.devices[:1], ("tp",))
-            run = overlapped(broken, alone, "all_reduce", m, n, k)
+            run = overlapped(broken, alone, collective, m, n, k)
             pair = operands(alone, m, n, k)
         got = np.asarray(run(*pair), np.float32)
         assert np.isnan(got).all()
@@ -242,5 +276,5 @@ def test_what_is_stuck_ends_in_an_error_and_nan(mesh, fault):
             jax.block_until_ready(run(*pair))
     x, w = operands(mesh, m, n, k)
     with Communicator.for_axis(mesh, "tp", max_ctas=16, timeout_s=30) as fresh:
-        got = overlapped(fresh, mesh, "all_reduce", m, n, k)(x, w)
-        assert error(got, reference(mesh, "all_reduce")(x, w)) < RTOL
+        got = overlapped(fresh, mesh, collective, m, n, k)(x, w)
+        assert error(got, reference(mesh, collective)(x, w)) < RTOL
