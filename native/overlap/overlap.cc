@@ -332,8 +332,10 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
     for (auto& rank : ranks) {
       if (rank->device == device) return *rank;
     }
-    if (ranks.size() == 1) return *ranks[0];
-    throw Failure("the communicator has no rank on device " + std::to_string(device));
+    std::string there;
+    for (auto& rank : ranks) there += (there.empty() ? "" : ", ") + std::to_string(rank->device);
+    throw Failure("the communicator has no rank on device " + std::to_string(device) +
+                  " of this process, only on " + there);
   }
 
   void raise() {

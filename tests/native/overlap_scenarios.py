@@ -254,6 +254,19 @@ def scenario_options_reach_nccl():
     return {"log": text, "closed": log()[-2:], "id": id_before}
 
 
+def scenario_wrong_device():
+    """A program on a device, by the devices of the communicator: what is said."""
+    found = {}
+    values = random_values(1)
+    for name, ordinals in {"sole": [1], "two": [2, 3], "right": [0]}.items():
+        fake.fake_reset()
+        chosen = [jax.devices()[ordinal] for ordinal in ordinals]
+        with Communicator([chosen], warm_up_bytes=0, timeout_s=PATIENCE_S) as communicator:
+            run = program(communicator, mesh_of(1), transfer_of("all_reduce"))
+            found[name] = error_of(lambda run=run: run(values).block_until_ready())
+    return found
+
+
 def scenario_one_process_per_gpu():
     """Two communicators of one rank each, made at the same time, as two processes would."""
     fake.fake_reset()

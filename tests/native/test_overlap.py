@@ -196,6 +196,13 @@ def test_options_reach_nccl(value):
     assert sorted(found["closed"]) == ["destroy r0", "destroy r1"]
 
 
+def test_a_program_on_another_device_is_an_error(value):
+    found = value("wrong_device")
+    assert "no rank on device 0 of this process, only on 1" in found["sole"]
+    assert "no rank on device 0 of this process, only on 2, 3" in found["two"]
+    assert found["right"] is None
+
+
 def test_ranks_of_several_processes_connect(value):
     names = [line.split(" blocking")[0] for line in value("one_process_per_gpu")]
     assert names == ["destroy r0", "destroy r1", "init r0/2", "init r1/2"]
