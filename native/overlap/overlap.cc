@@ -216,6 +216,7 @@ struct Rank {
   NcclComm comm = nullptr;
   std::atomic<bool> connected{false};  // `comm` is there
   int32_t* shown = nullptr;  // pinned copy of counters
+  CUdeviceptr scratch = 0;   // of the warm-up
   // A word that every call waits for at its end. Once something failed it lets calls through one
   // by one: XLA's stream is held, and the buffers are ours, while the watchdog sees to them.
   CUdeviceptr gate = 0;
@@ -289,12 +290,14 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
       std::condition_variable changed;
       size_t left;
       std::string error;
+      bool over() const { return left == 0 || !error.empty(); }
     };
     auto progress = std::make_shared<Progress>();
     progress->left = ranks.size();
+    std::vector<std::function<void()>> jobs;
     for (auto& rank : ranks) {
       // A thread each, as every rank waits for all others; detached, as one may wait forever.
-      std::thread([self = shared_from_this(), progress, &rank, warm_up_bytes] {
+      jobs.push_back([self = shared_from_this(), progress, &rank, warm_up_bytes] {
         std::string error;
         try {
           self->open_rank(*rank, warm_up_bytes);
@@ -302,27 +305,32 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
           error = "rank " + std::to_string(rank->rank) + " on device " +
                   std::to_string(rank->device) + ": " + e.what();
         }
-        std::lock_guard<std::mutex> lock(progress->mutex);
-        if (!error.empty() && progress->error.empty()) progress->error = error;
+        std::unique_lock<std::mutex> lock(progress->mutex);
+        if (progress->error.empty()) progress->error = error;
         progress->left -= 1;
         progress->changed.notify_all();
-      }).detach();
+        progress->changed.wait(lock, [&] { return progress->over(); });
+        if (progress->error.empty()) return;
+        lock.unlock();
+        // Here and not where the error is raised: this may be long after, as a late peer came.
+        abort(*rank);
+        self->free_rank(*rank);
+      });
     }
+    launch_all(std::move(jobs));
     std::unique_lock<std::mutex> lock(progress->mutex);
-    const bool done = progress->changed.wait_for(lock, Seconds(init_timeout_s), [&] {
-      return progress->left == 0 || !progress->error.empty();
-    });
-    std::string error = progress->error;
-    if (error.empty() && !done) {
-      error = std::to_string(progress->left) + " of " + std::to_string(ranks.size()) +
-                    " ranks of this process did not connect within " + seconds(init_timeout_s) +
-                    ": are all processes there?";
+    progress->changed.wait_for(lock, Seconds(init_timeout_s), [&] { return progress->over(); });
+    if (!progress->over()) {
+      progress->error = std::to_string(progress->left) + " of " + std::to_string(ranks.size()) +
+                        " ranks of this process did not connect within " +
+                        seconds(init_timeout_s) + ": are all processes there?";
+      progress->changed.notify_all();
     }
+    const std::string error = progress->error;
     lock.unlock();
     if (!error.empty()) {
       fail(error);
-      stop();
-      abort_all();  // ranks that are connected may already wait for the others on the GPU
+      wait(*abort_ranks(), kAbortSeconds);  // those connected may wait for the others on the GPU
       throw Failure(error);
     }
     watchdog_ = std::thread([this] { watch(); });
@@ -539,17 +547,17 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
     check_nccl(nccl.InitRankConfig(&rank.comm, rank.size, rank.id, rank.rank, &own),
                "ncclCommInitRankConfig");
     rank.connected = true;
+    raise();  // another rank may have failed meanwhile
     if (warm_up_bytes > 0) warm_up(rank, warm_up_bytes);
   }
 
   // Every collective once, small and large: NCCL connects and loads kernels when first asked to,
   // for each algorithm, and that takes longer than any step.
-  static void warm_up(Rank& rank, size_t bytes) {
+  void warm_up(Rank& rank, size_t bytes) {
     const size_t ranks = static_cast<size_t>(rank.size);
-    CUdeviceptr scratch;
-    CUDA(MemAlloc(&scratch, 2 * bytes));
-    CUDA(MemsetD8(scratch, 0, 2 * bytes, rank.stream));
-    char* packed = reinterpret_cast<char*>(scratch);
+    CUDA(MemAlloc(&rank.scratch, 2 * bytes));
+    CUDA(MemsetD8(rank.scratch, 0, 2 * bytes, rank.stream));
+    char* packed = reinterpret_cast<char*>(rank.scratch);
     for (size_t size : {bytes / 64, bytes}) {
       for (auto collective :
            {Collective::kAllReduce, Collective::kReduceScatter, Collective::kAllToAll}) {
@@ -559,14 +567,32 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
     }
     // Not a synchronisation, which no time-out could end.
     CUresult result;
-    while ((result = cuda.StreamQuery(rank.stream)) == kNotReady) pause();
+    while ((result = cuda.StreamQuery(rank.stream)) == kNotReady) {
+      raise();
+      pause();
+    }
     check_cuda(result, "warm-up");
-    CUDA(MemFree(scratch));
+    CUDA(MemFree(rank.scratch));
+    rank.scratch = 0;
   }
 
-  // The stock collective of one group, on the private stream.
-  static void send(Rank& rank, Collective collective, const Group& group, char* packed, char* out,
-                   int type, size_t item) {
+  // The stock collective of one group goes onto the private stream, unless the rank is aborted.
+  void send(Rank& rank, Collective collective, const Group& group, char* packed, char* out,
+            int type, size_t item) {
+    std::lock_guard<std::timed_mutex> lock(rank.in_nccl);
+    raise();  // an aborted communicator is no more
+    rank.busy_since = Clock::now().time_since_epoch().count();
+    try {
+      call_nccl(rank, collective, group, packed, out, type, item);
+    } catch (...) {
+      rank.busy_since = 0;
+      throw;
+    }
+    rank.busy_since = 0;
+  }
+
+  static void call_nccl(Rank& rank, Collective collective, const Group& group, char* packed,
+                        char* out, int type, size_t item) {
     const size_t share = group.count / static_cast<size_t>(rank.size);
     char* from = packed + group.offset * item;
     switch (collective) {
@@ -617,18 +643,7 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
       CUDA(StreamWaitValue32(rank.stream, address(call.counters) + i * sizeof(int32_t),
                              static_cast<uint32_t>(group.target), kWaitGreaterOrEqual));
       record(op->starts);
-      {
-        std::lock_guard<std::timed_mutex> lock(rank.in_nccl);
-        raise();  // an aborted communicator is no more
-        rank.busy_since = Clock::now().time_since_epoch().count();
-        try {
-          send(rank, call.collective, group, call.packed, call.out, call.type, call.item_bytes);
-        } catch (...) {
-          rank.busy_since = 0;
-          throw;
-        }
-        rank.busy_since = 0;
-      }
+      send(rank, call.collective, group, call.packed, call.out, call.type, call.item_bytes);
       record(op->ends);
     }
     if (call.trace) CUDA(StreamWaitEvent(rank.stream, op->watched, 0));
@@ -744,28 +759,17 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   // they then read is filled with the bytes 0xff, NaN in every floating-point type.
   void abort_all() {
     for (auto& rank : ranks) {
-      if (rank->gate == 0) continue;
       Current current(rank->context);
       cuda.MemsetD32(rank->gate, 0, 1, rank->rescue);
       settle(rank->rescue, 1);
     }
     pause();  // who was just passing the gate is through
-    std::vector<std::function<void()>> jobs;
-    for (auto& rank : ranks) {
-      jobs.push_back([self = shared_from_this(), &rank] {
-        Current current(rank->context);
-        // A thread that is stuck in NCCL holds it, and only the abort lets it go on.
-        std::unique_lock<std::timed_mutex> lock(rank->in_nccl, std::chrono::milliseconds(200));
-        if (rank->connected.exchange(false)) nccl.Abort(rank->comm);
-      });
-    }
     // Freeing memory, NCCL may wait for all of the GPU, which may wait for what comes next.
-    auto aborts = launch_all(std::move(jobs));
+    auto aborts = abort_ranks();
     Clock::time_point deadline = Clock::time_point::max();
     while (Clock::now() < deadline) {
       bool idle = true;
       for (auto& rank : ranks) {
-        if (rank->gate == 0) continue;
         try {
           idle = pass(*rank) && idle;
         } catch (const std::exception&) {
@@ -847,6 +851,23 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
     jobs.changed.wait_for(lock, Seconds(timeout), [&] { return jobs.left == 0; });
   }
 
+  // Once, and only what is connected: another thread may still be in open_rank.
+  static void abort(Rank& rank) {
+    if (!rank.connected) return;
+    Current current(rank.context);
+    // A thread that is stuck in NCCL holds it, and only the abort lets it go on.
+    std::unique_lock<std::timed_mutex> lock(rank.in_nccl, std::chrono::milliseconds(200));
+    if (rank.connected.exchange(false)) nccl.Abort(rank.comm);
+  }
+
+  std::shared_ptr<Jobs> abort_ranks() {
+    std::vector<std::function<void()>> jobs;
+    for (auto& rank : ranks) {
+      jobs.push_back([self = shared_from_this(), &rank] { abort(*rank); });
+    }
+    return launch_all(std::move(jobs));
+  }
+
   void stop() {
     {
       std::lock_guard<std::mutex> lock(state_);
@@ -857,9 +878,16 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   }
 
   void free_rank(Rank& rank) {
-    std::unique_lock<std::timed_mutex> lock(rank.mutex, std::chrono::seconds(5));
+    if (rank.context == nullptr) return;  // it was never opened
+    Current current(rank.context);
+    const std::chrono::seconds patience(kAbortSeconds);
+    std::unique_lock<std::timed_mutex> lock(rank.mutex, patience);
     if (!lock.owns_lock()) return;
-    const bool stuck = rank.head() != nullptr;
+    // An abort that another thread has begun comes to its end first.
+    std::unique_lock<std::timed_mutex> in_nccl(rank.in_nccl, patience);
+    if (!in_nccl.owns_lock()) return;
+    bool stuck = rank.head() != nullptr;
+    if (rank.stream != nullptr && !settle(rank.stream, 1)) stuck = true;
     for (auto* ops : {&rank.waiting, &rank.running}) {
       for (Op& op : *ops) rank.recycle(op);
       ops->clear();
@@ -875,8 +903,10 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
     }
     if (rank.shown != nullptr) cuda.HostFree(rank.shown);
     rank.shown = nullptr;
-    if (rank.gate != 0 && !stuck) cuda.MemFree(rank.gate);
-    rank.gate = 0;
+    for (CUdeviceptr* memory : {&rank.gate, &rank.scratch}) {
+      if (*memory != 0 && !stuck) cuda.MemFree(*memory);
+      *memory = 0;
+    }
     // The context stays retained: XLA has it in any case.
   }
 

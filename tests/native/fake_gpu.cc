@@ -52,6 +52,7 @@ bool spent(const std::string& name) {  // counts down to the call that is to fai
 void nap() { std::this_thread::sleep_for(std::chrono::microseconds(200)); }
 
 std::atomic<int64_t> made_events{0};
+std::atomic<int64_t> held{0};  // streams and memory that nobody has given back
 
 struct Event {
   std::atomic<int64_t> recorded{0}, completed{0};
@@ -294,6 +295,7 @@ const char* fake_log() {
 }
 
 int64_t fake_events() { return made_events; }
+int64_t fake_held() { return held; }
 
 int cuInit(unsigned) { return 0; }
 int cuDeviceGet(int* device, int ordinal) { return *device = ordinal, 0; }
@@ -325,6 +327,7 @@ int cuStreamCreateWithPriority(Stream** stream, unsigned flags, int priority) {
   note(where(made.get()) + " priority " + std::to_string(priority));
   all_streams[made.get()] = made;
   std::thread(serve, made).detach();
+  held++;
   *stream = made.get();
   return 0;
 }
@@ -333,6 +336,7 @@ int cuStreamDestroy_v2(Stream* stream) {
   std::lock_guard<std::mutex> lock(stream->mutex);
   stream->ended = true;
   stream->changed.notify_all();
+  held--;
   return 0;
 }
 int cuStreamQuery(Stream* stream) {
@@ -407,13 +411,23 @@ int cuMemcpyDtoHAsync_v2(void* to, unsigned long long from, size_t bytes, Stream
   put(stream, [=] { std::memcpy(to, reinterpret_cast<void*>(from), bytes); });
   return 0;
 }
-int cuMemHostAlloc(void** pointer, size_t bytes, unsigned) { return *pointer = malloc(bytes), 0; }
-int cuMemFreeHost(void* pointer) { return free(pointer), 0; }
+int cuMemHostAlloc(void** pointer, size_t bytes, unsigned) {
+  held++;
+  return *pointer = malloc(bytes), 0;
+}
+int cuMemFreeHost(void* pointer) {
+  held--;
+  return free(pointer), 0;
+}
 int cuMemAlloc_v2(unsigned long long* pointer, size_t bytes) {
+  held++;
   *pointer = reinterpret_cast<unsigned long long>(malloc(bytes));
   return 0;
 }
-int cuMemFree_v2(unsigned long long pointer) { return free(reinterpret_cast<void*>(pointer)), 0; }
+int cuMemFree_v2(unsigned long long pointer) {
+  held--;
+  return free(reinterpret_cast<void*>(pointer)), 0;
+}
 int cuGetErrorName(int error, const char** name) {
   *name = error == 700 ? "CUDA_ERROR_ILLEGAL_ADDRESS" : "CUDA_ERROR_OTHER";
   return 0;

@@ -31,12 +31,15 @@ fake = ctypes.CDLL(sys.argv[1])
 fake.fake_log.restype = ctypes.c_char_p
 fake.fake_set.argtypes = [ctypes.c_char_p, ctypes.c_int64]
 fake.fake_reset.restype = None
+fake.fake_events.restype = fake.fake_held.restype = ctypes.c_int64
 
 SPANS = ((0, 64), (64, 16), (80, 48))
 TILES = (4, 1, 3)
 COUNT = 128
 PATIENCE_S = 600.0
 """Longer than anything takes on a busy machine."""
+SOON_S = 20.0
+"""How long to look for what a scenario is about, which comes at once or never."""
 
 
 def log():
@@ -267,6 +270,14 @@ def scenario_wrong_device():
     return found
 
 
+def create(rank, shared, connect_timeout_s, warm_up_bytes=0):
+    """Rank `rank` of 2 alone, as of a process of its own: the communicator's number."""
+    array = ctypes.c_int * 1
+    ids = array(rank), array(rank), array(2), shared
+    times = PATIENCE_S, connect_timeout_s
+    return library.call("create", 1, *ids, 0, 0, 0, *times, warm_up_bytes)
+
+
 def scenario_one_process_per_gpu():
     """Two communicators of one rank each, made at the same time, as two processes would."""
     fake.fake_reset()
@@ -274,10 +285,7 @@ def scenario_one_process_per_gpu():
     made = {}
 
     def make(rank):
-        array = ctypes.c_int * 1
-        ids = array(rank), array(rank), array(2), shared
-        times = PATIENCE_S, PATIENCE_S
-        made[rank] = library.call("create", 1, *ids, 0, 0, 0, *times, 1 << 12)
+        made[rank] = create(rank, shared, PATIENCE_S, warm_up_bytes=1 << 12)
 
     threads = [threading.Thread(target=make, args=[rank]) for rank in range(2)]
     for thread in threads:
@@ -293,11 +301,48 @@ def scenario_one_process_per_gpu():
 def scenario_missing_process():
     """Rank 0 of 2 alone: the other never comes."""
     fake.fake_reset()
-    array = ctypes.c_int * 1
     begin = time.monotonic()
-    ids = array(0), array(0), array(2), library.unique_id()
-    error = error_of(lambda: library.call("create", 1, *ids, 0, 0, 0, PATIENCE_S, 0.3, 0))
+    error = error_of(lambda: create(0, library.unique_id(), 0.3))
     return {"error": error, "seconds": time.monotonic() - begin}
+
+
+def within(seconds, happened):
+    """Whether `happened()` comes true in time."""
+    end = time.monotonic() + seconds
+    while not happened():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def scenario_late_process():
+    """Rank 1 comes when rank 0 has given up: both end, and hold nothing."""
+    fake.fake_reset()
+    held = fake.fake_held()
+    shared = library.unique_id()
+    errors = [error_of(lambda: create(0, shared, 0.3))]
+    errors.append(error_of(lambda: create(1, shared, 0.3, warm_up_bytes=1 << 12)))
+    return {
+        "errors": errors,
+        "aborted": within(SOON_S, lambda: {"abort r0", "abort r1"} <= set(log())),
+        "freed": within(SOON_S, lambda: fake.fake_held() <= held),
+        "aborts": sum(line.startswith("abort") for line in log()),
+    }
+
+
+def scenario_open_and_close():
+    """What a communicator holds, and what is left of it; then one that cannot be opened."""
+    fake.fake_reset()
+    held = fake.fake_held()
+    with open_communicator(2, warm_up_bytes=1 << 12):
+        while_open = fake.fake_held() - held
+    left = fake.fake_held() - held
+    fake.fake_set(b"init_error_in", 0)
+    options = {"warm_up_bytes": 0, "connect_timeout_s": PATIENCE_S}
+    error = error_of(lambda: Communicator([devices(1)], **options))
+    freed = within(SOON_S, lambda: fake.fake_held() <= held)
+    return {"while_open": while_open, "left": left, "error": error, "freed": freed}
 
 
 def scenario_init_error():

@@ -214,6 +214,22 @@ def test_a_process_that_never_comes_is_an_error(value):
     assert found["seconds"] < 300  # not the time-out of collectives
 
 
+def test_a_process_that_comes_late_finds_nobody(value):
+    found = value("late_process")
+    assert all("did not connect within" in error for error in found["errors"])
+    assert found["aborted"]
+    assert found["freed"]
+    assert found["aborts"] == 2
+
+
+def test_streams_and_memory_are_given_back(value):
+    found = value("open_and_close")
+    assert found["while_open"] == 2 * 5  # devices; three streams, the pinned page and the gate
+    assert found["left"] == 0
+    assert "ncclCommInitRankConfig" in found["error"]
+    assert found["freed"]
+
+
 def test_an_error_while_connecting_is_an_error(value):
     assert "rank 0 on device 0: NCCL: ncclCommInitRankConfig" in value("init_error")
 
