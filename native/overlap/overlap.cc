@@ -230,6 +230,7 @@ struct Rank {
   CUevent base = nullptr;  // the first traced call
   int64_t calls = 0;
   int32_t tickets = 0;
+  int unlocked = 0;  // handlers that use their call without the lock: nothing may be freed
 
   std::timed_mutex in_nccl;            // held for every call on `comm`, its abort excepted
   std::atomic<int64_t> busy_since{0};  // steady clock in ns; 0: no handler is in NCCL
@@ -272,6 +273,25 @@ struct Rank {
     }
     return nullptr;
   }
+};
+
+// Gives up the lock of rank.mutex for as long as this lives.
+class Unlocked {
+ public:
+  Unlocked(Rank& rank, std::unique_lock<std::timed_mutex>& lock) : rank_(rank), lock_(lock) {
+    rank_.unlocked += 1;
+    lock_.unlock();
+  }
+  ~Unlocked() {
+    lock_.lock();
+    rank_.unlocked -= 1;
+  }
+  Unlocked(const Unlocked&) = delete;
+  Unlocked& operator=(const Unlocked&) = delete;
+
+ private:
+  Rank& rank_;
+  std::unique_lock<std::timed_mutex>& lock_;
 };
 
 // ------------------------------------------------------------------------------ communicator
@@ -421,13 +441,13 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
         enqueue(rank, op);
       }
       op->awaited = true;
-      // Not with the lock: on XLA's CPU this is where the handler waits. What is not joined stays.
-      lock.unlock();
-      CUDA(StreamWaitEvent(stream, op->end, 0));
-      lock.lock();
+      {
+        // On XLA's CPU this is where the handler waits. What is not joined stays.
+        Unlocked unlocked(rank, lock);
+        CUDA(StreamWaitEvent(stream, op->end, 0));
+      }
       op->joined = true;
     } catch (const Failure& error) {
-      if (!lock.owns_lock()) lock.lock();
       abandon(rank, lock, call.counters, error.what());
       throw;
     }
@@ -509,12 +529,13 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
     const bool all = cuda.EventQuery(op->sent) == kNotReady;  // was it put there at all?
     CUevent last = all ? op->sent : rank.plain.take();
     if (!all) cuda.EventRecord(last, rank.stream);
-    lock.unlock();  // for the watchdog, which lets calls before this one through
-    const auto deadline = Clock::now() + Seconds(kAbortSeconds);
-    while (cuda.EventQuery(last) == kNotReady && Clock::now() < deadline) pause();
-    settle(rank.signals, kAbortSeconds);
-    settle(rank.rescue, kAbortSeconds);
-    lock.lock();
+    {
+      Unlocked unlocked(rank, lock);  // for the watchdog, which lets calls before this one through
+      const auto deadline = Clock::now() + Seconds(kAbortSeconds);
+      while (cuda.EventQuery(last) == kNotReady && Clock::now() < deadline) pause();
+      settle(rank.signals, kAbortSeconds);
+      settle(rank.rescue, kAbortSeconds);
+    }
     op->abandoned = true;
     if (!all) rank.plain.give(last);
   }
@@ -881,7 +902,13 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
     if (rank.context == nullptr) return;  // it was never opened
     Current current(rank.context);
     const std::chrono::seconds patience(kAbortSeconds);
-    std::unique_lock<std::timed_mutex> lock(rank.mutex, patience);
+    const auto deadline = Clock::now() + patience;
+    std::unique_lock<std::timed_mutex> lock(rank.mutex, deadline);
+    while (lock.owns_lock() && rank.unlocked > 0) {
+      lock.unlock();
+      pause();
+      if (Clock::now() < deadline) lock.try_lock_until(deadline);
+    }
     if (!lock.owns_lock()) return;
     // An abort that another thread has begun comes to its end first.
     std::unique_lock<std::timed_mutex> in_nccl(rank.in_nccl, patience);

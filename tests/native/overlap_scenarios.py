@@ -496,6 +496,23 @@ def scenario_closed():
     }
 
 
+def scenario_closed_under_a_step():
+    """Closed while a handler has not come back from its wait: how far that was when close did."""
+    communicator = open_communicator(1)
+    run, values = program(communicator, mesh_of(1), transfer_of("all_reduce")), random_values(1)
+    fake.fake_set(b"late_ms", 1000)
+    errors = []
+    step = threading.Thread(
+        target=lambda: errors.append(error_of(lambda: run(values).block_until_ready()))
+    )
+    step.start()
+    waited = within(PATIENCE_S, lambda: "xla wait_event" in log())
+    communicator.close()
+    found = {"waited": waited, "went_on": "xla goes on" in log()}
+    step.join()
+    return found | {"errors": errors}
+
+
 def scenario_no_effects():
     """Nothing that would take a program off the fast path of jit."""
     with open_communicator(2) as communicator:

@@ -246,6 +246,10 @@ def test_a_closed_communicator_is_an_error(value):
     assert "closed" in found["check"]
 
 
+def test_closing_waits_for_the_handler_that_is_at_work(value):
+    assert value("closed_under_a_step") == {"waited": True, "went_on": True, "errors": [None]}
+
+
 def test_libraries_that_are_missing_or_too_old_are_named(results):
     assert "NCCL 21700 is too old: 2.18 is needed" in results["old_nccl"]
     assert "cannot load libnowhere.so" in results["no_library"]
