@@ -73,6 +73,8 @@ class HostCommunicator:
     ) -> jax.Array:
         """A GEMM and its collective, overlapped; returns when both are complete.
 
+        What goes wrong between the GEMM's launch and the end of the collectives aborts the ranks.
+
         Args:
           transfer: What each device sends; `enqueue` and `trace` do not matter.
           gemm: Fills the buffers and raises the counters, in place: a jitted function that donates
@@ -87,8 +89,11 @@ class HostCommunicator:
 
         Raises:
           ValueError: a buffer is not of the transfer, or not on these devices.
-          OverlapError: time-out, or the GEMM did not work in place.
+          OverlapError: time-out, an earlier call has aborted the ranks, or the GEMM did not work in
+            place.
         """
+        if not self._comms:
+            raise OverlapError("the communicator is closed, or was aborted after a failure")
         shape = transfer.result_shape(self.size)
         buffers = {
             "packed": (packed, transfer.shape),
@@ -101,11 +106,15 @@ class HostCommunicator:
         at = {name: self._addresses(name, *buffer) for name, buffer in buffers.items()}
         jax.block_until_ready([array for array, _ in buffers.values()])
         filled, raised = gemm(packed, counters)
-        for i, group in enumerate(transfer.groups):
-            for rank in range(self.size):
-                self._wait(rank, at["counters"][rank] + 4 * i, group.tiles)
-            self._send(transfer, group, at)
-        self._finish(transfer, at["counters"])
+        try:
+            for i, group in enumerate(transfer.groups):
+                for rank in range(self.size):
+                    self._wait(rank, at["counters"][rank] + 4 * i, group.tiles)
+                self._send(transfer, group, at)
+            self._finish(transfer)
+        except BaseException:  # also Ctrl-C: the buffers are freed when this is left
+            self._abort(at["counters"], len(transfer.groups))
+            raise
         after = {"packed": filled, "counters": raised}
         for name, array in after.items():
             if self._addresses(name, array, buffers[name][1]) != at[name]:
@@ -158,11 +167,10 @@ class HostCommunicator:
         finally:
             self._nccl.groupEnd()
 
-    def _finish(self, transfer: Transfer, counters: list[int]) -> None:
+    def _finish(self, transfer: Transfer) -> None:
         deadline = time.monotonic() + self.timeout_s
         while not all(stream.done for stream in self._streams):
             if time.monotonic() > deadline:
-                self._abort(counters, len(transfer.groups))
                 raise OverlapError(
                     f"{transfer.collective} is not complete after {self.timeout_s:g} s; the ranks "
                     "are aborted"

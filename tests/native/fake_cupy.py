@@ -39,6 +39,10 @@ def install(fake: ctypes.CDLL) -> None:
     class Id(ctypes.Structure):
         _fields_ = (("bytes", ctypes.c_char * 128),)
 
+    def checked(result):
+        if result:
+            raise RuntimeError(f"NCCL error {result}")  # cupy's NcclError is one too
+
     class NcclCommunicator:
         def __init__(self, comm):
             self.comm = comm
@@ -62,16 +66,16 @@ def install(fake: ctypes.CDLL) -> None:
             return [NcclCommunicator(comm.value) for comm in made]
 
         def allReduce(self, *arguments):
-            fake.ncclAllReduce(*arguments[:-1], self.comm, arguments[-1])
+            checked(fake.ncclAllReduce(*arguments[:-1], self.comm, arguments[-1]))
 
         def reduceScatter(self, *arguments):
-            fake.ncclReduceScatter(*arguments[:-1], self.comm, arguments[-1])
+            checked(fake.ncclReduceScatter(*arguments[:-1], self.comm, arguments[-1]))
 
         def send(self, *arguments):
-            fake.ncclSend(*arguments[:-1], self.comm, arguments[-1])
+            checked(fake.ncclSend(*arguments[:-1], self.comm, arguments[-1]))
 
         def recv(self, *arguments):
-            fake.ncclRecv(*arguments[:-1], self.comm, arguments[-1])
+            checked(fake.ncclRecv(*arguments[:-1], self.comm, arguments[-1]))
 
         def destroy(self):
             fake.ncclCommDestroy(self.comm)

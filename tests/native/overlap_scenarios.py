@@ -534,10 +534,12 @@ def scenario_transformations():
         }
 
 
-def host_results(collective, donate=(0, 1), missing=-1, timeout_s=PATIENCE_S):
+def host_results(collective, donate=(0, 1), missing=-1, timeout_s=PATIENCE_S, settings=()):
     from native.overlap.host import HostCommunicator
 
     fake.fake_reset()
+    for setting, value in settings:
+        fake.fake_set(setting, value)
     mesh = mesh_of(2)
     sharding = jax.sharding.NamedSharding(mesh, P("tp"))
     transfer = transfer_of(collective)
@@ -558,16 +560,24 @@ def host_results(collective, donate=(0, 1), missing=-1, timeout_s=PATIENCE_S):
         return make()  # not from NumPy, whose memory cannot be donated
 
     with HostCommunicator(mesh.devices, timeout_s=timeout_s, libcuda=sys.argv[1]) as host:
-        result = None
-        if collective != "all_reduce":
-            result = zeros(transfer.result_shape(2), np.float32)
-        got = host.run(
-            transfer,
-            lambda packed, counters: gemm(here, packed, counters),
-            zeros(transfer.shape, np.float32),
-            zeros((len(TILES),), np.int32),
-            result,
-        )
+
+        def run():
+            result = None
+            if collective != "all_reduce":
+                result = zeros(transfer.result_shape(2), np.float32)
+            return host.run(
+                transfer,
+                lambda packed, counters: gemm(here, packed, counters),
+                zeros(transfer.shape, np.float32),
+                zeros((len(TILES),), np.int32),
+                result,
+            )
+
+        if settings:
+            found = {"error": error_of(run), "left": all(s.done for s in host._streams)}
+            found["aborts"] = sorted(line for line in log() if line.startswith("abort"))
+            return found | {"later": error_of(run) if found["left"] else None}
+        got = run()
     return float(np.abs(np.asarray(got) - expected(collective, values)).max())
 
 
@@ -579,6 +589,11 @@ def scenario_host():
     stuck = {"missing": 1, "timeout_s": 0.3}
     found["stuck"] = error_of(lambda: host_results("all_reduce", **stuck))
     return found
+
+
+def scenario_host_nccl_error():
+    """The second rank's call of the second group fails, in a group with one that is then stuck."""
+    return host_results("all_reduce", settings=[(b"error_in", 3)])
 
 
 def scenario_host_sequential():

@@ -390,6 +390,14 @@ def test_the_host_driven_path_fails_clearly(value):
     assert "all_reduce is not complete after 0.3 s" in found["stuck"]
 
 
+def test_the_host_driven_path_leaves_the_buffers_when_nccl_fails(value):
+    found = value("host_nccl_error")
+    assert "NCCL error 3" in found["error"]
+    assert found["left"]
+    assert found["aborts"] == ["abort r0", "abort r1"]
+    assert "was aborted after a failure" in found["later"]
+
+
 # ---------------------------------------------------------------------------- arguments
 
 
