@@ -211,6 +211,7 @@ void collective(Comm* comm, Stream* stream, std::vector<Desc> descs) {
     while (!round.complete && !comm->aborted) {
       clique->changed.wait_for(lock, std::chrono::milliseconds(1));
     }
+    if (comm->aborted) note("r" + std::to_string(comm->rank) + " left a collective");
   });
 }
 
@@ -279,7 +280,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(FakeGemm, gemm,
 extern "C" {
 
 void fake_reset() {
+  std::lock_guard<std::mutex> roles(roles_mutex);
   std::lock_guard<std::mutex> lock(log_mutex);
+  streams_of.clear();  // the next is the private one again
   entries.clear();
   settings.clear();
 }
@@ -483,6 +486,8 @@ int ncclCommDestroy(Comm* comm) {
 }
 int ncclCommAbort(Comm* comm) {
   note("abort r" + std::to_string(comm->rank));
+  const int64_t slow_ms = setting("slow_abort_ms");
+  if (slow_ms > 0) std::this_thread::sleep_for(std::chrono::milliseconds(slow_ms));
   comm->aborted = true;
   return 0;
 }

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from native.overlap import Communicator, Transfer, groups_of, library
+from native.overlap import Buffers, Communicator, Transfer, groups_of, library
 from tests.native import fake_cupy
 
 fake = ctypes.CDLL(sys.argv[1])
@@ -677,17 +677,86 @@ def scenario_done_without_start():
         return call(library.DONE, communicator, [values, zeros], results, {0: 0, 1: 1}, attributes)
 
 
-def scenario_moved_buffers():
-    """A copy between start and done, which XLA must never make, is seen."""
-    transfer = transfer_of("all_reduce")
-    with open_communicator(1) as communicator:
+def moved_buffer(collective, name, enqueue="done", settings=()):
+    """A copy of one buffer between start and done, which XLA must never make: what is said."""
+    transfer = transfer_of(collective, enqueue=enqueue)
+    with open_communicator(1, timeout_s=SOON_S) as communicator:
+        for setting, value in settings:
+            fake.fake_set(setting, value)
 
         def body(values):
             buffers = communicator.start(transfer, [values])
-            packed = buffers.packed * 1.0 + values
-            return communicator.done(transfer, buffers._replace(packed=packed))[0], buffers.packed
+            moved = buffers._replace(**{name: getattr(buffers, name) * 1.0 + values})
+            return communicator.done(transfer, moved)[0], getattr(buffers, name)
 
-        return error_of(lambda: jax.block_until_ready(jax.jit(body)(jnp.ones((16, 8)))))
+        error = error_of(lambda: jax.block_until_ready(jax.jit(body)(jnp.ones((16, 8)))))
+        return {"error": error, "log": log()}
+
+
+def scenario_moved_buffers():
+    return {
+        "all_reduce": moved_buffer("all_reduce", "packed")["error"],
+        "reduce_scatter": moved_buffer("reduce_scatter", "packed")["error"],
+        "result": moved_buffer("reduce_scatter", "result")["error"],
+    }
+
+
+def scenario_abandoned():
+    """A handler gives up when waits and a stuck collective are on the private stream already, and
+    NCCL takes its time to abort: what has happened when the step ends."""
+    settings = [(b"stuck_at", 0), (b"slow_abort_ms", 500)]
+    return moved_buffer("all_reduce", "packed", "start", settings)
+
+
+def scenario_start_without_done():
+    """A program breaks off after start; the next one has other data in the same counters."""
+    transfer, values = transfer_of("all_reduce"), jnp.asarray(random_values(1)[0])
+    attributes = transfer.attributes("start")
+    with open_communicator(1) as communicator:
+
+        def begin(packed, counters):
+            call = jax.ffi.ffi_call(
+                library.START,
+                [jax.typeof(packed), jax.typeof(counters)],
+                input_output_aliases={0: 0, 1: 1},
+                has_side_effect=True,
+            )
+            return call(packed, counters, communicator=np.int64(communicator.id), **attributes)
+
+        def whole(packed, counters):
+            refs = [jax.new_ref(buffer) for buffer in begin(packed, counters)]
+            fake_gemm(values, transfer)(*refs)
+            return communicator.done(transfer, Buffers(*map(jax.freeze, refs), None))
+
+        def zeros(shape, dtype):
+            return jax.jit(lambda: jnp.zeros(shape, dtype))()  # not NumPy's, see host_results
+
+        first, counters = jax.jit(begin, donate_argnums=(0, 1))(
+            zeros((16, 8), jnp.float32), zeros((3,), jnp.int32)
+        )
+        place = counters.unsafe_buffer_pointer()
+        got, counters = jax.jit(whole, donate_argnums=(0, 1))(zeros((16, 8), jnp.float32), counters)
+        communicator.wait()
+        return {
+            "same_counters": counters.unsafe_buffer_pointer() == place,
+            "same_packed": got.unsafe_buffer_pointer() == first.unsafe_buffer_pointer(),
+            "error": float(jnp.abs(got - values).max()),
+        }
+
+
+def scenario_events():
+    """How many events were made before each of six calls, and in all."""
+    found = {}
+    for name, traced in {"plain": False, "trace": True}.items():
+        with open_communicator(2) as communicator:
+            run = program(communicator, mesh_of(2), transfer_of("all_reduce", trace=traced))
+            counts = [fake.fake_events()]
+            for seed in range(6):
+                run(random_values(2, seed)).block_until_ready()
+                communicator.trace()  # waits, and gives the events of a trace back
+                counts.append(fake.fake_events())
+            found[name] = counts
+    return found
 
 
 def scenario_counters_are_returned():

@@ -21,6 +21,8 @@ FOLDER = Path(__file__).parent
 ROUNDING = 2e-6
 # What a call ends with on the private stream: all is sent, the gate of the watchdog, the end.
 GATE = ("record", "wait 1", "record")
+RELEASED = (2**31 - 1) // 2
+"""What ends the wait for any number of tiles."""
 COLLECTIVES = ("all_reduce", "reduce_scatter", "all_to_all")
 
 pytestmark = pytest.mark.skipif(
@@ -367,8 +369,31 @@ def test_done_needs_its_start(value):
     assert "done without its start" in value("done_without_start")
 
 
-def test_a_buffer_that_xla_moved_is_seen(value):
-    assert "XLA moved a buffer between start and done" in value("moved_buffers")
+@pytest.mark.parametrize("case", ["all_reduce", "reduce_scatter", "result"])
+def test_a_buffer_that_xla_moved_is_seen(value, case):
+    assert "XLA moved a buffer between start and done" in value("moved_buffers")[case]
+
+
+def test_a_step_that_gives_up_ends_when_the_private_stream_has_left_its_buffers(value):
+    found = value("abandoned")
+    assert "XLA moved a buffer between start and done" in found["error"]
+    assert found["log"].count("d0 private all_reduce 64") == 1
+    assert f"d0 rescue memset32 {RELEASED} x3" in found["log"]
+    assert found["log"].count("r0 left a collective") == 3
+
+
+def test_a_start_without_its_done_is_dropped(value):
+    found = value("start_without_done")
+    assert found["same_counters"]
+    assert not found["same_packed"]
+    assert found["error"] < ROUNDING
+
+
+@pytest.mark.parametrize("name", ["plain", "trace"])
+def test_events_are_used_again(value, name):
+    counts = value("events")[name]
+    assert counts[1] > counts[0]
+    assert counts[1:] == [counts[1]] * 6
 
 
 # ---------------------------------------------------------------------------- driven by the host
