@@ -1171,14 +1171,6 @@ int64_t jpd_overlap_load(const char* cuda_path, const char* nccl_path) {
   });
 }
 
-int64_t jpd_overlap_nccl_version() {
-  return reported([&]() -> int64_t {
-    int version = 0;
-    check_nccl(nccl.GetVersion(&version), "ncclGetVersion");
-    return version;
-  });
-}
-
 int64_t jpd_overlap_unique_id(char* id) {
   return reported([&]() -> int64_t {
     UniqueId made;
