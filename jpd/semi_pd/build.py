@@ -177,10 +177,14 @@ def _shares(on_gpu: bool, resources: ExitStack) -> tuple[SmShares, SmShares, dic
 def decided(config: EngineConfig) -> EngineConfig:
     """With one of jpd's controllers where `controller="auto"` stands for it, and its shares.
 
+    Warns of SLOs that nobody will aim at.
+
     Raises:
-      ConfigError: one SLO is given and the other is not.
+      ConfigError: that controller has one SLO and not the other.
     """
     options = config.semi_pd
+    slos = {"ttft_slo_s": options.ttft_slo_s, "tpot_slo_s": options.tpot_slo_s}
+    given = [name for name, value in slos.items() if value is not None]
     left_open = (
         options.controller == "auto"
         and options.break_even is None
@@ -188,11 +192,19 @@ def decided(config: EngineConfig) -> EngineConfig:
         and (options.prefill_share, options.decode_share) == (100, 100)
     )
     if not left_open or config.topology != "auto" or config.prefill_policy != "mixed":
+        if given and options.controller in ("auto", "static", "mean"):
+            logger.warning(
+                "semi_pd.%s: nobody aims at it with semi_pd.controller=%r; 'slo' and 'paper' do",
+                given[0],
+                options.controller,
+            )
         return config
-    aimless = options.ttft_slo_s is None and options.tpot_slo_s is None
+    for name, value in slos.items():
+        also = f"a time in seconds, like semi_pd.{given[0]}, or neither" if given else ""
+        require(not given or value is not None, f"semi_pd.{name}", value, also)
     own = dataclasses.replace(
         options,
-        controller="mean" if aimless else "slo",
+        controller="slo" if given else "mean",
         kept_shares=options.kept_shares or _KEPT,
     )
     return config.replace(semi_pd=own)

@@ -138,6 +138,23 @@ def test_the_last_user_closes_them(made: list[int]) -> None:
     assert made == [8, 16, 8, 16]
 
 
+def test_one_that_cannot_be_closed_keeps_no_other_open(
+    made: list[int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken() -> None:
+        raise NoNCCL("unspecified launch failure")
+
+    user = User()
+    small, large = found(256, 2048, user=user)
+    monkeypatch.setattr(small, "close", broken)
+    module.release(user)
+    assert large.closed
+    assert "could not be closed" in caplog.text
+    assert "unspecified launch failure" in caplog.text
+    assert ctas(256, 2048) == [8, 16]
+    assert made == [8, 16, 8, 16]
+
+
 def test_who_had_one_that_failed_does_not_close_the_new_one(made: list[int]) -> None:
     old, new = User(), User()
     (failed,) = found(2048, user=old)

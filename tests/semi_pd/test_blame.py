@@ -43,6 +43,8 @@ class Gpu:
         self.ends_executors: Callable[[StepPlan], bool] = lambda plan: False
         self.failing_s = 0.0
         """How long a step takes that fails."""
+        self.refused = 0
+        """So many of the next prompts find that the process is gone."""
         self.blamed: list[bool] = []
 
     def clock(self) -> float:
@@ -68,6 +70,9 @@ class Process:
     def send(self, plan: StepPlan | list) -> None:
         if isinstance(plan, list) or self._failed:
             return
+        if self._gpu.refused and plan.chunks:
+            self._gpu.refused -= 1
+            raise BrokenPipeError
         now_s, self._failed = self._gpu.now_s, self._gpu.ends_executors(plan) or self._gpu.is_broken
         result = StepResult(np.zeros(len(plan.rows) + len(plan.chunks), np.int32), None)
         report = StepReport(result, 0, None, now_s, now_s)
@@ -224,6 +229,14 @@ def test_a_loss_is_blamed_on_the_step_of_who_has_shown_that_the_memory_is_sound(
     check_ended(coordinator, {"a": output}, set())
     # The first had run steps, the second none since then, the third had when it was lost.
     assert gpu.blamed == [True, False, True]
+
+
+def test_a_step_that_could_not_be_sent_is_not_to_blame() -> None:
+    coordinator, gpu = make(())
+    gpu.refused = 3
+    outputs = {name: add(coordinator, name) for name in ("a", "b")}
+    check_ended(coordinator, outputs, set())
+    assert gpu.refused == 0
 
 
 @pytest.mark.parametrize("names", [["bad"], ["bad", "a", "b"], ["a", "bad", "b"]])

@@ -211,8 +211,19 @@ def test_auto_with_nothing_said_has_jpds_controller() -> None:
     assert isinstance(build.make_mode_policy(config, build.make_controller(config)), ForeseenMode)
     options = build.decided(auto(kept_shares=((60, 40),))).semi_pd
     assert (options.controller, options.kept_shares) == ("mean", ((60, 40),))
-    with pytest.raises(ConfigError, match=r"tpot_slo_s=None is not allowed: a time in seconds"):
+    with pytest.raises(ConfigError, match=r"tpot_slo_s=None .* like semi_pd.ttft_slo_s, or neith"):
         build.decided(auto(ttft_slo_s=1.0))
+
+
+@pytest.mark.parametrize("changes", [{"topology": "semi_pd"}, {"prefill_policy": "first"}])
+def test_slos_that_nobody_aims_at_are_warned_of(
+    changes: dict, caplog: pytest.LogCaptureFixture
+) -> None:
+    build.decided(auto().replace(**changes))
+    build.decided(auto(controller="slo", ttft_slo_s=1.0, tpot_slo_s=0.1).replace(**changes))
+    assert not caplog.records
+    build.decided(auto(tpot_slo_s=0.1).replace(**changes))
+    assert "semi_pd.tpot_slo_s: nobody aims at it with semi_pd.controller='auto'" in caplog.text
 
 
 @pytest.mark.parametrize(

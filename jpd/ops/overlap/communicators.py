@@ -69,7 +69,8 @@ def communicators(
       mesh: of the program.
       axis: of the mesh.
       products: of the program.
-      user: who runs the program, for `release`; what has none is kept.
+      user: who runs the program, for `release`. What has none is kept until one that was named for
+        it, too, releases it.
 
     Returns:
       The communicators by the axis; none where nothing can be, or is planned to be, overlapped.
@@ -82,15 +83,25 @@ def communicators(
 
 
 def release(user: object) -> None:
-    """Closes the communicators that only `user` had, whose programs must not run any more."""
+    """Closes the communicators that no other user has, whose programs must not run any more."""
+    alone = []
     with _LOCK:
         for key, made in list(_MADE.items()):
             if user in made.users:
                 made.users.discard(user)
                 if not made.users:
-                    del _MADE[key]
-                    if made.communicator is not None:
-                        made.communicator.close()
+                    alone.append(_MADE.pop(key).communicator)
+    for communicator in alone:
+        if communicator is not None:
+            _close(communicator)
+
+
+def _close(communicator: Any) -> None:
+    """Says so if it cannot be closed, on a broken device perhaps: whoever is done with it is."""
+    try:
+        communicator.close()
+    except RuntimeError:
+        logger.exception("an NCCL communicator could not be closed")
 
 
 def _kept(key: tuple[jax.sharding.Mesh, str, int], user: object) -> Any:
@@ -101,7 +112,7 @@ def _kept(key: tuple[jax.sharding.Mesh, str, int], user: object) -> Any:
             made.communicator.check()
         except RuntimeError as error:
             logger.warning("a new NCCL communicator is made, the old one failed: %s", error)
-            made.communicator.close()
+            _close(made.communicator)
             made = None
     if made is None:
         made = _MADE[key] = _Made(_make(*key))
