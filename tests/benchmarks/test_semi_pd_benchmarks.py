@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import math
 import os
 import signal
 import sys
@@ -401,8 +402,7 @@ def settle(engine: Engine, shares: Shares) -> None:
     """Waits until the shares serve and all executors are ready, whatever was killed before."""
     engine.topology.shares = shares
     while engine.topology.shares != shares or any(
-        seat.pool.num_starting or seat.pool.next_start_s is not None
-        for seat in seats(engine).values()
+        seat.pool.next_due_s < math.inf for seat in seats(engine).values()
     ):
         engine.coordinator.step()
         time.sleep(0.01)

@@ -64,7 +64,7 @@ def matmul_all_reduce(
       implementation: of `Settings.implementation`.
       resident: w was complete before the program began, as a parameter is that nothing computes in
         it. A product that does not overlap may then be a kernel that reads it early, which would be
-        wrong for any other w.
+        wrong for any other w: that is XLA's product, whatever `kernels.linear` names.
 
     Returns:
       `[M, N]` in x's dtype, equal on all ranks. Sums over K are float32, rounded once, and then
