@@ -448,7 +448,7 @@ class Coordinator:
 
     def _lost(self, lane: Lane, error: ExecutorLostError, *unlaunched: StepPlan) -> None:
         """Takes back what an executor that is gone was to compute."""
-        blamed = self._topology.lost(lane, error) and bool(lane.in_flight)
+        blamed = self._topology.lost(lane, error)
         plans = [*(step.plan for step in lane.in_flight), *unlaunched]
         lane.in_flight.clear()
         lane.executor = None

@@ -240,7 +240,8 @@ class Topology(Protocol):
         On return it touches no memory any more. Who runs the lane's next steps, `tend` decides.
 
         Returns:
-          Its step may be to blame. False: what failed before may have taken it along.
+          Its oldest step in flight may be to blame. False: it had none, or what failed before may
+          have taken it along.
 
         Raises:
           ExecutorLostError: nothing can go on without it.

@@ -345,10 +345,10 @@ class TwoPhases:
 
         After a fault of the GPU those that are kept ready look alive until each fails in its first
         step. So a loss is blamed on the step only if the executor became ready, or finished another
-        step, after the last loss that was.
+        step, after the last loss that was; and on none that could not be sent.
         """
         seat = self._seats[self.lanes.index(lane)]
-        blamed = seat.executor.proven
+        blamed = seat.executor.proven and bool(lane.in_flight)
         if blamed:
             for executor in (e for s in self._seats for e in s.pool.ready()):
                 executor.proven = False

@@ -62,31 +62,32 @@ def executor_on(child: Child) -> RemoteExecutor:
     return executor
 
 
+@pytest.fixture
+def stopped(child: Child, monkeypatch: pytest.MonkeyPatch) -> RemoteExecutor:
+    """One that could run steps until its process was stopped."""
+    monkeypatch.setattr(remote, "SEND_TIMEOUT_S", 0.25)
+    executor = executor_on(child)
+    stop(executor.pid)
+    return executor
+
+
 def test_a_plan_that_a_stopped_process_does_not_take_is_a_lost_executor(
-    child: Child, monkeypatch: pytest.MonkeyPatch
+    stopped: RemoteExecutor,
 ) -> None:
-    monkeypatch.setattr(remote, "SEND_TIMEOUT_S", 0.25)
-    executor = executor_on(child)
-    stop(child.process.pid)
-    reason = f"its process {executor.pid} took nothing for 0.25 s"
+    reason = f"its process {stopped.pid} took nothing for 0.25 s"
     with pytest.raises(ExecutorLostError, match=f"on 50 % of the SMs: {reason}"):
-        executor.launch(large_plan())
-    assert executor.failure == reason
+        stopped.launch(large_plan())
+    assert stopped.failure == reason
     # The next would be taken for the rest of that one.
-    os.kill(child.process.pid, signal.SIGCONT)
+    os.kill(stopped.pid, signal.SIGCONT)
     with pytest.raises(ExecutorLostError, match=reason):
-        executor.launch(large_plan())
+        stopped.launch(large_plan())
 
 
-def test_rows_that_a_stopped_process_does_not_take(
-    child: Child, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(remote, "SEND_TIMEOUT_S", 0.25)
-    executor = executor_on(child)
-    stop(child.process.pid)
+def test_rows_that_a_stopped_process_does_not_take(stopped: RemoteExecutor) -> None:
     tokens = np.zeros(100_000, np.int32)
-    executor.admit([Admission(0, 1, SamplingParams(), None, 0, tokens)])
-    assert executor.failure == f"its process {executor.pid} took nothing for 0.25 s"
+    stopped.admit([Admission(0, 1, SamplingParams(), None, 0, tokens)])
+    assert stopped.failure == f"its process {stopped.pid} took nothing for 0.25 s"
 
 
 def test_a_process_that_takes_it_late_is_not_lost(child: Child) -> None:

@@ -63,8 +63,8 @@ def matmul_all_reduce(
       packed: the result may be a `Packed`, for `rms_norm_residual` or `unpack`.
       implementation: of `Settings.implementation`.
       resident: w was complete before the program began, as a parameter is that nothing computes in
-        it. A product that does not overlap may then be a kernel that reads it early, which would be
-        wrong for any other w: that is XLA's product, whatever `kernels.linear` names.
+        it. Where the product does not overlap, a kernel may then read it early. With any other w it
+        is XLA's product there, whatever `kernels.linear` names.
 
     Returns:
       `[M, N]` in x's dtype, equal on all ranks. Sums over K are float32, rounded once, and then
