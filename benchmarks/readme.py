@@ -351,6 +351,11 @@ LINES = (
         lambda s: (
             f"{s['extra_gb']:.2f} GB; weights ({s['weights_gb']:.1f} GB) held "
             f"{s['weights_counted']} time"
+            + (
+                f"; four executors (`auto`) {s['auto_extra_gb']:.2f} GB"
+                if "auto_extra_gb" in s
+                else ""
+            )
         ),
         "2.5 GB",
     ),

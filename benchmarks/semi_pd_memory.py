@@ -1,7 +1,8 @@
 """How much memory do two executors take beside what one takes, and are the weights there once?
 
-The same model with the same number of KV pages, on one executor and on two; each engine in a
-process of its own, measured after it has served some requests.
+The same model with the same number of KV pages, on one executor, on two, and with
+`topology="auto"`, which keeps two for each phase; each engine in a process of its own, measured
+after it has served some requests.
 
 On a GPU `gb` is what the device gives back when a process ends, in turns: prefill executors, decode
 executors, and with the engine the storage owner (weights, KV pages); what remains of all since
@@ -136,7 +137,7 @@ def unused_pool_gb(engine: Engine) -> float:
 
 
 def end_phase(engine: Engine, phase: str) -> None:
-    """In the engine's process: ends the executors of a phase."""
+    """In the engine's process: ends the executors of a phase, kept ones too."""
     seats(engine)[phase].pool.close()
 
 
@@ -173,12 +174,14 @@ def measure(model: str, topology: str, sizes: dict[str, Any], *, on_gpu: bool) -
     return {"processes": processes, "shared": shared}
 
 
+def total_gb(found: dict[str, Any]) -> float:
+    """Of all processes of an engine, from what `measure` gave for it."""
+    return sum(row["gb"] for row in found["processes"])
+
+
 def summarise(unified: dict[str, Any], semi_pd: dict[str, Any]) -> dict[str, float]:
     """The summary from what `measure` gave for both engines."""
-    total = {
-        name: sum(row["gb"] for row in found["processes"])
-        for name, found in (("unified_gb", unified), ("semi_pd_gb", semi_pd))
-    }
+    total = {"unified_gb": total_gb(unified), "semi_pd_gb": total_gb(semi_pd)}
     shared = {f"{name}_gb": nbytes / GB for name, nbytes in semi_pd["shared"].items()}
     executors = [r for r in semi_pd["processes"] if r["name"].endswith("executor")]
     mapped = [r["mapped_gb"] for r in semi_pd["processes"] if "mapped_gb" in r]
@@ -200,7 +203,7 @@ def add_rows(report: Report, model: str, topology: str, found: dict[str, Any]) -
     for row in found["processes"]:
         fields = {key: value for key, value in row.items() if key != "name"}
         report.add(f"{model} {row['name']}", topology, **fields)
-    report.add(f"{model} all", topology, gb=sum(row["gb"] for row in found["processes"]))
+    report.add(f"{model} all", topology, gb=total_gb(found))
 
 
 def main() -> None:
@@ -218,7 +221,7 @@ def main() -> None:
     on_gpu = topologies.on_gpu(report.env)
     model, sizes = topologies.sizes(args, report.env)
     found = {}
-    for topology in ("chunked", "semi_pd"):
+    for topology in ("chunked", "semi_pd", "auto"):
         say(f"measuring {topology}")
         try:
             found[topology] = measure(model, topology, sizes, on_gpu=on_gpu)
@@ -227,8 +230,10 @@ def main() -> None:
         else:
             add_rows(report, model, topology, found[topology])
         report.save()
-    if len(found) == 2:
+    if "chunked" in found and "semi_pd" in found:
         report.summary |= summarise(found["chunked"], found["semi_pd"])
+    if "chunked" in found and "auto" in found:
+        report.summary["auto_extra_gb"] = total_gb(found["auto"]) - total_gb(found["chunked"])
     report.finish()
     sys.exit(report.failures > 0)
 
