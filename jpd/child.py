@@ -32,6 +32,11 @@ class Child:
     process: subprocess.Popen[bytes]
     connection: Connection
 
+    def hang_up(self) -> None:
+        """Says that nothing more will be sent; the child's own messages still come."""
+        with socket.socket(fileno=os.dup(self.connection.fileno())) as end:
+            end.shutdown(socket.SHUT_WR)
+
     def kill(self) -> None:
         """Ends the process at once, waits until it is gone, and closes the connection."""
         self.process.kill()

@@ -139,7 +139,8 @@ class Mps:
         """Ends a client's work on the GPU, after which the process may be killed safely.
 
         Its CUDA calls fail from then on (CUDA_ERROR_MPS_CLIENT_TERMINATED). A process that is no
-        client, or no longer, is fine.
+        client, or no longer, is fine. For clients that can end by themselves that is better: driver
+        580 has not answered in time, and failed another client, where one was in a step.
 
         Raises:
             MpsError: the daemon is stopped, does not answer, or could not do it.

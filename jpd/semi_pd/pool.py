@@ -26,6 +26,8 @@ MAX_FAILURES = 4
 other is started."""
 _FIRST_DELAY_S = 0.5
 """Until the next start after the second failure; the first is made good at once."""
+_END_TIMEOUT_S = 5.0
+"""For sound executors to end by themselves: to run what they were sent and let go of the device."""
 _COUNTED = ("busy_s", "copied_bytes", "overlapped_bytes", "copy_wait_s", "recompiles")
 """What is summed over executors, gone ones included."""
 
@@ -205,41 +207,51 @@ class ExecutorPool:
           failure: why, if it failed.
           running: it may be in the middle of a step, and is gone, touching no memory, when this
             returns. One that is not seated touches nobody's pages: it ends in the background if
-            MPS has to be asked first, which takes longer than a step.
+            it has a share, as that takes longer than a step.
         """
-        if running or self._shares is None:
-            self._end(executor, wait=running)
+        patience_s = 0.0 if failure is not None or executor.ready is None else _END_TIMEOUT_S
+        if running:
+            self._end(executor, patience_s)
+        elif self._shares is None:
+            executor.kill(wait=False)
         else:
-            thread = threading.Thread(
-                target=self._end,
-                args=(executor,),
-                kwargs={"wait": True},
-                name="jpd-end",
-                daemon=True,
-            )
-            thread.start()
-            self._ending = [t for t in self._ending if t.is_alive()] + [thread]
-        if self._ready.get(executor.share) is executor:
-            del self._ready[executor.share]
-            for name in _COUNTED:
-                self._gone[name] += getattr(executor, name)
-        if self._starting.get(executor.share, (None,))[0] is executor:
-            del self._starting[executor.share]
+            self._end_in_background(executor, patience_s)
+        self._forget(executor)
         if failure is not None:
             self.num_lost += 1
             if executor.num_steps:
                 self._failures.pop(executor.share, None)
             self._failed(executor.share, failure)
 
-    def _end(self, executor: RemoteExecutor, *, wait: bool) -> None:
-        """A client of MPS must be told to stop before it is killed. One that starts runs kernels
-        too, and one that has failed may still run some."""
-        if self._shares is not None:
+    def _end(self, executor: RemoteExecutor, patience_s: float) -> None:
+        """Ends it; it is gone when this returns.
+
+        A client of MPS may end by itself for `patience_s`, as MPS that had to stop clients in the
+        middle of sound steps has hung, and others of its clients have failed. Then MPS stops it
+        before it is killed: one that starts runs kernels, too, and one that has failed may still
+        run some.
+        """
+        if self._shares is not None and not (patience_s and executor.finish(patience_s)):
             try:
                 self._shares.terminate_client(executor.pid)
             except Exception:  # the daemon may have gone the same way as the executor
                 logger.exception("MPS did not end its client %d", executor.pid)
-        executor.kill(wait=wait)
+        executor.kill(wait=True)
+
+    def _end_in_background(self, executor: RemoteExecutor, patience_s: float) -> None:
+        thread = threading.Thread(
+            target=self._end, args=(executor, patience_s), name="jpd-end", daemon=True
+        )
+        thread.start()
+        self._ending = [t for t in self._ending if t.is_alive()] + [thread]
+
+    def _forget(self, executor: RemoteExecutor) -> None:
+        if self._ready.get(executor.share) is executor:
+            del self._ready[executor.share]
+            for name in _COUNTED:
+                self._gone[name] += getattr(executor, name)
+        if self._starting.get(executor.share, (None,))[0] is executor:
+            del self._starting[executor.share]
 
     def _failed(self, share: int, reason: str) -> None:
         logger.warning("%s executor on %d %% is lost: %s", self.phase, share, reason)
@@ -256,8 +268,10 @@ class ExecutorPool:
         self._not_before_s.clear()
 
     def close(self) -> None:
-        """Ends all of them; they are gone when this returns."""
-        for executor in [*self._ready.values(), *(e for e, _ in self._starting.values())]:
-            self.remove(executor, running=True)
+        """Ends all of them at the same time; they are gone when this returns."""
+        ready, starting = self.ready(), [executor for executor, _ in self._starting.values()]
+        for executor in [*ready, *starting]:
+            self._end_in_background(executor, _END_TIMEOUT_S if executor in ready else 0.0)
+            self._forget(executor)
         for thread in self._ending:
             thread.join()

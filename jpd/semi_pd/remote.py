@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import socket
 import struct
+import subprocess
 import time
 from collections import deque
 from multiprocessing.connection import Connection
@@ -14,6 +16,8 @@ from jpd.child import Child
 from jpd.engine.lane import ExecutorLostError
 from jpd.engine.plan import Admission, StepPlan, StepResult
 from jpd.semi_pd.messages import Failure, Ready, StepReport
+
+logger = logging.getLogger(__name__)
 
 SEND_TIMEOUT_S = 5.0
 """An executor that takes nothing of a message for so long is lost. A thread of it does nothing but
@@ -129,6 +133,22 @@ class RemoteExecutor:
                 self._receive()
         except ExecutorLostError:
             pass  # `failure` says so
+
+    def finish(self, timeout_s: float) -> bool:
+        """Lets the process run what it was sent and end by itself; whether it does so in time.
+
+        Nobody reads what it still reports.
+        """
+        self._lost = self._lost or "it was ended"
+        try:
+            self._child.hang_up()
+            self._child.wait(timeout_s)
+        except OSError:  # the connection is closed
+            return False
+        except subprocess.TimeoutExpired:
+            logger.warning("process %d did not end within %g s", self.pid, timeout_s)
+            return False
+        return True
 
     def kill(self, *, wait: bool) -> None:
         """Ends the process, if it still runs; with `wait`, returns when it is gone."""

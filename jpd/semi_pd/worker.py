@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
+import sys
 import threading
 import time
 import traceback
@@ -221,6 +222,8 @@ def _main() -> None:
     steps.put(None)
     reporter.join()
     worker.release()
+    sys.stdout.flush()
+    os._exit(0)  # nothing runs on the device; unloading jax takes a second, and somebody waits
 
 
 if __name__ == "__main__":

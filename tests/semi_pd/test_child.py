@@ -32,6 +32,13 @@ def test_it_ends_when_its_connection_does(child):
     assert child.wait(PATIENCE_S) == 0
 
 
+def test_it_ends_when_its_parent_hangs_up_and_what_it_said_is_there(child):
+    child.connection.send(("say", "goodbye"))
+    child.hang_up()
+    assert child.wait(PATIENCE_S) == 0
+    assert child.connection.recv() == "goodbye"
+
+
 def test_killed_it_is_gone_and_the_connection_closed(child):
     child.kill()
     child.kill()

@@ -497,7 +497,18 @@ def test_a_hung_executor_is_replaced(folder: Path, monkeypatch: pytest.MonkeyPat
     assert tokens([output]) == want
     assert lane.executor.pid not in hung
     assert llm.stats.executors_lost == 1
+    close_in_the_middle_of_a_step(llm)
+
+
+def close_in_the_middle_of_a_step(llm: LLM) -> None:
+    """Executors run what they were sent, and end by themselves."""
+    llm._queue(llm._checked(*work(3), None))
+    lane = llm._engine.topology.decode.lane
+    while not lane.in_flight:
+        llm._step()
+    ready = [e for pool in (s.pool for s in seats(llm)) for e in pool.ready()]
     llm.close()
+    assert [executor._child.wait() for executor in ready] == [0] * len(ready)
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])

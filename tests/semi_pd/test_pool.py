@@ -28,6 +28,10 @@ class FakeExecutor:
     def poll(self) -> None:
         """Nothing comes."""
 
+    def finish(self, timeout_s: float) -> bool:
+        self._world.log.append(("finish", self.pid))
+        return self._world.finish(timeout_s)
+
     def kill(self, *, wait: bool) -> None:
         self._world.log.append(("kill", self.pid))
 
@@ -40,6 +44,7 @@ class World:
         self.executors: list[FakeExecutor] = []
         self.log: list[tuple[str, int]] = []
         self.shares: FakeShares | None = None
+        self.finish: Callable[[float], bool] = lambda timeout_s: False
 
     def pool(self, kept: frozenset[int] = frozenset(), timeout_s: float = 10.0) -> ExecutorPool:
         def start(share: int) -> FakeExecutor:
@@ -177,10 +182,11 @@ def test_mps_ends_its_client_before_the_kill_and_nobody_waits(
     pool = world.pool()
     end(world, pool)
     assert (pool.num_ready, pool.num_starting) == (0, 0)
-    assert world.log == []
+    asked = [("finish", 1000)] if end is drop_when_it_is_ready else []  # and it does not
+    wait_until(lambda: world.log == asked, "it was not asked to end by itself")
     world.shares.answers.set()
-    wait_until(lambda: len(world.log) == 2, "it was not ended")
-    assert world.log == [("terminate_client", 1000), ("kill", 1000)]
+    ended = [("terminate_client", 1000), ("kill", 1000)]
+    wait_until(lambda: world.log == [*asked, *ended], "it was not ended")
 
 
 def test_nobody_runs_when_a_pool_is_closed(world: World) -> None:
@@ -195,6 +201,33 @@ def test_nobody_runs_when_a_pool_is_closed(world: World) -> None:
     pool.get(30)
     pool.close()
     assert world.log == [*ended, ("terminate_client", 1001), ("kill", 1001)]
+
+
+def test_a_sound_one_ends_by_itself_and_mps_is_left_alone(world: World) -> None:
+    world.shares = FakeShares(world)
+    world.finish = lambda timeout_s: timeout_s >= 1
+    pool = world.pool()
+    drop_when_it_is_ready(world, pool)
+    wait_until(lambda: len(world.log) == 2, "it was not ended")
+    assert world.log == [("finish", 1000), ("kill", 1000)]
+
+
+def test_all_of_a_pool_that_is_closed_end_at_the_same_time(world: World) -> None:
+    together = threading.Barrier(2)
+
+    def finish(timeout_s: float) -> bool:
+        together.wait(PATIENCE_S)
+        return True
+
+    world.shares, world.finish = FakeShares(world), finish
+    pool = world.pool(kept=frozenset({30, 40}))
+    pool.tend(None, 40)
+    for executor in world.executors:
+        executor.ready = executor
+    pool.tend(None, 40)
+    pool.close()
+    assert sorted(world.log) == [(what, pid) for what in ("finish", "kill") for pid in (1000, 1001)]
+    assert pool.num_ready == 0
 
 
 def test_who_was_in_a_step_is_gone_when_it_is_removed(world: World) -> None:

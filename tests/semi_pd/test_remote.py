@@ -1,4 +1,4 @@
-"""The coordinator's side of an executor whose process takes nothing."""
+"""The coordinator's side of an executor whose process takes nothing, or is to end."""
 
 from __future__ import annotations
 
@@ -109,3 +109,23 @@ def test_a_plan_to_a_process_that_has_ended(child: Child) -> None:
     child.process.wait()
     with pytest.raises(ExecutorLostError, match=rf"its process {executor.pid} ended, exit code -9"):
         executor.launch(large_plan())
+
+
+def test_it_ends_by_itself_when_it_has_done_what_it_was_sent(child: Child) -> None:
+    executor = executor_on(child)
+    for _ in range(3):
+        child.connection.send(("say", "a report that nobody reads"))
+    assert executor.finish(PATIENCE_S)
+    assert child.wait() == 0
+    assert executor.failure == "it was ended"
+    assert all(child.connection.recv() == "a report that nobody reads" for _ in range(3))
+    assert executor.finish(0.0), "it is gone"
+    executor.kill(wait=True)
+    assert not executor.finish(0.0), "the connection is closed"
+
+
+def test_one_that_does_not_end_is_left_to_others(stopped: RemoteExecutor) -> None:
+    assert not stopped.finish(0.1)
+    with pytest.raises(ExecutorLostError, match="it was ended"):
+        stopped.launch(large_plan())
+    stopped.kill(wait=True)
