@@ -5,12 +5,22 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from pallas_kernels.dense_gemm.config import EPILOGUE_BYTES, SMEM_BUDGET, DenseConfig, cycles
+from pallas_kernels.dense_gemm.config import EPILOGUE_BYTES, SMEM_BUDGET, DenseConfig
 
 TILE_K = 64
 """Depth of one step: 128 bytes of bf16/fp16, the widest swizzle of TMA and wgmma."""
 MAX_RANKS = 8
 """Receivers that a tile can be shared out to."""
+_MOST_HELD = 64 * 256
+"""Sums of a warpgroup that it can hold beside as many accumulators without spilling registers."""
+
+# The machine as the rule sees it, in SM clock cycles; only ratios matter. Fitted to ten shapes with
+# four large tiles each, on an H200 (benchmarks/FINDINGS.md).
+_MACS_PER_CYCLE = 2048  # dense bf16 multiply-adds of one SM
+_LOADED_BYTES_PER_CYCLE = 140  # what loads beside the products cost them
+_STEP_CYCLES = 20  # barrier round of one step
+_TILE_CYCLES = 3000  # storing the sums of one tile, where they are not held
+_L2_BYTES_PER_CYCLE = 40  # what one SM reads from L2 while all others read too: bounds small tiles
 
 _TILES: tuple[tuple[int, int, Literal["m", "n"]], ...] = (
     (256, 192, "m"),
@@ -65,6 +75,14 @@ class SignalConfig:
         """Rows and columns of the accumulators of one warpgroup."""
         return self.dense.wg_shape
 
+    @property
+    def holds_sums(self) -> bool:
+        """Whether a warpgroup has registers for a tile's rounded sums beside those of the next one:
+        then they are stored while the products of the next tile are computed.
+        """
+        rows, columns = self.wg_shape
+        return rows * columns <= _MOST_HELD
+
     def part_m(self, ranks: int) -> int:
         """Rows of a tile that each of `ranks` receivers gets.
 
@@ -88,11 +106,20 @@ def _width(m: int, tile_m: int, tile_n: int, sms: int) -> int:
     return width
 
 
+def _cycles(config: SignalConfig, m: int, n: int, k: int, sms: int) -> float:
+    """Estimated SM cycles: waves of tiles, the last as long as the others."""
+    rows, columns = config.tile_m, config.tile_n
+    waves = -(-(-(-m // rows) * -(-n // columns)) // sms)
+    loaded = (rows + columns) * TILE_K * 2
+    multiply = rows * columns * TILE_K / _MACS_PER_CYCLE + loaded / _LOADED_BYTES_PER_CYCLE
+    step = max(multiply + _STEP_CYCLES, loaded / _L2_BYTES_PER_CYCLE)
+    return waves * (-(-k // TILE_K) * step + (0 if config.holds_sums else _TILE_CYCLES))
+
+
 def candidates(m: int, n: int, k: int, sms: int, *, ranks: int = 1) -> list[SignalConfig]:
     """Configurations worth timing for a shape, cheapest first by the rule.
 
-    The rule: cycles of the dense GEMM on `sms` SMs, times what the padding of the last tiles adds
-    to what is sent.
+    The rule: cycles on `sms` SMs, times what the padding of the last tiles adds to what is sent.
 
     Args:
       m: rows of x.
@@ -112,7 +139,7 @@ def candidates(m: int, n: int, k: int, sms: int, *, ranks: int = 1) -> list[Sign
         )
         rows = -(-m // (ranks * config.part_m(ranks))) * tile_m
         sent = rows * -(-n // tile_n) * tile_n / (m * n)
-        found.append((cycles(config.dense, m, n, k, sms) * sent, config))
+        found.append((_cycles(config, m, n, k, sms) * sent, config))
     return [config for _, config in sorted(found, key=lambda pair: pair[0])]
 
 

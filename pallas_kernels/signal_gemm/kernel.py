@@ -153,14 +153,17 @@ def _load(g: dict, work: _Work, each_tile, *, interpret: Any) -> None:
 def _compute(g: dict, work: _Work, each_tile, *, interpret: Any) -> None:
     """A computing warpgroup: products of its part of each tile, stores, and the signal.
 
-    The signal of a tile waits for its stores to complete. That takes as long as some steps, so it
-    is left until the products of the next tile are on their way.
+    Rounded sums stay in registers, where they fit, until the products of the next tile are on their
+    way, and are stored chunk by chunk between these. The signal waits for the stores to complete,
+    which takes as long as some more steps.
     """
     config, stages = work.config, work.stages
     rows, columns = config.wg_shape
     warpgroup = lax.axis_index("wg")
     row = warpgroup * rows if config.wg_dimension == "m" else 0
     column = warpgroup * columns if config.wg_dimension == "n" else 0
+    chunks = range(len(_chunks(config)))
+    dtype = g["x"].dtype
 
     def multiply(acc, slot):
         plgpu.barrier_wait(g["loaded"].at[slot])
@@ -171,68 +174,97 @@ def _compute(g: dict, work: _Work, each_tile, *, interpret: Any) -> None:
             w_s = w_s.at[pl.ds(column, columns)]
         plgpu.wgmma(acc, x_s, w_s.transpose((1, 0)))
 
-    def compute_tile(tile, slot):
-        def products(acc):
-            multiply(acc, slot)
+    def compute_tile(tile, carry):
+        slot, held = carry
+        before = tile - work.blocks
 
-            def step(_, carry):
+        def store_held(chunk):
+            @pl.when(before >= 0)
+            def _():
+                _store(g, work, before, held, chunk, row, column)
+
+        def products(acc):
+            def step(carry, meanwhile=None):
                 last, slot = carry
                 multiply(acc, slot)
+                if meanwhile is not None:
+                    meanwhile()
                 plgpu.wgmma_wait(1)  # the product before this one is complete
                 plgpu.barrier_arrive(g["freed"].at[last])
                 return slot, _next(slot, stages)
 
-            early = min(_SIGNAL_AFTER, work.steps)
-            carry = lax.fori_loop(1, early, step, (slot, _next(slot, stages)))
+            def steps(first, end, carry):
+                return lax.fori_loop(first, end, lambda _, carry: step(carry), carry)
 
-            @pl.when(tile >= work.blocks)
+            multiply(acc, slot)
+            carry, done = (slot, _next(slot, stages)), 1
+            for chunk in chunks if config.holds_sums else ():
+                if done < work.steps:
+                    carry, done = step(carry, functools.partial(store_held, chunk)), done + 1
+                else:
+                    store_held(chunk)
+            early = min(done + _SIGNAL_AFTER, work.steps)
+            carry = steps(done, early, carry)
+
+            @pl.when(before >= 0)
             def _():
-                _signal(g, work, tile - work.blocks, interpret=interpret)
+                _signal(g, work, before, interpret=interpret)
 
-            last, after = lax.fori_loop(early, work.steps, step, carry)
-            sums = acc[...]
+            last, after = steps(early, work.steps, carry)
+            sums = acc[...].astype(dtype)
             plgpu.barrier_arrive(g["freed"].at[last])
             return sums, after
 
         sums, after = pl.run_scoped(products, plgpu.ACC((rows, columns), jnp.float32))
-        _store(g, work, tile, sums, row, column)
-        return after
+        if config.holds_sums:
+            return after, sums
+        for chunk in chunks:
+            _store(g, work, tile, sums, chunk, row, column)
+        return after, None
 
     mosaic.wait_for_previous(interpret)
-    each_tile(compute_tile, jnp.int32(0))
+    nothing = None
+    if config.holds_sums:
+        nothing = plgpu.layout_cast(jnp.zeros((rows, columns), dtype), plgpu.Layout.WGMMA)
+    _, held = each_tile(compute_tile, (jnp.int32(0), nothing))
     block = lax.axis_index("block")
-    rounds = lax.div(work.tiles - 1 - block, jnp.int32(work.blocks))
-    _signal(g, work, block + rounds * work.blocks, interpret=interpret)
+    last = block + lax.div(work.tiles - 1 - block, jnp.int32(work.blocks)) * work.blocks
+    for chunk in chunks if config.holds_sums else ():
+        _store(g, work, last, held, chunk, row, column)
+    _signal(g, work, last, interpret=interpret)
 
 
-def _store(g: dict, work: _Work, tile, sums, row, column) -> None:
-    """The epilogue: rounding, and TMA to each rank's part of the tile, chunk by chunk.
+def _chunks(config: SignalConfig) -> list[tuple[int, int]]:
+    """Row and column, in a warpgroup's part of the tile, of each chunk of the output."""
+    rows, columns = config.wg_shape
+    return [(r, c) for r in range(0, rows, _CHUNK) for c in range(0, columns, _CHUNK)]
+
+
+def _store(g: dict, work: _Work, tile, sums, chunk: int, row, column) -> None:
+    """The epilogue: one chunk of a warpgroup's rounded sums by TMA to each rank's part of the tile.
 
     `row` and `column` are where the warpgroup's sums begin in the tile.
     """
-    warpgroup = lax.axis_index("wg")
-    rows, columns = work.config.wg_shape
+    r, c = _chunks(work.config)[chunk]
     high = min(_CHUNK, work.part_m)
-    chunks = [(r, c) for r in range(0, rows, _CHUNK) for c in range(0, columns, _CHUNK)]
     copies = _CHUNK // high
     first, stride = work.slots(tile)
-    for i, (r, c) in enumerate(chunks):
-        slot = g["y_s"].at[warpgroup, i % _SLOTS]
-        # Copies are counted one by one.
-        plgpu.wait_smem_to_gmem((_SLOTS - 1) * copies, wait_read_only=True)
-        slot[...] = sums[r : r + _CHUNK, c : c + _CHUNK].astype(slot.dtype)
-        plgpu.commit_smem()
-        for part in range(copies):
-            top = row + r + part * high
-            rank = lax.div(top, jnp.int32(work.part_m))
-            plgpu.copy_smem_to_gmem(
-                slot.at[pl.ds(part * high, high)],
-                g["packed"].at[
-                    first + rank * stride,
-                    pl.ds(lax.rem(top, jnp.int32(work.part_m)), high),
-                    pl.ds(column + c, _CHUNK),
-                ],
-            )
+    slot = g["y_s"].at[lax.axis_index("wg"), chunk % _SLOTS]
+    # Copies are counted one by one.
+    plgpu.wait_smem_to_gmem((_SLOTS - 1) * copies, wait_read_only=True)
+    slot[...] = sums[r : r + _CHUNK, c : c + _CHUNK]
+    plgpu.commit_smem()
+    for part in range(copies):
+        top = row + r + part * high
+        rank = lax.div(top, jnp.int32(work.part_m))
+        plgpu.copy_smem_to_gmem(
+            slot.at[pl.ds(part * high, high)],
+            g["packed"].at[
+                first + rank * stride,
+                pl.ds(lax.rem(top, jnp.int32(work.part_m)), high),
+                pl.ds(column + c, _CHUNK),
+            ],
+        )
 
 
 def _signal(g: dict, work: _Work, tile, *, interpret: Any) -> None:
