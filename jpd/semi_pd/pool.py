@@ -205,17 +205,24 @@ class ExecutorPool:
         Args:
           executor: of this pool.
           failure: why, if it failed.
-          running: it may be in the middle of a step, and is gone, touching no memory, when this
-            returns. One that is not seated touches nobody's pages: it ends in the background if
-            it has a share, as that takes longer than a step.
+          running: it failed, perhaps in the middle of a step, and is gone, touching no memory, when
+            this returns. One that is not seated touches nobody's pages: it ends in the background
+            if it has a share, as that takes longer than a step.
         """
-        patience_s = 0.0 if failure is not None or executor.ready is None else _END_TIMEOUT_S
+        until_s = None
+        if failure is None and self._shares is not None and _is_sound(executor):
+            executor.hang_up()
+            until_s = time.monotonic() + _END_TIMEOUT_S
         if running:
-            self._end(executor, patience_s)
+            self._end(executor, until_s)
         elif self._shares is None:
             executor.kill(wait=False)
         else:
-            self._end_in_background(executor, patience_s)
+            thread = threading.Thread(
+                target=self._end, args=(executor, until_s), name="jpd-end", daemon=True
+            )
+            thread.start()
+            self._ending = [t for t in self._ending if t.is_alive()] + [thread]
         self._forget(executor)
         if failure is not None:
             self.num_lost += 1
@@ -223,27 +230,20 @@ class ExecutorPool:
                 self._failures.pop(executor.share, None)
             self._failed(executor.share, failure)
 
-    def _end(self, executor: RemoteExecutor, patience_s: float) -> None:
+    def _end(self, executor: RemoteExecutor, until_s: float | None) -> None:
         """Ends it; it is gone when this returns.
 
-        A client of MPS may end by itself for `patience_s`, as MPS that had to stop clients in the
-        middle of sound steps has hung, and others of its clients have failed. Then MPS stops it
-        before it is killed: one that starts runs kernels, too, and one that has failed may still
-        run some.
+        A sound client of MPS is left to end by itself until `until_s` of `time.monotonic`: MPS that
+        had to stop clients in the middle of steps has hung, and others of its clients have failed.
+        Any other (None) is stopped by MPS before it is killed: one that starts runs kernels, too,
+        and one that has failed may still run some.
         """
-        if self._shares is not None and not (patience_s and executor.finish(patience_s)):
+        if self._shares is not None and not (until_s and _ends_by_itself(executor, until_s)):
             try:
                 self._shares.terminate_client(executor.pid)
             except Exception:  # the daemon may have gone the same way as the executor
                 logger.exception("MPS did not end its client %d", executor.pid)
         executor.kill(wait=True)
-
-    def _end_in_background(self, executor: RemoteExecutor, patience_s: float) -> None:
-        thread = threading.Thread(
-            target=self._end, args=(executor, patience_s), name="jpd-end", daemon=True
-        )
-        thread.start()
-        self._ending = [t for t in self._ending if t.is_alive()] + [thread]
 
     def _forget(self, executor: RemoteExecutor) -> None:
         if self._ready.get(executor.share) is executor:
@@ -267,11 +267,32 @@ class ExecutorPool:
         self._failures.clear()
         self._not_before_s.clear()
 
+    def hang_up(self) -> None:
+        """Lets all that are sound run what they were sent and end by themselves; `close` waits."""
+        for executor in self._ready.values() if self._shares is not None else ():
+            if _is_sound(executor):
+                executor.hang_up()
+
     def close(self) -> None:
-        """Ends all of them at the same time; they are gone when this returns."""
-        ready, starting = self.ready(), [executor for executor, _ in self._starting.values()]
-        for executor in [*ready, *starting]:
-            self._end_in_background(executor, _END_TIMEOUT_S if executor in ready else 0.0)
+        """Ends all of them; they are gone when this returns.
+
+        Also when the interpreter exits, and nobody can start a thread.
+        """
+        self.hang_up()
+        until_s = time.monotonic() + _END_TIMEOUT_S
+        for executor in [*self._ready.values(), *(e for e, _ in self._starting.values())]:
+            self._end(executor, until_s if _is_sound(executor) else None)
             self._forget(executor)
         for thread in self._ending:
             thread.join()
+
+
+def _is_sound(executor: RemoteExecutor) -> bool:
+    return executor.ready is not None and executor.failure is None
+
+
+def _ends_by_itself(executor: RemoteExecutor, until_s: float) -> bool:
+    in_time = executor.ends_within(until_s - time.monotonic())
+    if not in_time:
+        logger.warning("executor %d did not end by itself in time", executor.pid)
+    return in_time

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import socket
 import struct
@@ -16,8 +15,6 @@ from jpd.child import Child
 from jpd.engine.lane import ExecutorLostError
 from jpd.engine.plan import Admission, StepPlan, StepResult
 from jpd.semi_pd.messages import Failure, Ready, StepReport
-
-logger = logging.getLogger(__name__)
 
 SEND_TIMEOUT_S = 5.0
 """An executor that takes nothing of a message for so long is lost. A thread of it does nothing but
@@ -134,19 +131,16 @@ class RemoteExecutor:
         except ExecutorLostError:
             pass  # `failure` says so
 
-    def finish(self, timeout_s: float) -> bool:
-        """Lets the process run what it was sent and end by itself; whether it does so in time.
-
-        Nobody reads what it still reports.
-        """
-        self._lost = self._lost or "it was ended"
-        try:
+    def hang_up(self) -> None:
+        """Lets the process run what it was sent and end by itself; nobody reads what it reports."""
+        with contextlib.suppress(OSError):  # it is gone
             self._child.hang_up()
-            self._child.wait(timeout_s)
-        except OSError:  # the connection is closed
-            return False
+
+    def ends_within(self, timeout_s: float) -> bool:
+        """Whether the process ends by itself in time; waits for it."""
+        try:
+            self._child.wait(max(timeout_s, 0.0))
         except subprocess.TimeoutExpired:
-            logger.warning("process %d did not end within %g s", self.pid, timeout_s)
             return False
         return True
 

@@ -163,6 +163,7 @@ class TwoPhases:
         self._waker.setblocking(False)
         for seat in self._seats:
             self._resources.callback(seat.pool.close)
+        self._resources.callback(self._hang_up)
         self._renewed = False
 
     @property
@@ -245,6 +246,7 @@ class TwoPhases:
             if seat.executor is not None:
                 self._renewed = False
         if any(model.is_lost for model in self._models) or self._memory_is_suspect():
+            self._hang_up()
             for seat in self._seats:
                 seat.pool.close()
             raise PagesLostError
@@ -354,6 +356,11 @@ class TwoPhases:
                 executor.proven = False
         seat.lost(str(error))
         return blamed
+
+    def _hang_up(self) -> None:
+        """Both phases' executors end at the same time."""
+        for seat in self._seats:
+            seat.pool.hang_up()
 
     def close(self) -> None:
         """Ends all executors. Does nothing the second time."""

@@ -221,7 +221,10 @@ def _main() -> None:
             _give_up(out, error)
     steps.put(None)
     reporter.join()
-    worker.release()
+    try:
+        worker.release()
+    except BaseException as error:
+        _give_up(out, error)
     sys.stdout.flush()
     os._exit(0)  # nothing runs on the device; unloading jax takes a second, and somebody waits
 

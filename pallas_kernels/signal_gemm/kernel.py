@@ -27,7 +27,8 @@ _LOADER = 2
 """Index of the warpgroup that loads; 0 and 1 compute."""
 _LOADER_REGISTERS, _COMPUTE_REGISTERS = 40, 232
 _SIGNAL_AFTER = 4
-"""Steps of the next tile before a tile is signalled: its stores complete while wgmma works."""
+"""Steps of the next tile between a tile's last store, or the first step where its sums were not
+held, and its signal: the stores complete while wgmma works."""
 
 
 def _next(slot, stages: int):
@@ -250,7 +251,8 @@ def _store(g: dict, work: _Work, tile, sums, chunk: int, row, column) -> None:
     copies = _CHUNK // high
     first, stride = work.slots(tile)
     slot = g["y_s"].at[lax.axis_index("wg"), chunk % _SLOTS]
-    # Copies are counted one by one.
+    # Copies are counted one by one; a tile begins with none on their way, as the one before it was
+    # signalled, so that an odd number of chunks does no harm.
     plgpu.wait_smem_to_gmem((_SLOTS - 1) * copies, wait_read_only=True)
     slot[...] = sums[r : r + _CHUNK, c : c + _CHUNK]
     plgpu.commit_smem()

@@ -85,7 +85,8 @@ def assert_right(capfd, m, n, k, *, groups, **rest):
 
 
 CASES = {  # M, N, K, SMs, config, ranks, dtype
-    "ragged": (200, 256, 320, 3, SMALL, 1, BF16),
+    "ragged": (200, 256, 512, 3, SMALL, 1, BF16),
+    "an-odd-number-of-chunks": (200, 384, 640, 2, SignalConfig(128, 192, 3), 1, BF16),
     "one-step": (130, 128, 64, 1, SMALL, 1, BF16),
     "less-than-a-tile": (5, 72, 128, 4, SMALL, 1, FP16),
     "columns-over-the-edge": (300, 200, 192, 2, SignalConfig(256, 192, 3), 1, BF16),
@@ -178,8 +179,11 @@ def equations(jaxpr):
                     yield from equations(inner)
 
 
-def test_signals_only_when_stores_are_complete():
-    function, shapes = case(2048, 8192, 2048, SignalConfig(stages=3))
+@pytest.mark.parametrize(
+    "config", [SignalConfig(stages=3), SignalConfig(256, 192, 3)], ids=["held", "not_held"]
+)
+def test_signals_only_when_stores_are_complete(config):
+    function, shapes = case(2048, 8192, 2048, config)
     found = [
         (equation.primitive.name, equation.params)
         for equation in equations(jax.make_jaxpr(function)(*shapes).jaxpr)
@@ -193,7 +197,10 @@ def test_signals_only_when_stores_are_complete():
     for i in signals:
         assert names[i - 3 : i] == ["wait_smem_to_gmem", "barrier_arrive", "barrier_wait"]
         assert found[i - 3][1] == {"n": 0, "wait_read_only": False}
-    assert "copy_smem_to_gmem" in names[signals[0] : signals[1]]
+    before, between = names[: signals[0]], names[signals[0] : signals[1]]
+    # The same tile's: before the products of the next one, or among them.
+    assert ("copy_smem_to_gmem" in before) == config.holds_sums
+    assert "copy_smem_to_gmem" in between
 
 
 def test_the_signal_is_a_release_at_system_scope(monkeypatch):

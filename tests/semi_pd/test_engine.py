@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import itertools
 import os
@@ -23,6 +24,7 @@ import pytest
 from jpd import LLM, AsyncLLM, SamplingParams
 from jpd.child import Child
 from jpd.config import SemiPDConfig
+from jpd.engine.lane import ExecutorLostError
 from jpd.engine.plan import StepPlan
 from jpd.errors import ConfigError, EngineDeadError
 from jpd.semi_pd import shared_model
@@ -497,18 +499,31 @@ def test_a_hung_executor_is_replaced(folder: Path, monkeypatch: pytest.MonkeyPat
     assert tokens([output]) == want
     assert lane.executor.pid not in hung
     assert llm.stats.executors_lost == 1
-    close_in_the_middle_of_a_step(llm)
+    close_in_the_middle_of_steps(llm, monkeypatch)
 
 
-def close_in_the_middle_of_a_step(llm: LLM) -> None:
-    """Executors run what they were sent, and end by themselves."""
+def close_in_the_middle_of_steps(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Executors run what they were sent, report it to nobody, and end by themselves."""
+    ended = []
+
+    def look(executor: RemoteExecutor, *, wait: bool) -> None:
+        with contextlib.suppress(ExecutorLostError):
+            while True:
+                ended.append((executor, executor.next_report()))
+        kill(executor, wait=wait)
+
+    kill = RemoteExecutor.kill
+    monkeypatch.setattr(RemoteExecutor, "kill", look)
+    monkeypatch.setattr("jpd.semi_pd.pool._END_TIMEOUT_S", PATIENCE_S)
     llm._queue(llm._checked(*work(3), None))
     lane = llm._engine.topology.decode.lane
-    while not lane.in_flight:
+    while len(lane.in_flight) < 2:
         llm._step()
-    ready = [e for pool in (s.pool for s in seats(llm)) for e in pool.ready()]
+    sent, decoding = len(lane.in_flight), lane.executor
+    ready = [executor for seat in seats(llm) for executor in seat.pool.ready()]
     llm.close()
     assert [executor._child.wait() for executor in ready] == [0] * len(ready)
+    assert sum(executor is decoding for executor, _ in ended) == sent
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 
@@ -28,9 +30,12 @@ class FakeExecutor:
     def poll(self) -> None:
         """Nothing comes."""
 
-    def finish(self, timeout_s: float) -> bool:
-        self._world.log.append(("finish", self.pid))
-        return self._world.finish(timeout_s)
+    def hang_up(self) -> None:
+        self._world.log.append(("hang_up", self.pid))
+
+    def ends_within(self, timeout_s: float) -> bool:
+        assert timeout_s > 1
+        return self._world.ends
 
     def kill(self, *, wait: bool) -> None:
         self._world.log.append(("kill", self.pid))
@@ -44,7 +49,8 @@ class World:
         self.executors: list[FakeExecutor] = []
         self.log: list[tuple[str, int]] = []
         self.shares: FakeShares | None = None
-        self.finish: Callable[[float], bool] = lambda timeout_s: False
+        self.ends = False
+        """Executors that are let end do so."""
 
     def pool(self, kept: frozenset[int] = frozenset(), timeout_s: float = 10.0) -> ExecutorPool:
         def start(share: int) -> FakeExecutor:
@@ -182,8 +188,8 @@ def test_mps_ends_its_client_before_the_kill_and_nobody_waits(
     pool = world.pool()
     end(world, pool)
     assert (pool.num_ready, pool.num_starting) == (0, 0)
-    asked = [("finish", 1000)] if end is drop_when_it_is_ready else []  # and it does not
-    wait_until(lambda: world.log == asked, "it was not asked to end by itself")
+    asked = [("hang_up", 1000)] if end is drop_when_it_is_ready else []  # it does not end
+    assert world.log == asked
     world.shares.answers.set()
     ended = [("terminate_client", 1000), ("kill", 1000)]
     wait_until(lambda: world.log == [*asked, *ended], "it was not ended")
@@ -204,30 +210,52 @@ def test_nobody_runs_when_a_pool_is_closed(world: World) -> None:
 
 
 def test_a_sound_one_ends_by_itself_and_mps_is_left_alone(world: World) -> None:
-    world.shares = FakeShares(world)
-    world.finish = lambda timeout_s: timeout_s >= 1
+    world.shares, world.ends = FakeShares(world), True
     pool = world.pool()
     drop_when_it_is_ready(world, pool)
     wait_until(lambda: len(world.log) == 2, "it was not ended")
-    assert world.log == [("finish", 1000), ("kill", 1000)]
+    assert world.log == [("hang_up", 1000), ("kill", 1000)]
 
 
 def test_all_of_a_pool_that_is_closed_end_at_the_same_time(world: World) -> None:
-    together = threading.Barrier(2)
-
-    def finish(timeout_s: float) -> bool:
-        together.wait(PATIENCE_S)
-        return True
-
-    world.shares, world.finish = FakeShares(world), finish
-    pool = world.pool(kept=frozenset({30, 40}))
+    world.shares, world.ends = FakeShares(world), True
+    world.shares.answers.set()
+    pool = world.pool(kept=frozenset({30, 40, 50}))
     pool.tend(None, 40)
     for executor in world.executors:
         executor.ready = executor
     pool.tend(None, 40)
+    world.executors[1].failure = "nobody has seen it yet"
+    pool.get(60)
     pool.close()
-    assert sorted(world.log) == [(what, pid) for what in ("finish", "kill") for pid in (1000, 1001)]
-    assert pool.num_ready == 0
+    sound = [("hang_up", 1000), ("hang_up", 1002)]
+    assert [entry for entry in world.log if entry in sound] == world.log[:2] == sound
+    stopped = [("terminate_client", 1001), ("kill", 1001)]
+    started = [("terminate_client", 1003), ("kill", 1003)]
+    assert world.log[2:] == [("kill", 1000), *stopped, ("kill", 1002), *started]
+    assert (pool.num_ready, pool.num_starting) == (0, 0)
+
+
+CLOSED_AT_EXIT = """
+import atexit, threading
+from tests.semi_pd.test_pool import FakeShares, World
+
+world = World()
+world.shares, world.ends = FakeShares(world), True
+pool = world.pool()
+pool.get(40)
+world.executors[0].ready = world.executors[0]
+pool.tend(None, 40)
+atexit.register(lambda: print(world.log))
+atexit.register(pool.close)
+"""
+
+
+def test_a_pool_is_closed_when_the_interpreter_exits() -> None:
+    """As by an engine that nobody closed; no thread can be started then."""
+    command = [sys.executable, "-c", CLOSED_AT_EXIT]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=True)
+    assert done.stdout == "[('hang_up', 1000), ('kill', 1000)]\n", done.stderr
 
 
 def test_who_was_in_a_step_is_gone_when_it_is_removed(world: World) -> None:

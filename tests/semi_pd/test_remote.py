@@ -115,17 +115,19 @@ def test_it_ends_by_itself_when_it_has_done_what_it_was_sent(child: Child) -> No
     executor = executor_on(child)
     for _ in range(3):
         child.connection.send(("say", "a report that nobody reads"))
-    assert executor.finish(PATIENCE_S)
+    executor.hang_up()
+    assert executor.ends_within(PATIENCE_S)
     assert child.wait() == 0
-    assert executor.failure == "it was ended"
     assert all(child.connection.recv() == "a report that nobody reads" for _ in range(3))
-    assert executor.finish(0.0), "it is gone"
+    executor.hang_up()
+    assert executor.ends_within(-1.0), "it is gone"
     executor.kill(wait=True)
-    assert not executor.finish(0.0), "the connection is closed"
+    executor.hang_up()
 
 
 def test_one_that_does_not_end_is_left_to_others(stopped: RemoteExecutor) -> None:
-    assert not stopped.finish(0.1)
-    with pytest.raises(ExecutorLostError, match="it was ended"):
+    stopped.hang_up()
+    assert not stopped.ends_within(0.1)
+    with pytest.raises(ExecutorLostError, match="takes no more steps"):
         stopped.launch(large_plan())
     stopped.kill(wait=True)
